@@ -1,0 +1,263 @@
+import { availableParallelism } from 'node:os'
+import { type ErrorCode, PyraflowError } from './errors.ts'
+import { type NativeBinding, native } from './native.ts'
+import { OPS, type OpName } from './ops.gen.ts'
+
+export type DType = 'f32' | 'bf16' | 'i32' | 'u8' | 'f16' | 'f64' | 'i64'
+
+/** Codes as in native/core/op.h. */
+export const DTYPES: Record<DType, { code: number; bytes: number }> = {
+  f32: { code: 0, bytes: 4 },
+  bf16: { code: 1, bytes: 2 },
+  i32: { code: 2, bytes: 4 },
+  u8: { code: 3, bytes: 1 },
+  f16: { code: 4, bytes: 2 },
+  f64: { code: 5, bytes: 8 },
+  i64: { code: 6, bytes: 8 },
+}
+
+/** One operand as a command names it: a storage, where in it, and what it looks like. */
+export interface Operand {
+  readonly storage: number
+  readonly byteOffset: number
+  readonly dtype: DType
+  readonly shape: readonly number[]
+}
+
+export interface EngineOptions {
+  /** `auto`, `cpu`, or a capped level: `base`, `avx2`, `avx512`, `amx`, `ref`. */
+  backend?: string
+  /** Compute threads; default: all available. */
+  threads?: number
+  /** Refuse native allocations beyond this many bytes. */
+  maxMemory?: number
+}
+
+// Commands are numbers in one shared buffer, so that queueing an op costs a single call into the addon.
+const COMMAND_LIMIT = 512
+const OP_RUN = 0
+const OP_ALLOC = 1
+const OP_FREE = 2
+const OP_LOAD = 3
+const OP_MAP = 4
+const MAX_RANK = 6
+
+/** The door to the addon: storages, commands, fences. Tensors are built on it; users meet `engine`. */
+export class Engine {
+  #native: NativeBinding | undefined
+  #commands = new Float64Array(COMMAND_LIMIT)
+  #options: EngineOptions = {}
+  #freeIds: number[] = []
+  #nextId = 0
+  #opened: { backend: string; threads: number } | undefined
+
+  /** Settings for the first use. @throws ERR_DEVICE when the engine already runs. */
+  configure(options: EngineOptions): void {
+    if (this.#native) {
+      throw new PyraflowError('ERR_DEVICE', {
+        what: 'engine.configure came too late: the engine is already running',
+        remedy: 'Configure it before the first tensor is made.',
+      })
+    }
+    this.#options = { ...this.#options, ...options }
+  }
+
+  #start(): NativeBinding {
+    if (this.#native) return this.#native
+    const addon = native()
+    const asked = process.env['PYRAFLOW_BACKEND'] ?? this.#options.backend ?? 'auto'
+    const threads = Number(process.env['PYRAFLOW_THREADS'] ?? this.#options.threads ?? availableParallelism())
+    if (!Number.isInteger(threads) || threads < 1) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'threads',
+        expected: 'a whole number of 1 or more',
+        received: String(threads),
+      })
+    }
+    this.#opened = wrap(() =>
+      addon.open({
+        backend: asked === 'auto' || asked === 'cpu' ? '' : asked,
+        threads,
+        maxMemory: this.#options.maxMemory ?? 0,
+        commands: this.#commands,
+      }),
+    )
+    this.#native = addon
+    return addon
+  }
+
+  /** The backend in use, e.g. `cpu_avx512`, and its thread count. Starts the engine. */
+  get device(): { backend: string; threads: number } {
+    this.#start()
+    return this.#opened as { backend: string; threads: number }
+  }
+
+  /** Queues an allocation of `bytes` and returns its storage id. */
+  alloc(bytes: number): number {
+    const addon = this.#start()
+    const id = this.#freeIds.pop() ?? this.#nextId++
+    const c = this.#commands
+    c[0] = OP_ALLOC
+    c[1] = id
+    c[2] = bytes
+    addon.submit()
+    return id
+  }
+
+  free(storage: number): void {
+    const c = this.#commands
+    c[0] = OP_FREE
+    c[1] = storage
+    this.#start().submit()
+    // Commands run in order, so the id may name a new storage at once.
+    this.#freeIds.push(storage)
+  }
+
+  /** Queues one op. Missing optional operands are null. */
+  run(op: OpName, inputs: readonly (Operand | null)[], outputs: readonly (Operand | null)[], scalars: readonly number[]): void {
+    const addon = this.#start()
+    const c = this.#commands
+    c[0] = OP_RUN
+    c[1] = OPS[op].id
+    c[2] = inputs.length
+    c[3] = outputs.length
+    c[4] = scalars.length
+    let at = 5
+    for (let i = 0; i < inputs.length; i++) at = putOperand(c, at, inputs[i] as Operand | null)
+    for (let i = 0; i < outputs.length; i++) at = putOperand(c, at, outputs[i] as Operand | null)
+    for (let i = 0; i < scalars.length; i++) c[at++] = scalars[i] as number
+    addon.submit()
+  }
+
+  write(storage: number, byteOffset: number, data: ArrayBufferView): void {
+    this.#start().write(storage, byteOffset, data)
+  }
+
+  async read(storage: number, byteOffset: number, target: ArrayBufferView): Promise<void> {
+    await wrapAsync(this.#start().read(storage, byteOffset, target))
+  }
+
+  /**
+   * Resolves when everything queued so far has run.
+   * @throws the first error of the queue since the last fence; the queue works again afterwards.
+   */
+  async idle(): Promise<void> {
+    if (this.#native) await wrapAsync(this.#native.fence())
+  }
+
+  /** Drops what is queued and not yet begun; the next `idle()` resolves when the running op is done. */
+  async cancel(): Promise<void> {
+    if (!this.#native) return
+    this.#native.cancel()
+    await this.#native.fence().catch(() => undefined)
+  }
+
+  /** Maps a file for `load`. @throws ERR_IO */
+  openFile(path: string): { id: number; size: number } {
+    return wrap(() => this.#start().openFile(path))
+  }
+
+  closeFile(id: number): void {
+    this.#start().closeFile(id)
+  }
+
+  /** Queues a copy with conversion from a mapped file into an operand. */
+  load(target: Operand, file: number, byteOffset: number, dtype: DType): void {
+    const c = this.#commands
+    c[0] = OP_LOAD
+    c[1] = file
+    c[2] = byteOffset
+    c[3] = DTYPES[dtype].code
+    putOperand(c, 4, target)
+    this.#start().submit()
+  }
+
+  /** A storage that is the mapped bytes themselves: read-only, shared, nothing copied. */
+  map(file: number, byteOffset: number, bytes: number): number {
+    const addon = this.#start()
+    const id = this.#freeIds.pop() ?? this.#nextId++
+    const c = this.#commands
+    c[0] = OP_MAP
+    c[1] = id
+    c[2] = file
+    c[3] = byteOffset
+    c[4] = bytes
+    addon.submit()
+    return id
+  }
+
+  /** Exact bytes: `live` in tensors, `cached` kept for reuse, `peak` of live, and commands still queued. */
+  memory(): { live: number; cached: number; peak: number; queued: number } {
+    return this.#native ? this.#native.memory() : { live: 0, cached: 0, peak: 0, queued: 0 }
+  }
+
+  resetPeak(): void {
+    this.#native?.resetPeak()
+  }
+
+  packBytes(n: number, k: number, dtype: DType): number {
+    return this.#start().packBytes(n, k, DTYPES[dtype].code)
+  }
+
+  /** Counts calls and seconds per op from now on. */
+  profile(enabled: boolean): void {
+    this.#start().profile(enabled)
+  }
+
+  profileRead(): { op: OpName; calls: number; seconds: number }[] {
+    const { calls, seconds } = this.#start().profileRead()
+    return (Object.keys(OPS) as OpName[])
+      .map((op) => ({ op, calls: calls[OPS[op].id] ?? 0, seconds: seconds[OPS[op].id] ?? 0 }))
+      .filter((row) => row.calls > 0)
+      .sort((a, b) => b.seconds - a.seconds)
+  }
+
+  /** Every backend with the reason it is or is not usable; does not start the engine. */
+  info(): ReturnType<NativeBinding['info']> {
+    return native().info()
+  }
+}
+
+function putOperand(c: Float64Array, at: number, operand: Operand | null): number {
+  if (operand === null) {
+    c[at] = -1
+    return at + 1
+  }
+  const { shape } = operand
+  const rank = shape.length
+  if (rank > MAX_RANK) {
+    throw new PyraflowError('ERR_SHAPE', { what: 'tensor', expected: 'at most 6 dimensions', received: `[${shape}]` })
+  }
+  c[at] = operand.storage
+  c[at + 1] = operand.byteOffset
+  c[at + 2] = DTYPES[operand.dtype].code
+  c[at + 3] = rank
+  for (let i = 0; i < rank; i++) c[at + 4 + i] = shape[i] as number
+  return at + 4 + rank
+}
+
+// Native failures carry "CODE message": the code becomes the error's, the rest its text.
+function convert(error: unknown): unknown {
+  if (error instanceof PyraflowError || !(error instanceof Error)) return error
+  const match = /^(ERR_[A-Z]+) (.*)$/s.exec(error.message)
+  return match ? new PyraflowError(match[1] as ErrorCode, { what: match[2] as string }) : error
+}
+
+function wrap<T>(fn: () => T): T {
+  try {
+    return fn()
+  } catch (error) {
+    throw convert(error)
+  }
+}
+
+async function wrapAsync<T>(promise: Promise<T>): Promise<T> {
+  try {
+    return await promise
+  } catch (error) {
+    throw convert(error)
+  }
+}
+
+/** The process's engine: one native thread with a queue. */
+export const engine: Engine = new Engine()

@@ -1,0 +1,47 @@
+import { PyraflowError } from '../engine/errors.ts'
+
+/** How strongly the prompt is followed, unit by unit (spec/method.md §7, §10). */
+export interface GuidanceOptions {
+  /** g of the first unit of text-to-video and of images. */
+  readonly guidanceScale: number
+  /** g of every later unit, and of every unit of image-to-video. */
+  readonly videoGuidanceScale: number
+  /** Falling guidance: unit u gets max(guidanceScale − alpha·u, min), whatever its kind. */
+  readonly linear?: { readonly alpha?: number; readonly min?: number } | undefined
+  readonly mode: 't2v' | 'i2v'
+}
+
+/**
+ * The guidance scale of unit `unit`. Guidance is active iff the result is above 0, so 1 still runs both
+ * halves of the batch, as the reference does.
+ *
+ * @throws PyraflowError `ERR_OPTION` for a unit that is not generated or a scale that is not a number.
+ */
+export function guidanceForUnit(unit: number, options: GuidanceOptions): number {
+  const { guidanceScale, videoGuidanceScale, linear, mode } = options
+  const first = mode === 'i2v' ? 1 : 0
+  if (!Number.isSafeInteger(unit) || unit < first) {
+    throw invalid('unit', `an integer from ${first}`, unit)
+  }
+  if (!Number.isFinite(guidanceScale)) throw invalid('guidanceScale', 'a finite number', guidanceScale)
+  if (!Number.isFinite(videoGuidanceScale)) {
+    throw invalid('videoGuidanceScale', 'a finite number', videoGuidanceScale)
+  }
+  if (linear) {
+    const { alpha = 0.5, min = 2 } = linear
+    if (!Number.isFinite(alpha) || !Number.isFinite(min)) {
+      throw invalid('linear guidance', 'finite alpha and min', `alpha ${alpha}, min ${min}`)
+    }
+    return Math.max(guidanceScale - alpha * unit, min)
+  }
+  return unit === 0 ? guidanceScale : videoGuidanceScale
+}
+
+function invalid(what: string, expected: string, received: unknown): PyraflowError {
+  return new PyraflowError('ERR_OPTION', {
+    what,
+    expected,
+    received: String(received),
+    remedy: 'Unit 0 of image-to-video is the given image; scales of 0 or less turn guidance off',
+  })
+}

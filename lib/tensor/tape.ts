@@ -1,0 +1,162 @@
+import { engine } from '../engine/engine.ts'
+import { PyraflowError } from '../engine/errors.ts'
+import { keep, scope } from './scope.ts'
+import { Tensor } from './tensor.ts'
+
+/** Given the gradients of the outputs (null = zero), returns those of the inputs (null = none). */
+export type Backward = (grads: (Tensor | null)[]) => (Tensor | null)[]
+
+interface Node {
+  inputs: readonly (Tensor | null)[]
+  outputs: readonly Tensor[]
+  backward: Backward
+}
+
+let recording = true
+let nodes: Node[] = []
+let tracked = new WeakSet<Tensor>()
+
+/** Whether backward() will want a gradient for this tensor. */
+export function needsGrad(tensor: Tensor | null | undefined): boolean {
+  return recording && !!tensor && (tensor.requiresGrad || tracked.has(tensor))
+}
+
+/**
+ * Notes how to differentiate an op. The tensors that `backward` closes over must stay alive until then: call
+ * forward and backward inside one scope.
+ */
+export function record(inputs: readonly (Tensor | null)[], outputs: readonly Tensor[], backward: Backward): void {
+  if (!inputs.some(needsGrad)) return
+  for (const output of outputs) tracked.add(output)
+  nodes.push({ inputs, outputs, backward })
+}
+
+/** Runs `fn` without recording. */
+export function noGrad<T>(fn: () => T): T {
+  const before = recording
+  recording = false
+  try {
+    return fn()
+  } finally {
+    recording = before
+  }
+}
+
+/** Forgets everything recorded. */
+export function clearTape(): void {
+  nodes = []
+  tracked = new WeakSet()
+}
+
+function addInto(target: Tensor, grad: Tensor): void {
+  engine.run('axpby', [target, grad], [target], [1, 1, 0])
+}
+
+/**
+ * The buffer that an op may accumulate a leaf's gradient into directly (then it returns null for that input);
+ * undefined for results of other ops.
+ */
+export function gradBuffer(tensor: Tensor): Tensor | undefined {
+  if (!tensor.requiresGrad) return undefined
+  // Leaf gradients outlive the scope in which backward() runs.
+  if (tensor.grad === null) tensor.grad = keep(Tensor.zeros(tensor.shape, 'f32'))
+  return tensor.grad
+}
+
+function runNodes(list: Node[], grads: Map<Tensor, Tensor>): void {
+  for (let i = list.length - 1; i >= 0; i--) {
+    const node = list[i] as Node
+    const outputGrads = node.outputs.map((output) => grads.get(output) ?? null)
+    if (outputGrads.every((g) => g === null)) continue
+    for (const output of node.outputs) grads.delete(output)
+    const inputGrads = node.backward(outputGrads)
+    node.inputs.forEach((input, k) => {
+      const grad = inputGrads[k]
+      if (!input || !grad) return
+      if (input.requiresGrad) addInto(gradBuffer(input) as Tensor, grad)
+      else if (tracked.has(input)) {
+        const before = grads.get(input)
+        if (before) {
+          // A fresh sum: `before` may be shared with another branch.
+          const sum = Tensor.empty(before.shape, before.dtype)
+          engine.run('axpby', [before, grad], [sum], [1, 1, 0])
+          grads.set(input, sum)
+        } else grads.set(input, grad)
+      }
+    })
+  }
+}
+
+/**
+ * Adds d(root)/d(leaf) to `grad` of every leaf with requiresGrad. `seed` is the gradient of `root` (default: ones;
+ * then root must have one element). The tape is used up.
+ * @throws ERR_SHAPE when root has more than one element and no seed is given.
+ */
+export function backward(root: Tensor, seed?: Tensor): void {
+  if (!seed && root.size !== 1) {
+    throw new PyraflowError('ERR_SHAPE', {
+      what: 'backward',
+      expected: 'a tensor with one element, or a seed gradient',
+      received: `[${root.shape}]`,
+    })
+  }
+  const list = nodes
+  nodes = []
+  noGradKeepingTracked(() => {
+    const grads = new Map<Tensor, Tensor>([[root, seed ?? Tensor.full(root.shape, 1, root.dtype)]])
+    runNodes(list, grads)
+  })
+  tracked = new WeakSet()
+}
+
+// During backward nothing is recorded, but `tracked` must still answer which inputs lead to leaves.
+function noGradKeepingTracked(fn: () => void): void {
+  const before = recording
+  recording = false
+  try {
+    fn()
+  } finally {
+    recording = before
+  }
+}
+
+/**
+ * Runs `fn(inputs)` without keeping its intermediate results; backward runs it again (activation checkpointing).
+ * `fn` must be deterministic and use no tracked tensors but `inputs` and leaves.
+ */
+export function checkpoint(fn: (...inputs: Tensor[]) => Tensor[], inputs: Tensor[]): Tensor[] {
+  const outputs = noGrad(() => scope(() => fn(...inputs)))
+  if (!recording) return outputs
+  for (const output of outputs) tracked.add(output)
+  nodes.push({
+    inputs,
+    outputs,
+    backward: (grads) =>
+      scope(() => {
+        const outer = { nodes, tracked, recording }
+        nodes = []
+        tracked = new WeakSet()
+        recording = true
+        const copies = inputs.map((t) => t.view(t.shape))
+        inputs.forEach((t, i) => {
+          const copy = copies[i] as Tensor
+          if (t.requiresGrad || outer.tracked.has(t)) tracked.add(copy)
+        })
+        const again = fn(...copies)
+        const list = nodes
+        const found = new Map<Tensor, Tensor>()
+        again.forEach((t, i) => {
+          const g = grads[i]
+          if (g) found.set(t, g)
+        })
+        recording = false
+        runNodes(list, found)
+        const result = copies.map((copy) => found.get(copy) ?? null)
+        nodes = outer.nodes
+        tracked = outer.tracked
+        recording = outer.recording
+        return result
+      }),
+  })
+  return outputs
+}

@@ -1,0 +1,137 @@
+// One vector type per instruction level, spelled once: kernels are written against Vf and compiled for each level.
+// No STL here: an inline function compiled for AVX-512 must never become the copy an older CPU runs.
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "core/half.h"
+#include "core/op.h"
+
+#if defined(__AVX512F__)
+#define PF_LANES 16
+#elif defined(__AVX2__)
+#define PF_LANES 8
+#else
+#define PF_LANES 4
+#endif
+
+static constexpr int kLanes = PF_LANES;
+typedef float Vf __attribute__((vector_size(PF_LANES * 4)));
+typedef int32_t Vi __attribute__((vector_size(PF_LANES * 4)));
+typedef uint32_t Vu __attribute__((vector_size(PF_LANES * 4)));
+typedef uint16_t Vh __attribute__((vector_size(PF_LANES * 2)));
+
+static inline Vf Set1(float x) { return x - (Vf){}; }
+static inline Vf LoadF(const float* p) {
+  Vf v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+static inline Vf LoadF(const Bf16* p) {
+  Vh h;
+  memcpy(&h, p, sizeof(h));
+  return (Vf)(__builtin_convertvector(h, Vu) << 16);
+}
+static inline void StoreF(float* p, Vf v) { memcpy(p, &v, sizeof(v)); }
+static inline void StoreF(Bf16* p, Vf v) {
+  const Vu u = (Vu)v;
+  const Vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  const Vu nan = (Vu)((u & 0x7fffffffu) > 0x7f800000u);
+  const Vh h = __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40) & nan), Vh);
+  memcpy(p, &h, sizeof(h));
+}
+// The last, incomplete vector of a row: missing lanes read as fill and are not written.
+template <class T>
+static inline Vf LoadN(const T* p, int64_t n, float fill = 0) {
+  if (n >= kLanes) return LoadF(p);
+  Vf v = Set1(fill);
+  for (int i = 0; i < n; ++i) v[i] = ToFloat(p[i]);
+  return v;
+}
+template <class T>
+static inline void StoreN(T* p, Vf v, int64_t n) {
+  if (n >= kLanes) return StoreF(p, v);
+  for (int i = 0; i < n; ++i) p[i] = FromFloat<T>(v[i]);
+}
+
+// a * b + c, in one rounding where the level has FMA. Never use it where levels must agree bit by bit.
+static inline Vf Fma(Vf a, Vf b, Vf c) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+static inline Vf Max(Vf a, Vf b) { return a > b ? a : b; }
+static inline Vf Min(Vf a, Vf b) { return a < b ? a : b; }
+static inline Vf Sqrt(Vf x) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_sqrt_ps((__m256)x);
+#else
+  return (Vf)_mm_sqrt_ps((__m128)x);
+#endif
+}
+// Lanes are added pairwise in a fixed order, so the result does not depend on the compiler.
+static inline float Sum(Vf v) {
+  float t[kLanes];
+  StoreF(t, v);
+  for (int w = kLanes / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) t[i] += t[i + w];
+  return t[0];
+}
+static inline float MaxLane(Vf v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial; relative error below 2e-7, 0 below -87.3,
+// infinity above 88.7.
+static inline Vf Exp(Vf x) {
+  const Vf lo = Set1(-87.33654f), hi = Set1(88.72283f);
+  const Vf clamped = Min(Max(x, lo), hi);
+  const Vf magic = Set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vf k = Fma(clamped, Set1(1.44269504f), magic) - magic;
+  Vf r = Fma(k, Set1(-0.693359375f), clamped);
+  r = Fma(k, Set1(2.12194440e-4f), r);
+  Vf p = Set1(1.9875691500e-4f);
+  p = Fma(p, r, Set1(1.3981999507e-3f));
+  p = Fma(p, r, Set1(8.3334519073e-3f));
+  p = Fma(p, r, Set1(4.1665795894e-2f));
+  p = Fma(p, r, Set1(1.6666665459e-1f));
+  p = Fma(p, r, Set1(5.0000001201e-1f));
+  p = Fma(p * r, r, r + 1.0f);
+  // 2^k in two factors: k = 128 would overflow the exponent field of one.
+  const Vi ki = __builtin_convertvector(k, Vi);
+  const Vi half = ki >> 1;
+  p = p * (Vf)((half + 127) << 23) * (Vf)((ki - half + 127) << 23);
+  p = x < lo ? (Vf){} : p;
+  p = x > hi ? Set1(INFINITY) : p;
+  return x != x ? x : p;
+}
+static inline Vf Sigmoid(Vf x) { return 1.0f / (1.0f + Exp(-x)); }
+static inline Vf Tanh(Vf x) { return 1.0f - 2.0f / (1.0f + Exp(x + x)); }
+static inline Vf Silu(Vf x) { return x * Sigmoid(x); }
+// GELU, tanh form: 0.5 x (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
+static inline Vf GeluTanh(Vf x) {
+  return x * Sigmoid(1.5957691216f * Fma(x * x * x, Set1(0.044715f), x));
+}
+
+// Runs body<T>() with T chosen by a float view's dtype; for kernels that are templates over storage.
+#define PF_FLOAT_DISPATCH(view, T, ...)              \
+  do {                                               \
+    if ((view).dtype == PF_BF16) {                   \
+      using T = Bf16;                                \
+      __VA_ARGS__                                    \
+    } else {                                         \
+      using T = float;                               \
+      __VA_ARGS__                                    \
+    }                                                \
+  } while (0)

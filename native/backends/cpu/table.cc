@@ -1,0 +1,33 @@
+// The op table of one CPU level. The same file is built once per level; PF_LEVEL_NAME tells which.
+#include "backends/cpu/onednn.h"
+#include "core/op.h"
+
+#include <omp.h>
+
+#ifdef PF_PARTIAL  // a development build of some op folders only: the missing kernels are null
+#define PF_WEAK __attribute__((weak))
+#else
+#define PF_WEAK
+#endif
+#define PF_OP(folder, name, inputs, outputs, scalars) int32_t pf_cpu_##name(const PfArgs* args) PF_WEAK;
+#include "ops.def"
+#undef PF_OP
+
+namespace {
+
+const PfKernel kKernels[] = {
+#define PF_OP(folder, name, inputs, outputs, scalars) pf_cpu_##name,
+#include "ops.def"
+#undef PF_OP
+};
+
+int32_t Init(int32_t threads, char* error) {
+  omp_set_num_threads(threads);
+  return OnednnInit(PF_LEVEL_NAME, error);
+}
+
+const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT, PF_LEVEL_NAME, kKernels, Init, OnednnPackBytes};
+
+}  // namespace
+
+PF_EXPORT const PfBackendTable* pf_backend() { return &kTable; }

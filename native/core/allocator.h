@@ -1,0 +1,32 @@
+// A caching allocator with exact counters. Used by the engine thread only; the counters may be read from anywhere.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <map>
+#include <vector>
+
+class Allocator {
+ public:
+  // limit: most bytes to hold (live and cached); 0 = no limit.
+  explicit Allocator(size_t limit) : limit_(limit) {}
+  ~Allocator();
+  Allocator(const Allocator&) = delete;
+  Allocator& operator=(const Allocator&) = delete;
+
+  // 64-byte aligned, nullptr when the limit or the system says no. Zero bytes give a valid pointer.
+  void* Allocate(size_t bytes);
+  void Free(void* pointer, size_t bytes);
+
+  size_t live() const { return live_; }
+  size_t cached() const { return cached_; }
+  size_t peak() const { return peak_; }
+  void ResetPeak() { peak_ = live_.load(); }
+
+ private:
+  static size_t Rounded(size_t bytes);
+  void DropCache();
+
+  const size_t limit_;
+  std::map<size_t, std::vector<void*>> cache_;
+  std::atomic<size_t> live_{0}, cached_{0}, peak_{0};
+};

@@ -1,0 +1,341 @@
+#include "core/engine.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/check.h"
+#include "core/half.h"
+
+const char* const kOpNames[PF_OP_COUNT] = {
+#define PF_OP(folder, name, inputs, outputs, scalars) #name,
+#include "ops.def"
+#undef PF_OP
+};
+
+namespace {
+
+const char* CodeOf(int32_t status) {
+  switch (status) {
+    case PF_ERR_SHAPE: return "ERR_SHAPE";
+    case PF_ERR_DTYPE: return "ERR_DTYPE";
+    case PF_ERR_OPTION: return "ERR_OPTION";
+    case PF_ERR_MEMORY: return "ERR_MEMORY";
+    case PF_ERR_IO: return "ERR_IO";
+    default: return "ERR_DEVICE";
+  }
+}
+
+std::string Describe(const PfView& v) {
+  if (!PfPresent(v) && v.rank < 0) return "-";
+  static const char* const kNames[] = {"f32", "bf16", "i32", "u8", "f16", "f64", "i64"};
+  std::string text = v.dtype >= 0 && v.dtype <= PF_I64 ? kNames[v.dtype] : "?";
+  text += "[";
+  for (int i = 0; i < v.rank; ++i) text += (i ? "," : "") + std::to_string(v.dims[i]);
+  return text + "]";
+}
+
+struct ScratchContext : PfContext {
+  Allocator* allocator;
+  std::vector<std::pair<void*, size_t>> blocks;
+};
+
+void* Scratch(PfContext* self, size_t bytes) {
+  auto* context = static_cast<ScratchContext*>(self);
+  void* block = context->allocator->Allocate(bytes);
+  if (block) context->blocks.emplace_back(block, bytes);
+  return block;
+}
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Widens one element of a file; integers beyond 2^53 lose bits, which no checkpoint needs.
+double ReadElement(const char* p, int32_t dtype) {
+  switch (dtype) {
+    case PF_F64: { double x; memcpy(&x, p, 8); return x; }
+    case PF_I64: { int64_t x; memcpy(&x, p, 8); return static_cast<double>(x); }
+    case PF_I32: { int32_t x; memcpy(&x, p, 4); return x; }
+    case PF_F32: { float x; memcpy(&x, p, 4); return x; }
+    case PF_BF16: { Bf16 x; memcpy(&x, p, 2); return ToFloat(x); }
+    case PF_F16: { uint16_t x; memcpy(&x, p, 2); return HalfToFloat(x); }
+    default: return static_cast<uint8_t>(*p);
+  }
+}
+
+void ConvertElements(const char* from, int32_t from_type, char* to, int32_t to_type, int64_t n) {
+  if (from_type == to_type) {
+    memcpy(to, from, n * PfSize(to_type));
+  } else if (from_type == PF_F32 && to_type == PF_BF16) {
+    for (int64_t i = 0; i < n; ++i) {
+      float x;
+      memcpy(&x, from + 4 * i, 4);
+      const Bf16 y = ToBf16(x);
+      memcpy(to + 2 * i, &y, 2);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = ReadElement(from + i * PfSize(from_type), from_type);
+      if (to_type == PF_F32) {
+        const float y = static_cast<float>(x);
+        memcpy(to + 4 * i, &y, 4);
+      } else if (to_type == PF_BF16) {
+        const Bf16 y = ToBf16(static_cast<float>(x));
+        memcpy(to + 2 * i, &y, 2);
+      } else if (to_type == PF_I32) {
+        const int32_t y = static_cast<int32_t>(x);
+        memcpy(to + 4 * i, &y, 4);
+      } else {
+        to[i] = static_cast<char>(static_cast<uint8_t>(x));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Engine::Engine(const PfBackendTable* backend, int threads, size_t max_memory)
+    : backend_(backend),
+      threads_(threads),
+      allocator_(max_memory),
+      profile_calls_(PF_OP_COUNT, 0),
+      profile_seconds_(PF_OP_COUNT, 0) {
+  if (const char* path = std::getenv("PYRAFLOW_TRACE")) trace_ = std::fopen(path, "w");
+  if (trace_) std::fputs("[\n", trace_);
+  thread_ = std::thread([this] { Loop(); });
+}
+
+Engine::~Engine() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+    queue_.clear();
+  }
+  wake_.notify_one();
+  thread_.join();
+  for (Slot& slot : slots_) Release(slot);
+  if (trace_) {
+    std::fputs("{}]\n", trace_);
+    std::fclose(trace_);
+  }
+}
+
+void Engine::Submit(Command command) {
+  bool wake;
+  {
+    std::lock_guard lock(mutex_);
+    queue_.push_back(std::move(command));
+    queued_ = queue_.size();
+    wake = sleeping_;
+  }
+  if (wake) wake_.notify_one();
+}
+
+void Engine::Cancel() {
+  std::lock_guard lock(mutex_);
+  for (Command& command : queue_)
+    if (command.kind == CommandKind::kRun || command.kind == CommandKind::kLoad) command.kind = CommandKind::kNothing;
+}
+
+void Engine::Loop() {
+  // OpenMP belongs to this thread: the team is made here, once, and no other thread ever computes.
+  char error[256] = "";
+  const int32_t status = backend_->init(threads_, error);
+  if (status != PF_OK) error_ = std::string(CodeOf(status)) + " " + error;
+  for (;;) {
+    Command command;
+    {
+      std::unique_lock lock(mutex_);
+      sleeping_ = true;
+      wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+      sleeping_ = false;
+      if (stop_) return;
+      command = std::move(queue_.front());
+      queue_.pop_front();
+      queued_ = queue_.size();
+    }
+    Execute(command);
+  }
+}
+
+void Engine::FailWith(const std::string& code, const std::string& message) {
+  if (error_.empty()) error_ = code + " " + message;
+}
+
+void Engine::Release(Slot& slot) {
+  if (slot.allocated) allocator_.Free(slot.data, slot.bytes);
+  slot = Slot{};
+}
+
+void Engine::Execute(Command& command) {
+  const auto& w = command.words;
+  switch (command.kind) {
+    case CommandKind::kRun:
+      if (error_.empty()) Run(w);
+      break;
+    case CommandKind::kAlloc: {
+      const size_t id = static_cast<size_t>(w[0]), bytes = static_cast<size_t>(w[1]);
+      if (id >= slots_.size()) slots_.resize(id + 1);
+      if (!error_.empty()) break;  // its users are skipped anyway
+      slots_[id].data = allocator_.Allocate(bytes);
+      if (!slots_[id].data) {
+        FailWith("ERR_MEMORY", "could not allocate " + std::to_string(bytes) + " bytes (" +
+                                   std::to_string(allocator_.live()) +
+                                   " are live). Use a smaller size or batch, or raise maxMemory.");
+        break;
+      }
+      slots_[id].bytes = bytes;
+      slots_[id].allocated = true;
+      break;
+    }
+    case CommandKind::kFree:
+      if (static_cast<size_t>(w[0]) < slots_.size()) Release(slots_[static_cast<size_t>(w[0])]);
+      break;
+    case CommandKind::kLoad:
+      if (error_.empty()) Load(command);
+      break;
+    case CommandKind::kMap: {
+      const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[2]),
+                   bytes = static_cast<size_t>(w[3]);
+      if (id >= slots_.size()) slots_.resize(id + 1);
+      if (!command.file || offset + bytes > command.file->size()) {
+        FailWith("ERR_IO", "a mapped tensor lies outside its file");
+        break;
+      }
+      slots_[id].data = const_cast<char*>(command.file->data()) + offset;
+      slots_[id].bytes = bytes;
+      slots_[id].file = command.file;
+      break;
+    }
+    case CommandKind::kWrite: {
+      if (!error_.empty()) break;
+      const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
+      if (id >= slots_.size() || !slots_[id].data || offset + command.payload.size() > slots_[id].bytes) {
+        FailWith("ERR_SHAPE", "write: outside its tensor");
+        break;
+      }
+      memcpy(static_cast<char*>(slots_[id].data) + offset, command.payload.data(), command.payload.size());
+      break;
+    }
+    case CommandKind::kRead: {
+      const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
+      if (error_.empty()) {
+        if (id >= slots_.size() || (!slots_[id].data && command.bytes) || offset + command.bytes > slots_[id].bytes)
+          FailWith("ERR_SHAPE", "read: outside its tensor, or the tensor was lost to an earlier error");
+        else if (command.bytes)
+          memcpy(command.target, static_cast<const char*>(slots_[id].data) + offset, command.bytes);
+      }
+      std::string error;
+      error.swap(error_);
+      command.done(std::move(error));
+      break;
+    }
+    case CommandKind::kFence: {
+      std::string error;
+      error.swap(error_);
+      if (trace_) std::fflush(trace_);
+      command.done(std::move(error));
+      break;
+    }
+    case CommandKind::kNothing: break;
+  }
+}
+
+bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view) {
+  const double storage = w[(*at)++];
+  *view = PfView{};
+  if (storage < 0) {
+    view->rank = -1;
+    return true;
+  }
+  const size_t id = static_cast<size_t>(storage), offset = static_cast<size_t>(w[*at]);
+  view->dtype = static_cast<int32_t>(w[*at + 1]);
+  view->rank = static_cast<int32_t>(w[*at + 2]);
+  *at += 3;
+  for (int i = 0; i < view->rank; ++i) view->dims[i] = static_cast<int64_t>(w[(*at)++]);
+  if (id >= slots_.size() || !slots_[id].data) return false;
+  if (offset + PfCount(*view) * PfSize(view->dtype) > slots_[id].bytes) return false;
+  view->data = static_cast<char*>(slots_[id].data) + offset;
+  return true;
+}
+
+void Engine::Run(const std::vector<double>& w) {
+  const int op = static_cast<int>(w[0]), n_in = static_cast<int>(w[1]), n_out = static_cast<int>(w[2]),
+            n_scalars = static_cast<int>(w[3]);
+  constexpr int kMost = 16;
+  if (op < 0 || op >= PF_OP_COUNT || n_in > kMost || n_out > kMost) return FailWith("ERR_DEVICE", "bad command");
+  PfView in[kMost], out[kMost];
+  size_t at = 4;
+  bool sound = true;
+  for (int i = 0; i < n_in; ++i) sound &= ReadOperand(w, &at, &in[i]);
+  for (int i = 0; i < n_out; ++i) sound &= ReadOperand(w, &at, &out[i]);
+  std::string operands;
+  const auto describe = [&] {
+    for (int i = 0; i < n_in; ++i) operands += (i ? ", " : " (") + Describe(in[i]);
+    operands += n_in ? ")" : "";
+    for (int i = 0; i < n_out; ++i) operands += (i ? ", " : " -> ") + Describe(out[i]);
+    return operands;
+  };
+  if (!sound)
+    return FailWith("ERR_DEVICE", std::string(kOpNames[op]) + describe() + ": an operand was lost to an earlier error");
+  if (!backend_->kernels[op])
+    return FailWith("ERR_DEVICE", std::string(kOpNames[op]) + ": not available on " + backend_->name);
+
+  ScratchContext context;
+  context.scratch = Scratch;
+  context.error[0] = 0;
+  context.allocator = &allocator_;
+  PfArgs args{in, out, w.data() + at, n_in, n_out, n_scalars, &context};
+  const bool timed = profiling_ || trace_;
+  const double begin = timed ? Now() : 0;
+  const int32_t status = backend_->kernels[op](&args);
+  if (timed) {
+    const double end = Now();
+    if (profiling_) {
+      std::lock_guard lock(profile_mutex_);
+      profile_calls_[op] += 1;
+      profile_seconds_[op] += end - begin;
+    }
+    if (trace_)
+      std::fprintf(trace_, "{\"name\":\"%s\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":%.1f,\"dur\":%.1f},\n", kOpNames[op],
+                   begin * 1e6, (end - begin) * 1e6);
+  }
+  for (const auto& [block, bytes] : context.blocks) allocator_.Free(block, bytes);
+  if (status != PF_OK)
+    FailWith(CodeOf(status), (context.error[0] ? std::string(context.error) : std::string(kOpNames[op]) + " failed") +
+                                 " in " + kOpNames[op] + describe());
+}
+
+void Engine::Load(const Command& command) {
+  size_t at = 3;
+  PfView view;
+  if (!ReadOperand(command.words, &at, &view)) return FailWith("ERR_DEVICE", "load: the target tensor was lost");
+  const int32_t from = static_cast<int32_t>(command.words[2]);
+  size_t offset = static_cast<size_t>(command.words[1]);
+  const int64_t n = PfCount(view), step = 1 << 20;
+  std::vector<char> buffer;
+  for (int64_t i = 0; i < n; i += step) {
+    const int64_t count = std::min(step, n - i);
+    const size_t bytes = count * PfSize(from);
+    buffer.resize(bytes);
+    if (!command.file || !command.file->Read(offset, buffer.data(), bytes))
+      return FailWith("ERR_IO", "a weight file ended early: it was truncated or replaced while loading");
+    ConvertElements(buffer.data(), from, static_cast<char*>(view.data) + i * PfSize(view.dtype), view.dtype, count);
+    offset += bytes;
+  }
+}
+
+void Engine::Profile(bool enabled) {
+  std::lock_guard lock(profile_mutex_);
+  profile_calls_.assign(PF_OP_COUNT, 0);
+  profile_seconds_.assign(PF_OP_COUNT, 0);
+  profiling_ = enabled;
+}
+
+void Engine::ProfileRead(std::vector<double>* calls, std::vector<double>* seconds) {
+  std::lock_guard lock(profile_mutex_);
+  *calls = profile_calls_;
+  *seconds = profile_seconds_;
+}

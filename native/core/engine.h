@@ -1,0 +1,86 @@
+// The engine thread: executes commands in order, owns all memory, keeps the first error until a fence takes it.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/allocator.h"
+#include "core/backend.h"
+#include "core/mapped_file.h"
+
+// First number of a command in the shared buffer; the same values stand in lib/engine/engine.ts.
+enum class CommandKind : int { kRun = 0, kAlloc = 1, kFree = 2, kLoad = 3, kMap = 4, kWrite = 5, kRead = 6, kFence = 7, kNothing = 8 };
+
+struct Command {
+  CommandKind kind = CommandKind::kNothing;
+  std::vector<double> words;               // as in the shared buffer, from word 1 on
+  std::vector<char> payload;               // kWrite
+  void* target = nullptr;                  // kRead
+  size_t bytes = 0;                        // kRead
+  std::shared_ptr<MappedFile> file;        // kLoad, kMap
+  std::function<void(std::string)> done;   // kRead, kFence: called on the engine thread with the error or ""
+};
+
+class Engine {
+ public:
+  Engine(const PfBackendTable* backend, int threads, size_t max_memory);
+  ~Engine();  // drops the queue, waits for the running op
+
+  void Submit(Command command);
+  // Turns queued ops into nothing; allocations, frees and fences stay.
+  void Cancel();
+
+  const Allocator& allocator() const { return allocator_; }
+  void ResetPeak() { allocator_.ResetPeak(); }
+  size_t queued() const { return queued_; }
+  const PfBackendTable* backend() const { return backend_; }
+
+  void Profile(bool enabled);
+  void ProfileRead(std::vector<double>* calls, std::vector<double>* seconds);
+
+ private:
+  struct Slot {
+    void* data = nullptr;
+    size_t bytes = 0;
+    std::shared_ptr<MappedFile> file;  // set when data points into a mapping
+    bool allocated = false;
+  };
+
+  void Loop();
+  void Execute(Command& command);
+  void Run(const std::vector<double>& words);
+  void Load(const Command& command);
+  bool ReadOperand(const std::vector<double>& words, size_t* at, PfView* view);
+  void FailWith(const std::string& code, const std::string& message);
+  void Release(Slot& slot);
+
+  const PfBackendTable* const backend_;
+  const int threads_;
+  Allocator allocator_;
+  std::vector<Slot> slots_;
+  std::string error_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Command> queue_;
+  std::atomic<size_t> queued_{0};
+  bool stop_ = false;
+  bool sleeping_ = false;
+
+  std::mutex profile_mutex_;
+  std::atomic<bool> profiling_{false};
+  std::vector<double> profile_calls_, profile_seconds_;
+  FILE* trace_ = nullptr;
+
+  std::thread thread_;  // last: it uses everything above
+};
+
+extern const char* const kOpNames[PF_OP_COUNT];

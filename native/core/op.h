@@ -1,0 +1,86 @@
+// The contract between the engine and a backend: plain C data, so that a backend is a shared library of its own,
+// built with its own instruction set and opened at run time.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define PF_ABI_VERSION 1
+#define PF_MAX_RANK 6
+#define PF_EXPORT extern "C" __attribute__((visibility("default")))
+
+enum PfDType : int32_t { PF_F32 = 0, PF_BF16 = 1, PF_I32 = 2, PF_U8 = 3, PF_F16 = 4, PF_F64 = 5, PF_I64 = 6 };
+
+enum PfStatus : int32_t {
+  PF_OK = 0,
+  PF_ERR_SHAPE = 1,
+  PF_ERR_DTYPE = 2,
+  PF_ERR_OPTION = 3,
+  PF_ERR_MEMORY = 4,
+  PF_ERR_DEVICE = 5,
+  PF_ERR_IO = 6,
+};
+
+// A contiguous row-major array. An operand that the caller left out has data == nullptr and rank == -1.
+struct PfView {
+  void* data;
+  int32_t dtype;
+  int32_t rank;
+  int64_t dims[PF_MAX_RANK];
+};
+
+// What the engine lends a kernel for the time of one call.
+struct PfContext {
+  // 64-byte aligned memory, returned to the engine after the call; nullptr when there is none (return PF_ERR_MEMORY).
+  void* (*scratch)(PfContext* self, size_t bytes);
+  char error[256];  // filled by a kernel that returns something else than PF_OK
+};
+
+struct PfArgs {
+  const PfView* in;
+  const PfView* out;
+  const double* scalars;
+  int32_t n_in, n_out, n_scalars;
+  PfContext* context;
+};
+
+typedef int32_t (*PfKernel)(const PfArgs* args);
+
+enum PfOp : int32_t {
+#define PF_OP(folder, name, inputs, outputs, scalars) PF_OP_##name,
+#include "ops.def"
+#undef PF_OP
+  PF_OP_COUNT
+};
+
+struct PfBackendTable {
+  uint32_t abi;
+  int32_t op_count;
+  const char* name;     // "ref", "cpu_avx512", ...
+  const PfKernel* kernels;
+  // Called once on the engine thread before the first kernel. Returns PF_OK or fills error (256 bytes).
+  int32_t (*init)(int32_t threads, char* error);
+  // Bytes of the packed form of a matmul weight [n, k]; 0 when the backend has none.
+  size_t (*pack_bytes)(int64_t n, int64_t k, int32_t dtype);
+};
+
+// The one symbol a backend exports.
+typedef const PfBackendTable* (*PfBackendEntry)();
+#define PF_BACKEND_ENTRY "pf_backend"
+
+static inline bool PfPresent(const PfView& v) { return v.data != nullptr; }
+static inline int64_t PfCount(const PfView& v) {
+  int64_t n = 1;
+  for (int i = 0; i < v.rank; ++i) n *= v.dims[i];
+  return n;
+}
+static inline size_t PfSize(int32_t dtype) {
+  switch (dtype) {
+    case PF_F64:
+    case PF_I64: return 8;
+    case PF_F32:
+    case PF_I32: return 4;
+    case PF_BF16:
+    case PF_F16: return 2;
+    default: return 1;
+  }
+}

@@ -1,0 +1,88 @@
+#include "ops/attention/attention.h"
+
+#include "backends/ref/ref.h"
+
+namespace {
+
+struct Judge {
+  const PfArgs* a;
+  AttentionShape s;
+  double scale;
+
+  int64_t Q(int64_t b, int64_t h, int64_t i) const { return ((b * s.lq + i) * s.heads + h) * s.d; }
+  int64_t K(int64_t b, int64_t h, int64_t j) const { return ((b * s.lk + j) * s.heads + h) * s.d; }
+  bool Sees(int64_t b, int64_t i, int64_t j) const {
+    if (!s.masked) return true;
+    const PfView &segment = a->in[3], &order = a->in[4];
+    return Get(segment, b * s.lq + i) == Get(segment, b * s.lq + j) &&
+           Get(order, b * s.lq + i) >= Get(order, b * s.lq + j);
+  }
+  double Dot(const PfView& x, int64_t at_x, const PfView& y, int64_t at_y) const {
+    double sum = 0;
+    for (int64_t c = 0; c < s.d; ++c) sum += Get(x, at_x + c) * Get(y, at_y + c);
+    return sum;
+  }
+};
+
+}  // namespace
+
+int32_t pf_ref_attention(const PfArgs* a) {
+  Judge judge{a, {}, PfParams<AttentionParams>(a).scale};
+  AttentionShape& s = judge.s;
+  if (int32_t e = AttentionCheck(a, &s)) return e;
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.heads; ++h)
+      for (int64_t i = 0; i < s.lq; ++i) {
+        const int64_t qi = judge.Q(b, h, i);
+        const auto logit = [&](int64_t j) {
+          return judge.scale * judge.Dot(a->in[0], qi, a->in[1], judge.K(b, h, j));
+        };
+        double max = -INFINITY, sum = 0;
+        for (int64_t j = 0; j < s.lk; ++j)
+          if (judge.Sees(b, i, j)) max = fmax(max, logit(j));
+        for (int64_t j = 0; j < s.lk; ++j)
+          if (judge.Sees(b, i, j)) sum += exp(logit(j) - max);
+        const double lse = sum > 0 ? max + log(sum) : -INFINITY;
+        if (PfPresent(a->out[1])) Set(a->out[1], (b * s.heads + h) * s.lq + i, lse);
+        for (int64_t c = 0; c < s.d; ++c) Set(a->out[0], qi + c, 0);
+        for (int64_t c = 0; c < s.d; ++c) {
+          double o = 0;
+          for (int64_t j = 0; j < s.lk; ++j)
+            if (judge.Sees(b, i, j)) o += exp(logit(j) - lse) * Get(a->in[2], judge.K(b, h, j) + c);
+          Set(a->out[0], qi + c, o);
+        }
+      }
+  return PF_OK;
+}
+
+int32_t pf_ref_attention_backward(const PfArgs* a) {
+  Judge judge{a, {}, PfParams<AttentionParams>(a).scale};
+  AttentionShape& s = judge.s;
+  if (int32_t e = AttentionBackwardCheck(a, &s)) return e;
+  const PfView &q = a->in[0], &k = a->in[1], &v = a->in[2], &o = a->in[5], &lse = a->in[6], &dout = a->in[7];
+  const PfView &dq = a->out[0], &dk = a->out[1], &dv = a->out[2];
+  for (int64_t i = 0; i < PfCount(dq); ++i) Set(dq, i, 0);
+  for (int64_t i = 0; i < PfCount(dk); ++i) {
+    Set(dk, i, 0);
+    Set(dv, i, 0);
+  }
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.heads; ++h)
+      for (int64_t i = 0; i < s.lq; ++i) {
+        const int64_t qi = judge.Q(b, h, i);
+        const double delta = judge.Dot(dout, qi, o, qi);
+        for (int64_t j = 0; j < s.lk; ++j) {
+          if (!judge.Sees(b, i, j)) continue;
+          const int64_t kj = judge.K(b, h, j);
+          const double p =
+              exp(judge.scale * judge.Dot(q, qi, k, kj) - Get(lse, (b * s.heads + h) * s.lq + i));
+          const double ds = p * (judge.Dot(dout, qi, v, kj) - delta) * judge.scale;
+          for (int64_t c = 0; c < s.d; ++c) {
+            Set(dq, qi + c, Get(dq, qi + c) + ds * Get(k, kj + c));
+            Set(dk, kj + c, Get(dk, kj + c) + ds * Get(q, qi + c));
+            Set(dv, kj + c, Get(dv, kj + c) + p * Get(dout, qi + c));
+          }
+        }
+      }
+  return PF_OK;
+}

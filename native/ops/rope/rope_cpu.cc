@@ -1,0 +1,144 @@
+#include "ops/rope/rope.h"
+
+#include "backends/cpu/rows.h"
+
+namespace {
+
+// The other member of every pair.
+inline Vf SwapPairs(Vf v) {
+#if PF_LANES == 16
+  const Vi other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+#elif PF_LANES == 8
+  const Vi other = {1, 0, 3, 2, 5, 4, 7, 6};
+#else
+  const Vi other = {1, 0, 3, 2};
+#endif
+  return __builtin_shuffle(v, other);
+}
+
+// cos and sin of one row spread over the pairs, the sine with the sign of the rotation: y = t·c + swap(t)·s.
+void SpreadAngles(const float* cos, const float* sin, int64_t half, float* c, float* s) {
+  for (int64_t i = 0; i < half; ++i) {
+    c[2 * i] = c[2 * i + 1] = cos[i];
+    s[2 * i] = -sin[i];
+    s[2 * i + 1] = sin[i];
+  }
+}
+
+int32_t Refuse(const PfArgs* a, const char* op, unsigned f32_inputs) {
+  for (int i = 0; i < a->n_in; ++i)
+    if (PfPresent(a->in[i]) && (!PfIsFloat(a->in[i]) || (f32_inputs >> i & 1 && a->in[i].dtype != PF_F32)))
+      return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
+  for (int i = 0; i < a->n_out; ++i)
+    if (PfPresent(a->out[i]) && (!PfIsFloat(a->out[i]) || (i == 1 && a->out[i].dtype != PF_F32)))
+      return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
+  return PF_OK;
+}
+
+constexpr int64_t kRowsPerChunk = 32;  // rows whose part of dw one task sums
+
+}  // namespace
+
+int32_t pf_cpu_rope(const PfArgs* a) {
+  const char* op = "rope";
+  RopeShape shape;
+  if (int32_t e = RopeCheck(a, &shape)) return e;
+  if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3)) return e;
+  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16), stride = 2 * (angles + RoundUp(row, 16));
+  const float* w;
+  float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
+  if (!buffers || !AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
+  const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]);
+  float* rstds = PfData<float>(a->out[1]);
+  const float eps = static_cast<float>(PfParams<RopeParams>(a).eps);
+#pragma omp parallel for schedule(static) if (shape.rows * row > kParallelWork)
+  for (int64_t n = 0; n < shape.rows; ++n) {
+    float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *x_buffer = s + angles;
+    if (cos) SpreadAngles(cos + n * (d / 2), sin + n * (d / 2), d / 2, c, s);
+    const float* x_row = ReadRow(a->in[0], n * row, row, x_buffer);
+    float* y_row = OpenRow(a->out[0], n * row, x_buffer + RoundUp(row, 16));
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      const float* x = x_row + h * d;
+      float* y = y_row + h * d;
+      float rstd = 1;
+      if (w) {
+        const float square = RowSum(d, [&](int64_t i, int64_t m) {
+          const Vf v = LoadN(x + i, m);
+          return v * v;
+        });
+        rstd = 1 / sqrtf(square / d + eps);
+        if (rstds) rstds[n * shape.heads + h] = rstd;
+      }
+      ForLanes(d, [&](int64_t i, int64_t m) {
+        Vf t = LoadN(x + i, m);
+        if (w) t = t * rstd * LoadN(w + i, m);
+        if (cos) t = t * LoadN(c + i, m) + SwapPairs(t) * LoadN(s + i, m);
+        StoreN(y + i, t, m);
+      });
+    }
+    CommitRow(a->out[0], n * row, row, y_row);
+  }
+  return PF_OK;
+}
+
+int32_t pf_cpu_rope_backward(const PfArgs* a) {
+  const char* op = "rope_backward";
+  RopeShape shape;
+  if (int32_t e = RopeBackwardCheck(a, &shape)) return e;
+  if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3 | 1u << 4)) return e;
+  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16), stride = 3 * (angles + RoundUp(row, 16));
+  const int64_t chunks = (shape.rows + kRowsPerChunk - 1) / kRowsPerChunk;
+  const float* w;
+  float* dw_out = PfData<float>(a->out[1]);
+  float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
+  float* partial = dw_out ? Scratch<float>(a, chunks * angles) : nullptr;
+  if (!buffers || (dw_out && !partial) || !AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
+  const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]), *rstds = PfData<float>(a->in[4]);
+#pragma omp parallel for schedule(static) if (shape.rows * row > kParallelWork)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *g = s + angles, *x_buffer = g + angles;
+    float* dw = dw_out ? partial + chunk * angles : nullptr;
+    if (dw) memset(dw, 0, angles * sizeof(float));
+    const int64_t end = (chunk + 1) * kRowsPerChunk < shape.rows ? (chunk + 1) * kRowsPerChunk : shape.rows;
+    for (int64_t n = chunk * kRowsPerChunk; n < end; ++n) {
+      if (cos) SpreadAngles(cos + n * (d / 2), sin + n * (d / 2), d / 2, c, s);
+      const float* x_row = w ? ReadRow(a->in[0], n * row, row, x_buffer) : nullptr;
+      const float* dy_row = ReadRow(a->in[5], n * row, row, x_buffer + RoundUp(row, 16));
+      float* dx_row = OpenRow(a->out[0], n * row, x_buffer + 2 * RoundUp(row, 16));
+      for (int64_t h = 0; h < shape.heads; ++h) {
+        const float *x = x_row + h * d, *dy = dy_row + h * d;
+        float* dx = dx_row + h * d;
+        // The transpose of the rotation turns back: the swapped term changes sign.
+        const auto unrotated = [&](int64_t i, int64_t m) {
+          const Vf v = LoadN(dy + i, m);
+          return cos ? v * LoadN(c + i, m) - SwapPairs(v) * LoadN(s + i, m) : v;
+        };
+        if (!w) {
+          ForLanes(d, [&](int64_t i, int64_t m) { StoreN(dx + i, unrotated(i, m), m); });
+          continue;
+        }
+        const float rstd = rstds[n * shape.heads + h];
+        const float dot = RowSum(d, [&](int64_t i, int64_t m) {
+                            const Vf dt = unrotated(i, m), normal = LoadN(x + i, m) * rstd;
+                            const Vf gradient = dt * LoadN(w + i, m);
+                            if (dw) StoreN(dw + i, LoadN(dw + i, m) + dt * normal, m);
+                            StoreN(g + i, gradient, m);
+                            return gradient * normal;
+                          }) /
+                          d;
+        ForLanes(d, [&](int64_t i, int64_t m) {
+          StoreN(dx + i, rstd * (LoadN(g + i, m) - LoadN(x + i, m) * rstd * dot), m);
+        });
+      }
+      CommitRow(a->out[0], n * row, row, dx_row);
+    }
+  }
+  if (!dw_out) return PF_OK;
+  const bool accumulate = PfParams<RopeBackwardParams>(a).accumulate != 0;
+  for (int64_t i = 0; i < d; ++i) {
+    double sum = accumulate ? dw_out[i] : 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * angles + i];
+    dw_out[i] = static_cast<float>(sum);
+  }
+  return PF_OK;
+}
