@@ -126,7 +126,7 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
   const mode = options.firstFrame ? 'i2v' : 't2v'
   const units = unitsForFrames(options.frames, { framesPerUnit: f, mode }).filter((u) => !u.given)
   const batch = text.mask.length
-  const channels = model.latentChannels
+  const channels = model.config.in_channels / 4
   const k = stages.count
   checkSizes(options, batch)
   const total = units.reduce((n, u) => n + sum(u.index === 0 || mode === 'i2v' ? options.steps : options.videoSteps), 0)

@@ -21,7 +21,7 @@ import {
   VOCABULARY,
 } from '../examples/shapes/world.ts'
 import { decodeVideo, encodeMp4, hasFfmpeg } from '../lib/io/video.ts'
-import { shuffle } from '../lib/train/shuffle.ts'
+import { shuffle } from '../lib/tensor/shuffle.ts'
 
 const attributes = ['colour', 'shape', 'motion', 'background'] as const
 const size = { width: SIZE, height: SIZE, count: FRAMES }

@@ -1,4 +1,4 @@
-import { uniformStream } from '../../lib/train/shuffle.ts'
+import { uniformStream } from '../../lib/tensor/shuffle.ts'
 
 export type Rgb = readonly [number, number, number]
 export type Colour = 'red' | 'yellow' | 'green' | 'cyan' | 'blue' | 'magenta'

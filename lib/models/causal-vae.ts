@@ -1,7 +1,8 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { readConfig, writePretrained } from '../io/pretrained.ts'
-import { openWeights } from '../io/safetensors.ts'
+import { tensorsToWrite } from '../nn/export.ts'
 import { Weights } from '../nn/weights.ts'
+import { cast } from '../ops/cast.ts'
 import { permute, slice } from '../ops/copy.ts'
 import { axpby, clamp, exp, mul, scale, square, sub } from '../ops/pointwise.ts'
 import { sum } from '../ops/reduce.ts'
@@ -86,13 +87,19 @@ export class CausalVideoVAE {
    * Loads a diffusers-style folder.
    * @throws ERR_CHECKPOINT naming the missing, extra or mis-shaped key.
    */
-  static fromPretrained(dir: string, options: VaeOptions = {}): CausalVideoVAE {
+  static async fromPretrained(dir: string, options: VaeOptions = {}): Promise<CausalVideoVAE> {
     const config = { ...CAUSAL_VAE_DEFAULTS, ...(readConfig(dir) as Partial<CausalVaeConfig>) }
     const dtype = options.dtype ?? 'f32'
-    const weights = Weights.open(openWeights(dir), { dtype, train: options.train ?? false, stripPrefix: 'vae.' })
-    const vae = new CausalVideoVAE(config, weights, dtype)
-    weights.assertAllUsed({ ignorePrefixes: ['loss.'] })
-    return vae
+    const weights = Weights.open(dir, { dtype, train: options.train ?? false, stripPrefix: 'vae.' })
+    try {
+      const vae = new CausalVideoVAE(config, weights, dtype)
+      weights.assertAllUsed({ ignorePrefixes: ['loss.'] })
+      await weights.checkFinite()
+      return vae
+    } catch (error) {
+      weights.dispose()
+      throw error
+    }
   }
 
   /** A new VAE, initialised as spec/vae.md §8 says. */
@@ -243,8 +250,8 @@ export class CausalVideoVAE {
   }
 
   /** Writes config.json and weights as a diffusers-style folder; files appear whole or not at all. */
-  async save(dir: string, options: { dtype?: 'f32' | 'bf16' } = {}): Promise<void> {
-    await writePretrained(dir, { _class_name: 'CausalVideoVAE', ...this.config }, this.parameters, options)
+  async save(dir: string, dtype?: 'f32' | 'bf16'): Promise<void> {
+    await writePretrained(dir, { _class_name: 'CausalVideoVAE', ...this.config }, tensorsToWrite(this.parameters, dtype))
   }
 
   dispose(): void {
@@ -259,7 +266,9 @@ export function samplePosterior(posterior: Posterior, noise: Tensor): Tensor {
 
 /** Mean over batch and channels of ½ Σ(mean² + e^logvar − 1 − logvar), shape [1] (spec/vae.md (8)). */
 export function klLoss(posterior: Posterior): Tensor {
-  const { mean, logvar } = posterior
+  // In f32: the terms nearly cancel.
+  const mean = cast(posterior.mean, 'f32')
+  const logvar = cast(posterior.logvar, 'f32')
   const [b, c] = mean.shape as [number, number]
   const terms = sub(axpby(square(mean), exp(logvar), 1, 1), logvar)
   return scale(sum(terms), 0.5 / (b * c), (-0.5 * mean.size) / (b * c))

@@ -18,7 +18,10 @@ export function tensorsToWrite(tensors: Iterable<[string, Tensor]>, dtype?: 'f32
   })
 }
 
-async function readAs(tensor: Tensor, dtype: 'f32' | 'bf16'): Promise<Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>> {
+async function readAs(
+  tensor: Tensor,
+  dtype: 'f32' | 'bf16',
+): Promise<Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>> {
   const target = dtype === 'bf16' ? new Uint16Array(tensor.size) : new Float32Array(tensor.size)
   if (tensor.dtype === dtype) {
     await engine.read(tensor.storage, tensor.byteOffset, target)

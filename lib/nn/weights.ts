@@ -1,9 +1,9 @@
 import { type DType, engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
-import type { SafetensorsDtype, TensorEntry } from '../io/safetensors.ts'
+import type { Safetensors, SafetensorsDtype, TensorEntry } from '../io/safetensors.ts'
 import { openWeights } from '../io/safetensors.ts'
 import { clamp } from '../ops/pointwise.ts'
-import { Generator } from '../tensor/generator.ts'
+import type { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
 import { sizeOf, Tensor } from '../tensor/tensor.ts'
 
@@ -19,8 +19,10 @@ export interface WeightsOptions {
   dtype?: ComputeType
   /** Parameters want gradients and may be written; without it they may lie in the mapped file. */
   train?: boolean
-  /** Key prefixes to drop when every key of the file is under them, e.g. `dit.`; the first that fits counts. */
-  stripPrefixes?: readonly string[]
+  /** Whether linear layers also keep a copy packed for the matrix kernels. Default: unless training. */
+  pack?: boolean
+  /** Prefix in training checkpoints, e.g. `dit.`: if any key has it, only those are meant, without it. */
+  stripPrefix?: string
 }
 
 /** Settings of one tensor. */
@@ -31,7 +33,12 @@ export interface GetOptions {
   buffer?: boolean
 }
 
-const FILE_TYPES: Partial<Record<SafetensorsDtype, DType>> = { F32: 'f32', BF16: 'bf16', F16: 'f16', F64: 'f64' }
+const FILE_TYPES: Partial<Record<SafetensorsDtype, DType>> = {
+  F32: 'f32',
+  BF16: 'bf16',
+  F16: 'f16',
+  F64: 'f64',
+}
 
 // Everything that the views made by sub() share.
 interface Shared {
@@ -40,6 +47,7 @@ interface Shared {
   readonly generator: Generator | null
   readonly dtype: ComputeType
   readonly train: boolean
+  readonly pack: boolean
   readonly files: Map<string, number>
   readonly parameters: Map<string, Tensor>
   readonly buffers: Map<string, Tensor>
@@ -59,42 +67,36 @@ export class Weights {
   }
 
   /**
-   * Parameters from a safetensors file, an index of shards, or a model folder.
+   * Parameters from opened weights, or from a safetensors file, an index of shards, or a model folder.
    *
    * @throws ERR_IO or ERR_CHECKPOINT as `openWeights` does.
    */
-  static open(fileOrFolder: string, options: WeightsOptions = {}): Weights {
-    const { path, entries } = openWeights(fileOrFolder)
-    return new Weights(
-      {
-        label: path,
-        entries: stripPrefix(entries, options.stripPrefixes ?? []),
-        generator: null,
-        dtype: options.dtype ?? 'f32',
-        train: options.train ?? false,
-        files: new Map(),
-        parameters: new Map(),
-        buffers: new Map(),
-      },
-      '',
-    )
+  static open(source: string | Safetensors, options: WeightsOptions = {}): Weights {
+    const { path, entries } = typeof source === 'string' ? openWeights(source) : source
+    return Weights.#from(path, stripPrefix(entries, options.stripPrefix), null, options)
   }
 
   /** Parameters that are initialised; each draws from a stream named by its key, so their order is free. */
-  static init(options: WeightsOptions & { seed: number | bigint }): Weights {
-    return new Weights(
-      {
-        label: 'initialisation',
-        entries: null,
-        generator: new Generator(options.seed),
-        dtype: options.dtype ?? 'f32',
-        train: options.train ?? false,
-        files: new Map(),
-        parameters: new Map(),
-        buffers: new Map(),
-      },
-      '',
-    )
+  static init(generator: Generator, options: WeightsOptions = {}): Weights {
+    return Weights.#from('initialisation', null, generator, options)
+  }
+
+  static #from(
+    label: string,
+    entries: ReadonlyMap<string, TensorEntry> | null,
+    generator: Generator | null,
+    options: WeightsOptions,
+  ): Weights {
+    const { dtype = 'f32', train = false, pack = !train } = options
+    if (dtype !== 'f32' && dtype !== 'bf16') {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'dtype',
+        expected: 'f32 or bf16',
+        received: String(dtype),
+      })
+    }
+    const empty = { files: new Map(), parameters: new Map(), buffers: new Map() }
+    return new Weights({ label, entries, generator, dtype, train, pack, ...empty }, '')
   }
 
   /** Every parameter and buffer that was asked for so far, by its full published key. */
@@ -113,6 +115,10 @@ export class Weights {
 
   get train(): boolean {
     return this.#shared.train
+  }
+
+  get pack(): boolean {
+    return this.#shared.pack
   }
 
   /** The same weights seen from below `name`. */
@@ -148,7 +154,7 @@ export class Weights {
     const { entries, label, files } = this.#shared
     const entry = entries?.get(key)
     if (!entry) {
-      const near = nearestKey(key, (entries as ReadonlyMap<string, TensorEntry>).keys())
+      const near = nearestName(key, (entries as ReadonlyMap<string, TensorEntry>).keys())
       throw new PyraflowError('ERR_CHECKPOINT', {
         what: `${label}: missing '${key}'`,
         expected: `a tensor [${shape.join(', ')}]`,
@@ -205,7 +211,7 @@ export class Weights {
    *
    * @throws ERR_CHECKPOINT when the file has keys that the model did not ask for, except under `ignorePrefixes`.
    */
-  finish(options: { ignorePrefixes?: readonly string[] } = {}): void {
+  assertAllUsed(options: { ignorePrefixes?: readonly string[] } = {}): void {
     this.close()
     const { entries, parameters, label } = this.#shared
     if (!entries) return
@@ -265,10 +271,9 @@ export class Weights {
 
 function stripPrefix(
   entries: ReadonlyMap<string, TensorEntry>,
-  prefixes: readonly string[],
+  prefix: string | undefined,
 ): ReadonlyMap<string, TensorEntry> {
-  const prefix = prefixes.find((p) => [...entries.keys()].some((key) => key.startsWith(p)))
-  if (prefix === undefined) return entries
+  if (prefix === undefined || ![...entries.keys()].some((key) => key.startsWith(prefix))) return entries
   // Training checkpoints keep several models side by side; only the one named by the prefix is meant.
   return new Map(
     [...entries]
@@ -277,21 +282,28 @@ function stripPrefix(
   )
 }
 
-/** The key with the most words in common with `key`, compared from the end, where names differ least. */
-export function nearestKey(key: string, keys: Iterable<string>): string | undefined {
-  const words = key.split('.')
+/** The candidate with the smallest edit distance to `name`. */
+export function nearestName(name: string, candidates: Iterable<string>): string | undefined {
   let best: string | undefined
-  let bestScore = -1
-  for (const other of keys) {
-    const theirs = other.split('.')
-    let score = 0
-    for (const word of words) if (theirs.includes(word)) score += 2
-    while (theirs.length > 0 && words.at(-1 - (words.length - theirs.length)) === theirs.at(-1)) theirs.pop()
-    score -= Math.abs(words.length - other.split('.').length)
-    if (score > bestScore) {
-      best = other
-      bestScore = score
-    }
+  let least = Number.POSITIVE_INFINITY
+  for (const candidate of candidates) {
+    const distance = editDistance(name, candidate)
+    if (distance >= least) continue
+    best = candidate
+    least = distance
   }
   return best
+}
+
+function editDistance(a: string, b: string): number {
+  let previous = Array.from({ length: b.length + 1 }, (_, j) => j)
+  for (let i = 1; i <= a.length; i++) {
+    const row = [i]
+    for (let j = 1; j <= b.length; j++) {
+      const replace = previous[j - 1] + (a[i - 1] === b[j - 1] ? 0 : 1)
+      row.push(Math.min(replace, previous[j] + 1, row[j - 1] + 1))
+    }
+    previous = row
+  }
+  return previous[b.length]
 }

@@ -1,4 +1,4 @@
-import type { Operand } from '../engine/engine.ts'
+import { engine, type Operand } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { gradBuffer } from '../tensor/tape.ts'
 import { sizeOf, Tensor } from '../tensor/tensor.ts'
@@ -82,4 +82,12 @@ export function weightGrad(t: Tensor): WeightGrad {
   if (own) return { buffer: own, accumulate: 1, result: () => null }
   const buffer = Tensor.empty(t.shape, 'f32')
   return { buffer, accumulate: 0, result: () => cast(buffer, t.dtype) }
+}
+
+/** The one accumulate flag of a kernel that writes two gradients; a fresh buffer beside a leaf's starts from zero. */
+export function sharedFlag(a: WeightGrad | null, b: WeightGrad | null): 0 | 1 {
+  const both = [a, b].filter((to) => to !== null)
+  if (!both.some((to) => to.accumulate)) return 0
+  for (const to of both) if (!to.accumulate) engine.run('fill', [], [to.buffer], [0])
+  return 1
 }

@@ -77,7 +77,9 @@ export function chunk(x: Tensor, axis: number, n: number): Tensor[] {
   const ys = Array.from({ length: n }, (_, i) => cut(x, at, starts[i] as number, length(i)))
   // One node for all pieces, so that their gradients meet in one buffer.
   record([x], ys, (grads) => {
-    const dx = grads.every((g) => g !== null) ? Tensor.empty(x.shape, x.dtype) : Tensor.zeros(x.shape, x.dtype)
+    const dx = grads.every((g) => g !== null)
+      ? Tensor.empty(x.shape, x.dtype)
+      : Tensor.zeros(x.shape, x.dtype)
     grads.forEach((g, i) => {
       if (g) copyRegion(g, 0, dx, starts[i] as number, at, length(i))
     })
@@ -89,7 +91,12 @@ export function chunk(x: Tensor, axis: number, n: number): Tensor[] {
 /** The tensors one after the other along an axis; all other axes agree. The result has the first one's dtype. */
 export function concat(xs: readonly Tensor[], axis: number): Tensor {
   const first = xs[0]
-  if (!first) throw new PyraflowError('ERR_OPTION', { what: 'concat', expected: 'one tensor or more', received: 'none' })
+  if (!first)
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'concat',
+      expected: 'one tensor or more',
+      received: 'none',
+    })
   const at = resolveAxis('concat', first, axis)
   const others = first.shape.map((d, i) => (i === at ? null : d))
   for (const x of xs) expectShape('concat', `tensors that agree but for axis ${at}`, x, others)
@@ -129,7 +136,12 @@ function permuted(x: Tensor, order: readonly number[]): Tensor {
 /** Axis j of the result is axis `order[j]` of `x`. */
 export function permute(x: Tensor, order: readonly number[]): Tensor {
   const valid = order.length === x.rank && x.shape.every((_, i) => order.includes(i))
-  expectThat(valid, 'permute', `a tensor of as many axes as the order (${order.join(', ')}), each named once`, x)
+  expectThat(
+    valid,
+    'permute',
+    `a tensor of as many axes as the order (${order.join(', ')}), each named once`,
+    x,
+  )
   const y = permuted(x, order)
   record([x], [y], ([g]) => [
     permuted(

@@ -94,8 +94,7 @@ function binary(kind: keyof typeof BINARY, a: Tensor, b: Tensor): Tensor {
     let da: Tensor | null = null
     let db: Tensor | null = null
     if (forA) {
-      if (kind === 'mul' || kind === 'div') da = apply(kind, g, b)
-      else da = g.dtype === a.dtype ? g : apply('add', g, Tensor.zeros([1], a.dtype), a.dtype)
+      da = kind === 'mul' || kind === 'div' ? apply(kind, g, b, a.dtype) : g
     }
     if (forB) {
       // d(a/b)/db = −(a/b)/b. Products are kept in f32, because they are summed next.
@@ -177,14 +176,14 @@ export function gatedAdd(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor): Tens
   engine.run('gated_add', [x, y, gate, rows], [out], [])
   if (!needsGrad(x) && !needsGrad(y) && !needsGrad(gate)) return out
   const forX = needsGrad(x)
-  const inner = needsGrad(y) || needsGrad(gate)
-  record([x, y, gate], [out], ([g]) => {
-    const dx = forX ? g as Tensor : null
-    if (!inner) return [dx, null, null]
-    const dy = Tensor.empty(y.shape, y.dtype)
-    const dgate = Tensor.empty(gate.shape, gate.dtype)
-    engine.run('gated_add_backward', [g as Tensor, y, gate, rows], [dy, dgate], [])
-    return [dx, dy, dgate]
+  const forY = needsGrad(y)
+  const forGate = needsGrad(gate)
+  record([x, y, gate], [out], ([grad]) => {
+    const g = grad as Tensor
+    const dy = forY ? Tensor.empty(y.shape, y.dtype) : null
+    const dgate = forGate ? Tensor.empty(gate.shape, gate.dtype) : null
+    if (dy || dgate) engine.run('gated_add_backward', [g, y, gate, rows], [dy, dgate], [])
+    return [forX ? g : null, dy, dgate]
   })
   return out
 }

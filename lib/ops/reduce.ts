@@ -55,7 +55,8 @@ function total(op: string, x: Tensor, axis: number | undefined, mean: boolean): 
   expectFloats(op, x)
   const at = axis === undefined ? 0 : resolveAxis(op, x, axis)
   const [outer, count, inner] = axis === undefined ? [1, x.size, 1] : around(x.shape, at)
-  const y = Tensor.empty(axis === undefined ? [1] : x.shape.filter((_, i) => i !== at), x.dtype)
+  const rest = axis === undefined ? [] : x.shape.filter((_, i) => i !== at)
+  const y = Tensor.empty(rest.length ? rest : [1], x.dtype)
   const factor = mean ? 1 / count : 1
   engine.run(
     'sum',
@@ -67,18 +68,23 @@ function total(op: string, x: Tensor, axis: number | undefined, mean: boolean): 
     const ones = Tensor.full(x.shape, factor, 'f32')
     const dx = Tensor.empty(x.shape, x.dtype)
     const full = [outer, count, inner]
-    engine.run('binary', [shaped(ones, full), shaped(g as Tensor, [outer, 1, inner])], [shaped(dx, full)], [2])
+    engine.run(
+      'binary',
+      [shaped(ones, full), shaped(g as Tensor, [outer, 1, inner])],
+      [shaped(dx, full)],
+      [2],
+    )
     return [dx]
   })
   return y
 }
 
-/** Sum over all elements as [1], or over one axis, which is removed. Accumulates in f32. */
+/** Sum over all elements as [1], or over one axis, which is removed (the last one left stays as [1]). Accumulates in f32. */
 export function sum(x: Tensor, axis?: number): Tensor {
   return total('sum', x, axis, false)
 }
 
-/** Mean over all elements as [1], or over one axis, which is removed. */
+/** Mean over all elements or over one axis, as {@link sum}. */
 export function mean(x: Tensor, axis?: number): Tensor {
   return total('mean', x, axis, true)
 }

@@ -25,7 +25,11 @@ export function needsGrad(tensor: Tensor | null | undefined): boolean {
  * Notes how to differentiate an op. The tensors that `backward` closes over must stay alive until then: call
  * forward and backward inside one scope.
  */
-export function record(inputs: readonly (Tensor | null)[], outputs: readonly Tensor[], backward: Backward): void {
+export function record(
+  inputs: readonly (Tensor | null)[],
+  outputs: readonly Tensor[],
+  backward: Backward,
+): void {
   if (!inputs.some(needsGrad)) return
   for (const output of outputs) tracked.add(output)
   nodes.push({ inputs, outputs, backward })
@@ -64,26 +68,44 @@ export function gradBuffer(tensor: Tensor): Tensor | undefined {
 }
 
 function runNodes(list: Node[], grads: Map<Tensor, Tensor>): void {
+  // How many entries of `grads` hold each gradient that was made here: the last one to be used up frees it. The
+  // gradients that the caller gave stay the caller's.
+  const given = new Set(grads.values())
+  const uses = new Map<Tensor, number>()
+  const use = (grad: Tensor, step: 1 | -1): void => {
+    if (given.has(grad)) return
+    const count = (uses.get(grad) ?? 0) + step
+    uses.set(grad, count)
+    if (count === 0) grad.dispose()
+  }
   for (let i = list.length - 1; i >= 0; i--) {
     const node = list[i] as Node
     const outputGrads = node.outputs.map((output) => grads.get(output) ?? null)
     if (outputGrads.every((g) => g === null)) continue
     for (const output of node.outputs) grads.delete(output)
-    const inputGrads = node.backward(outputGrads)
+    const inputGrads = scope(() => node.backward(outputGrads))
+    for (const grad of inputGrads) if (grad) use(grad, 1)
     node.inputs.forEach((input, k) => {
       const grad = inputGrads[k]
-      if (!input || !grad) return
-      if (input.requiresGrad) addInto(gradBuffer(input) as Tensor, grad)
-      else if (tracked.has(input)) {
+      if (!grad) return
+      if (input?.requiresGrad) addInto(gradBuffer(input) as Tensor, grad)
+      else if (input && tracked.has(input)) {
         const before = grads.get(input)
         if (before) {
           // A fresh sum: `before` may be shared with another branch.
           const sum = Tensor.empty(before.shape, before.dtype)
           engine.run('axpby', [before, grad], [sum], [1, 1, 0])
           grads.set(input, sum)
-        } else grads.set(input, grad)
+          use(sum, 1)
+          use(before, -1)
+        } else {
+          grads.set(input, grad)
+          return
+        }
       }
+      use(grad, -1)
     })
+    for (const grad of outputGrads) if (grad) use(grad, -1)
   }
 }
 
@@ -102,21 +124,14 @@ export function backward(root: Tensor, seed?: Tensor): void {
   }
   const list = nodes
   nodes = []
-  noGradKeepingTracked(() => {
-    const grads = new Map<Tensor, Tensor>([[root, seed ?? Tensor.full(root.shape, 1, root.dtype)]])
-    runNodes(list, grads)
-  })
-  tracked = new WeakSet()
-}
-
-// During backward nothing is recorded, but `tracked` must still answer which inputs lead to leaves.
-function noGradKeepingTracked(fn: () => void): void {
   const before = recording
+  // Nothing is recorded now, but `tracked` must still answer which inputs lead to leaves.
   recording = false
   try {
-    fn()
+    scope(() => runNodes(list, new Map([[root, seed ?? Tensor.full(root.shape, 1, root.dtype)]])))
   } finally {
     recording = before
+    tracked = new WeakSet()
   }
 }
 
@@ -137,25 +152,27 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor[], inputs: Tensor
         nodes = []
         tracked = new WeakSet()
         recording = true
-        const copies = inputs.map((t) => t.view(t.shape))
-        inputs.forEach((t, i) => {
-          const copy = copies[i] as Tensor
-          if (t.requiresGrad || outer.tracked.has(t)) tracked.add(copy)
-        })
-        const again = fn(...copies)
-        const list = nodes
-        const found = new Map<Tensor, Tensor>()
-        again.forEach((t, i) => {
-          const g = grads[i]
-          if (g) found.set(t, g)
-        })
-        recording = false
-        runNodes(list, found)
-        const result = copies.map((copy) => found.get(copy) ?? null)
-        nodes = outer.nodes
-        tracked = outer.tracked
-        recording = outer.recording
-        return result
+        try {
+          const copies = inputs.map((t) => t.view(t.shape))
+          inputs.forEach((t, i) => {
+            const copy = copies[i] as Tensor
+            if (t.requiresGrad || outer.tracked.has(t)) tracked.add(copy)
+          })
+          const again = fn(...copies)
+          const list = nodes
+          const found = new Map<Tensor, Tensor>()
+          again.forEach((t, i) => {
+            const g = grads[i]
+            if (g) found.set(t, g)
+          })
+          recording = false
+          runNodes(list, found)
+          return copies.map((copy) => found.get(copy) ?? null)
+        } finally {
+          nodes = outer.nodes
+          tracked = outer.tracked
+          recording = outer.recording
+        }
       }),
   })
   return outputs

@@ -35,7 +35,10 @@ export class Tensor implements Operand {
   readonly dtype: DType
   /** Number of elements. */
   readonly size: number
-  readonly byteOffset: number
+  /** Where the values begin in the storage. */
+  get byteOffset(): number {
+    return this.#byteOffset
+  }
   /** Whether backward() should compute a gradient for this tensor. Leaves only; results inherit it by the tape. */
   requiresGrad = false
   /** f32 gradient of a leaf; an optimizer may install its own buffer here, backward() adds to it. */
@@ -43,10 +46,11 @@ export class Tensor implements Operand {
   /** Packed form of a weight for `linear`, when inference made one. */
   packed: Tensor | null = null
   #storage: Storage | null
+  #byteOffset: number
 
   private constructor(storage: Storage, byteOffset: number, shape: readonly number[], dtype: DType) {
     this.#storage = storage
-    this.byteOffset = byteOffset
+    this.#byteOffset = byteOffset
     this.shape = shape
     this.dtype = dtype
     this.size = sizeOf(shape)
@@ -138,6 +142,29 @@ export class Tensor implements Operand {
     return new Tensor(storage, this.byteOffset + offset * DTYPES[this.dtype].bytes, [...shape], this.dtype)
   }
 
+  /**
+   * Moves this tensor into `target` from element `offset` on, values included: how an optimizer lays a model's
+   * parameters out side by side while the model keeps its tensors.
+   */
+  rebase(target: Tensor, offset: number): void {
+    if (target.dtype !== this.dtype || offset < 0 || offset + this.size > target.size) {
+      throw new PyraflowError('ERR_SHAPE', {
+        what: 'rebase',
+        expected: `${this.size} ${this.dtype} elements at ${offset} of [${target.shape}] ${target.dtype}`,
+      })
+    }
+    const place = target.view(this.shape, offset)
+    if (this.size > 0) engine.run('cast', [this], [place], [])
+    void target.storage
+    const storage = (target.#storage as Storage).retain()
+    place.dispose()
+    forgotten.unregister(this)
+    ;(this.#storage as Storage).release()
+    this.#storage = storage
+    this.#byteOffset = target.byteOffset + offset * DTYPES[this.dtype].bytes
+    forgotten.register(this, storage, this)
+  }
+
   /** Overwrites the values with host numbers of the same dtype and size. */
   write(data: HostArray): void {
     if (data.byteLength !== this.bytes) {
@@ -182,7 +209,11 @@ export class Tensor implements Operand {
   /** The value of a one-element tensor. */
   async item(): Promise<number> {
     if (this.size !== 1) {
-      throw new PyraflowError('ERR_SHAPE', { what: 'item', expected: 'one element', received: `[${this.shape}]` })
+      throw new PyraflowError('ERR_SHAPE', {
+        what: 'item',
+        expected: 'one element',
+        received: `[${this.shape}]`,
+      })
     }
     return (await this.read())[0] as number
   }

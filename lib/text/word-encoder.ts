@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 import { writeFileAtomically } from '../io/atomic.ts'
 import { readConfig } from '../io/pretrained.ts'
-import { uniformAt } from '../train/shuffle.ts'
+import { uniformAt } from '../tensor/shuffle.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import type { TextEncoder } from './encoder.ts'
 import type { TextFeatures } from '../sample.ts'
@@ -26,6 +26,7 @@ const END = '</s>'
 export class WordEncoder implements TextEncoder {
   readonly config: WordEncoderConfig
   readonly #index: Map<string, number>
+  readonly #vectors = new Map<number, Float64Array>()
 
   constructor(config: WordEncoderConfig) {
     this.config = config
@@ -71,12 +72,16 @@ export class WordEncoder implements TextEncoder {
   }
 
   #word(id: number): Float64Array {
+    const known = this.#vectors.get(id)
+    if (known) return known
     // Sums of twelve uniforms are normal enough here and the same on every platform.
-    return Float64Array.from({ length: this.config.dim }, (_, j) => {
+    const vector = Float64Array.from({ length: this.config.dim }, (_, j) => {
       let v = -6
       for (let i = 0; i < 12; i++) v += uniformAt(this.config.seed, (id * this.config.dim + j) * 12 + i)
       return v
     })
+    this.#vectors.set(id, vector)
+    return vector
   }
 
   encode(prompts: readonly string[]): TextFeatures {

@@ -4,9 +4,9 @@ import { PyraflowError } from '../engine/errors.ts'
 import { ioError } from '../io/atomic.ts'
 import type { VideoBackend } from '../io/video.ts'
 import { videoBackend } from '../io/webcodecs.ts'
-import { shuffle } from './shuffle.ts'
+import { shuffle } from '../tensor/shuffle.ts'
 
-export { shuffle } from './shuffle.ts'
+export { shuffle } from '../tensor/shuffle.ts'
 
 export interface DatasetOptions {
   width: number
@@ -15,6 +15,8 @@ export interface DatasetOptions {
   frames: number
   /** Resample clips to this rate (frames per second); default: as they are. */
   fps?: number
+  /** Keep decoded clips in memory up to this many bytes; default 0. */
+  cacheBytes?: number
   /** Default: the ffmpeg program, else the optional npm decoder. */
   backend?: VideoBackend
 }
@@ -80,6 +82,7 @@ export class Dataset {
   readonly options: Readonly<DatasetOptions>
   readonly #items: readonly DatasetItem[]
   readonly #backend: VideoBackend
+  readonly #decoded = new Map<number, Uint8Array>()
 
   constructor(items: readonly DatasetItem[], options: DatasetOptions & { backend: VideoBackend }) {
     this.#items = items
@@ -109,6 +112,15 @@ export class Dataset {
    * @throws PyraflowError `ERR_IO` naming the clip if it is unreadable, `ERR_ABORTED` after `signal`
    */
   async load(i: number, signal?: AbortSignal): Promise<Uint8Array> {
+    const known = this.#decoded.get(i)
+    if (known) return known
+    const frames = await this.#decode(i, signal)
+    const budget = this.options.cacheBytes ?? 0
+    if ((this.#decoded.size + 1) * frames.length <= budget) this.#decoded.set(i, frames)
+    return frames
+  }
+
+  async #decode(i: number, signal?: AbortSignal): Promise<Uint8Array> {
     const { width, height, frames: wanted, fps } = this.options
     const { video } = this.item(i)
     const clip = await this.#backend.decode(video, {

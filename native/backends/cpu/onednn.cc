@@ -37,16 +37,17 @@ struct OnednnKernel {
   int64_t key[kKeyLength];
   uint64_t hash, used;
   int references;
-  bool fast;
+  OnednnRank rank;
   dnnl_primitive_t primitive;
-  dnnl_memory_desc_t a, b, c, bias, plain;  // gemm: a b -> c; convolution: x w -> y, plain = w in checkpoint order
+  dnnl_memory_desc_t a, b, c, bias,
+      plain;  // gemm: a b -> c; convolution: x w -> y, plain = w in checkpoint order
   size_t scratch;
 };
 
 namespace {
 
-// The cache, the engine and the stream are this library's only state. The primitives they hold are pure functions,
-// so what is cached never changes a result; the mutex is for several engines in one process.
+// The cache, the engine and the stream are this library's only state. The primitives they hold are pure
+// functions, so what is cached never changes a result; the mutex is for several engines in one process.
 std::mutex g_mutex;
 dnnl_engine_t g_engine;
 dnnl_stream_t g_stream;
@@ -79,7 +80,8 @@ uint64_t Hash(const int64_t* key) {
   return h;
 }
 
-// Looks up key or builds it with create(kernel) -> dnnl_status_t. The least recently used idle entry makes room.
+// Looks up key or builds it with create(kernel) -> dnnl_status_t. The least recently used idle entry makes
+// room.
 template <class Create>
 OnednnKernel* Cached(const int64_t* key, char* error, const char* what, Create create) {
   const std::lock_guard<std::mutex> lock(g_mutex);
@@ -89,12 +91,13 @@ OnednnKernel* Cached(const int64_t* key, char* error, const char* what, Create c
     OnednnKernel* entry = g_cache[i];
     if (entry && entry->hash == hash && !memcmp(entry->key, key, sizeof(entry->key))) {
       entry->used = ++g_clock;
-      ++entry->references;
+      __atomic_fetch_add(&entry->references, 1, __ATOMIC_RELAXED);
       return entry;
     }
     if (!entry) {
       if (slot < 0 || g_cache[slot]) slot = i;
-    } else if (entry->references == 0 && (slot < 0 || (g_cache[slot] && entry->used < g_cache[slot]->used))) {
+    } else if (__atomic_load_n(&entry->references, __ATOMIC_ACQUIRE) == 0 &&
+               (slot < 0 || (g_cache[slot] && entry->used < g_cache[slot]->used))) {
       slot = i;
     }
   }
@@ -125,7 +128,8 @@ dnnl_memory_desc_t Query(const_dnnl_primitive_desc_t pd, dnnl_query_t what, int 
   return md ? *md : dnnl_memory_desc_t{};
 }
 
-// Finishes a kernel from its descriptor: the best implementation that is not the plain reference, if there is one.
+// Finishes a kernel from its descriptor: the best implementation that is not the plain reference, if there is
+// one.
 dnnl_status_t Build(OnednnKernel* kernel, const_dnnl_op_desc_t desc, dnnl_primitive_desc_t hint,
                     dnnl_primitive_desc_t* kept) {
   dnnl_primitive_attr_t attr;
@@ -138,7 +142,7 @@ dnnl_status_t Build(OnednnKernel* kernel, const_dnnl_op_desc_t desc, dnnl_primit
   if (status != dnnl_success) return status;
   const char* name = "";
   dnnl_primitive_desc_query(pd, dnnl_query_impl_info_str, 0, &name);
-  kernel->fast = strncmp(name, "ref", 3) != 0;
+  kernel->rank = !strncmp(name, "ref", 3) ? kRankReference : strstr(name, "gemm") ? kRankGemm : kRankDirect;
   kernel->scratch = dnnl_memory_desc_get_size(dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0));
   status = dnnl_primitive_create(&kernel->primitive, pd);
   if (status != dnnl_success)
@@ -181,11 +185,12 @@ class Arguments {
   dnnl_status_t status_ = dnnl_success;
 };
 
-int32_t Reorder(const dnnl_memory_desc_t& from_md, const void* from, const dnnl_memory_desc_t& to_md, void* to,
-                char* error) {
+int32_t Reorder(const dnnl_memory_desc_t& from_md, const void* from, const dnnl_memory_desc_t& to_md,
+                void* to, char* error) {
   const OneThread one;
   dnnl_primitive_desc_t pd;
-  dnnl_status_t status = dnnl_reorder_primitive_desc_create(&pd, &from_md, g_engine, &to_md, g_engine, nullptr);
+  dnnl_status_t status =
+      dnnl_reorder_primitive_desc_create(&pd, &from_md, g_engine, &to_md, g_engine, nullptr);
   if (status != dnnl_success) return Report(error, "reorder a weight", status);
   dnnl_primitive_t primitive;
   status = dnnl_primitive_create(&primitive, pd);
@@ -220,7 +225,7 @@ const OnednnKernel* PackLayout(int64_t n, int64_t k, int64_t dtype, char* error)
     dnnl_primitive_desc_t pd;
     status = Build(kernel, &desc, nullptr, &pd);
     if (status != dnnl_success) return status;
-    kernel->b = kernel->fast ? Query(pd, dnnl_query_weights_md) : Matrix(k, n, dtype, n, 1);
+    kernel->b = kernel->rank != kRankReference ? Query(pd, dnnl_query_weights_md) : Matrix(k, n, dtype, n, 1);
     dnnl_primitive_desc_destroy(pd);
     return dnnl_success;
   });
@@ -268,7 +273,8 @@ int32_t OnednnInit(const char* level, char*) {
   if (!strcmp(level, "cpu_base")) isa = dnnl_cpu_isa_sse41;
   if (!strcmp(level, "cpu_avx2")) isa = dnnl_cpu_isa_avx2;
   if (!strcmp(level, "cpu_avx512")) isa = dnnl_cpu_isa_avx512_core_bf16;
-  // Refused when another level of this process came first: then oneDNN stays at that level, which is only slower.
+  // Refused when another level of this process came first: then oneDNN stays at that level, which is only
+  // slower.
   dnnl_set_max_cpu_isa(isa);
   return PF_OK;
 }
@@ -284,15 +290,15 @@ bool OnednnHasBf16() {
 
 void OnednnRelease(OnednnKernel* kernel) {
   if (!kernel) return;
-  // Relaxed on purpose: only Cached() reads it, under the mutex, and a late decrement merely delays eviction.
+  // Without the mutex: a decrement that Cached() misses merely delays an eviction.
   __atomic_fetch_sub(&kernel->references, 1, __ATOMIC_RELEASE);
 }
 size_t OnednnScratchBytes(const OnednnKernel* kernel) { return kernel->scratch; }
-bool OnednnIsFast(const OnednnKernel* kernel) { return kernel->fast; }
+OnednnRank OnednnGetRank(const OnednnKernel* kernel) { return kernel->rank; }
 
 OnednnKernel* OnednnGetGemm(const OnednnGemm& g, char* error) {
-  const int64_t key[kKeyLength] = {kKeyGemm,   g.m,     g.n,        g.k,     g.a_row, g.a_column,
-                                   g.b_row, g.b_column, g.c_row, g.dtype, g.packed};
+  const int64_t key[kKeyLength] = {kKeyGemm, g.m,        g.n,     g.k,     g.a_row, g.a_column,
+                                   g.b_row,  g.b_column, g.c_row, g.dtype, g.packed};
   const OnednnKernel* layout = g.packed ? PackLayout(g.n, g.k, g.dtype, error) : nullptr;
   if (g.packed && !layout) return nullptr;
   const dnnl_memory_desc_t packed = layout ? layout->b : dnnl_memory_desc_t{};
@@ -355,10 +361,12 @@ int32_t OnednnOpenPacked(const void* blob, size_t bytes, OnednnPacked* packed, c
       !MakeHeader(header.n, header.k, header.dtype, &expected, &total, error) || total > bytes ||
       header.tile_bytes != expected.tile_bytes || !dnnl_memory_desc_equal(&header.full, &expected.full) ||
       !dnnl_memory_desc_equal(&header.tail, &expected.tail)) {
-    snprintf(error, 256, "matmul_packed: the packed weight was not made by matmul_pack on this machine and level");
+    snprintf(error, 256,
+             "matmul_packed: the packed weight was not made by matmul_pack on this machine and level");
     return PF_ERR_OPTION;
   }
-  *packed = {header.n, header.k, header.dtype, static_cast<const char*>(blob) + kPackHeader, header.tile_bytes};
+  *packed = {header.n, header.k, header.dtype, static_cast<const char*>(blob) + kPackHeader,
+             header.tile_bytes};
   return PF_OK;
 }
 
@@ -370,8 +378,9 @@ int32_t OnednnUnpack(const OnednnPacked& packed, void* w, char* error) {
     const int64_t count = n - n0 < kOnednnPackColumns ? n - n0 : kOnednnPackColumns;
     dnnl_memory_desc_t md;
     memcpy(&md, count == kOnednnPackColumns ? &header->full : &header->tail, sizeof(md));
-    const int32_t status = Reorder(md, from, Matrix(k, count, packed.dtype, 1, k),
-                                   static_cast<char*>(w) + n0 * k * PfSize(static_cast<int32_t>(packed.dtype)), error);
+    const int32_t status =
+        Reorder(md, from, Matrix(k, count, packed.dtype, 1, k),
+                static_cast<char*>(w) + n0 * k * PfSize(static_cast<int32_t>(packed.dtype)), error);
     if (status != PF_OK) return status;
   }
   return PF_OK;
@@ -403,26 +412,27 @@ OnednnKernel* OnednnGetConv(const OnednnConv& v, char* error) {
     dnnl_primitive_desc_t hint = nullptr, pd;
     dnnl_status_t status;
     if (v.kind != kConvForward) {
-      // Both backward descriptors ask for the forward one as a hint; only its layouts matter, so f32 weights of a
-      // bf16 problem are described as bf16 there.
+      // Both backward descriptors ask for the forward one as a hint; only its layouts matter, so f32 weights
+      // of a bf16 problem are described as bf16 there.
       dnnl_memory_desc_t hint_w, hint_x, hint_y;
       dnnl_memory_desc_init_by_tag(&hint_w, 5, w_dims, type, dnnl_format_tag_any);
       dnnl_memory_desc_init_by_tag(&hint_x, 5, x_dims, type, dnnl_ndhwc);
       dnnl_memory_desc_init_by_tag(&hint_y, 5, y_dims, type, dnnl_ndhwc);
-      status = dnnl_convolution_forward_desc_init(&desc, dnnl_forward_training, dnnl_convolution_direct, &hint_x, &hint_w,
-                                                  nullptr, &hint_y, strides, left, right);
+      status = dnnl_convolution_forward_desc_init(&desc, dnnl_forward_training, dnnl_convolution_direct,
+                                                  &hint_x, &hint_w, nullptr, &hint_y, strides, left, right);
       if (status != dnnl_success) return status;
       status = dnnl_primitive_desc_create(&hint, &desc, nullptr, g_engine, nullptr);
       if (status != dnnl_success) return status;
     }
     if (data)
-      status = dnnl_convolution_backward_data_desc_init(&desc, dnnl_convolution_direct, &x, &w, &y, strides, left, right);
+      status = dnnl_convolution_backward_data_desc_init(&desc, dnnl_convolution_direct, &x, &w, &y, strides,
+                                                        left, right);
     else if (weights)
-      status = dnnl_convolution_backward_weights_desc_init(&desc, dnnl_convolution_direct, &x, &w,
-                                                           v.bias ? &bias : nullptr, &y, strides, left, right);
+      status = dnnl_convolution_backward_weights_desc_init(
+          &desc, dnnl_convolution_direct, &x, &w, v.bias ? &bias : nullptr, &y, strides, left, right);
     else
-      status = dnnl_convolution_forward_desc_init(&desc, dnnl_forward_training, dnnl_convolution_direct, &x, &w,
-                                                  v.bias ? &bias : nullptr, &y, strides, left, right);
+      status = dnnl_convolution_forward_desc_init(&desc, dnnl_forward_training, dnnl_convolution_direct, &x,
+                                                  &w, v.bias ? &bias : nullptr, &y, strides, left, right);
     if (status == dnnl_success) status = Build(kernel, &desc, hint, &pd);
     if (status == dnnl_success) {
       kernel->b = Query(pd, weights ? dnnl_query_diff_weights_md : dnnl_query_weights_md);
@@ -437,12 +447,14 @@ size_t OnednnConvWeightBytes(const OnednnKernel* kernel) { return dnnl_memory_de
 bool OnednnSameWeightLayout(const OnednnKernel* a, const OnednnKernel* b) {
   return dnnl_memory_desc_equal(&a->b, &b->b) != 0;
 }
-int32_t OnednnReorderConvWeight(const OnednnKernel* kernel, bool from_plain, const void* from, void* to, char* error) {
+int32_t OnednnReorderConvWeight(const OnednnKernel* kernel, bool from_plain, const void* from, void* to,
+                                char* error) {
   return from_plain ? Reorder(kernel->plain, from, kernel->b, to, error)
                     : Reorder(kernel->b, from, kernel->plain, to, error);
 }
 
-int32_t OnednnRunConv(const OnednnKernel* kernel, void* x, void* w, void* bias, void* y, void* scratch, char* error) {
+int32_t OnednnRunConv(const OnednnKernel* kernel, void* x, void* w, void* bias, void* y, void* scratch,
+                      char* error) {
   const int64_t kind = kernel->key[1];
   Arguments arguments;
   arguments.Add(kind == kConvBackwardData ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, kernel->a, x);

@@ -1,8 +1,9 @@
 // The door to oneDNN. Only onednn.cc includes its headers; everything here is plain data.
 //
-// Every kernel behind this door computes one tile on one thread: oneDNN splits work (and sums) by the number of
-// threads it sees, so its results for a whole problem may change with that number. The ops cut their problem into
-// tiles by shape alone and spread the tiles over threads themselves; then bits cannot depend on the thread count.
+// Every kernel behind this door computes one tile on one thread: oneDNN splits work (and sums) by the number
+// of threads it sees, so its results for a whole problem may change with that number. The ops cut their
+// problem into tiles by shape alone and spread the tiles over threads themselves; then bits cannot depend on
+// the thread count.
 #pragma once
 #include "core/op.h"
 
@@ -17,11 +18,13 @@ bool OnednnHasBf16();
 struct OnednnKernel;
 void OnednnRelease(OnednnKernel* kernel);
 size_t OnednnScratchBytes(const OnednnKernel* kernel);
-// False when oneDNN has only its plain reference loops for this problem.
-bool OnednnIsFast(const OnednnKernel* kernel);
+// What oneDNN offers for this problem: its plain reference loops, a product of gathered copies, or a direct
+// kernel.
+enum OnednnRank { kRankReference, kRankGemm, kRankDirect };
+OnednnRank OnednnGetRank(const OnednnKernel* kernel);
 
-// c[m, n] (f32) = a[m, k] b[k, n], element strides; a and b of one dtype (f32 or bf16). packed: b is a tile of a
-// packed weight and its strides are unused.
+// c[m, n] (f32) = a[m, k] b[k, n], element strides; a and b of one dtype (f32 or bf16). packed: b is a tile
+// of a packed weight and its strides are unused.
 struct OnednnGemm {
   int64_t m, n, k;
   int64_t a_row, a_column, b_row, b_column, c_row;
@@ -31,7 +34,8 @@ OnednnKernel* OnednnGetGemm(const OnednnGemm& gemm, char* error);
 int32_t OnednnRunGemm(const OnednnKernel* kernel, const void* a, const void* b, float* c, void* scratch,
                       char* error);
 
-// Packed weights: a header, then tiles of kOnednnPackColumns outputs, each in the layout its kernels like best.
+// Packed weights: a header, then tiles of kOnednnPackColumns outputs, each in the layout its kernels like
+// best.
 static constexpr int64_t kOnednnPackColumns = 256;
 // What w[n, k] is stored as: bf16 only where that is fast.
 int32_t OnednnPackDType(int32_t dtype);
@@ -46,8 +50,8 @@ int32_t OnednnOpenPacked(const void* blob, size_t bytes, OnednnPacked* packed, c
 // The plain [n, k] weight again.
 int32_t OnednnUnpack(const OnednnPacked& packed, void* w, char* error);
 
-// One convolution on dense channels-last memory [n, t, h, w, c]. Index 0, 1, 2 = t, h, w. What does not fit the
-// padding on the right is left unread, as a floor division does.
+// One convolution on dense channels-last memory [n, t, h, w, c]. Index 0, 1, 2 = t, h, w. What does not fit
+// the padding on the right is left unread, as a floor division does.
 enum OnednnConvKind : int64_t { kConvForward, kConvBackwardData, kConvBackwardWeights };
 struct OnednnConv {
   int64_t kind, n, c_in, c_out;
@@ -61,6 +65,8 @@ OnednnKernel* OnednnGetConv(const OnednnConv& conv, char* error);
 size_t OnednnConvWeightBytes(const OnednnKernel* kernel);
 bool OnednnSameWeightLayout(const OnednnKernel* a, const OnednnKernel* b);
 // Between the checkpoint order [c_out, c_in, kt, kh, kw] and the kernel's layout (from_plain: into it).
-int32_t OnednnReorderConvWeight(const OnednnKernel* kernel, bool from_plain, const void* from, void* to, char* error);
+int32_t OnednnReorderConvWeight(const OnednnKernel* kernel, bool from_plain, const void* from, void* to,
+                                char* error);
 // forward: x, w, bias -> y.  data: w, y = dy -> x = dx.  weights: x, y = dy -> w = dw, bias = dbias.
-int32_t OnednnRunConv(const OnednnKernel* kernel, void* x, void* w, void* bias, void* y, void* scratch, char* error);
+int32_t OnednnRunConv(const OnednnKernel* kernel, void* x, void* w, void* bias, void* y, void* scratch,
+                      char* error);

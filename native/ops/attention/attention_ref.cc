@@ -1,6 +1,5 @@
-#include "ops/attention/attention.h"
-
 #include "backends/ref/ref.h"
+#include "ops/attention/attention.h"
 
 namespace {
 
@@ -30,25 +29,28 @@ int32_t pf_ref_attention(const PfArgs* a) {
   Judge judge{a, {}, PfParams<AttentionParams>(a).scale};
   AttentionShape& s = judge.s;
   if (int32_t e = AttentionCheck(a, &s)) return e;
+  double* p = static_cast<double*>(a->context->scratch(a->context, (s.lk + 1) * sizeof(double)));
+  if (!p) return Fail(a, PF_ERR_MEMORY, "attention: no scratch memory left");
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t h = 0; h < s.heads; ++h)
       for (int64_t i = 0; i < s.lq; ++i) {
         const int64_t qi = judge.Q(b, h, i);
-        const auto logit = [&](int64_t j) {
-          return judge.scale * judge.Dot(a->in[0], qi, a->in[1], judge.K(b, h, j));
-        };
         double max = -INFINITY, sum = 0;
-        for (int64_t j = 0; j < s.lk; ++j)
-          if (judge.Sees(b, i, j)) max = fmax(max, logit(j));
-        for (int64_t j = 0; j < s.lk; ++j)
-          if (judge.Sees(b, i, j)) sum += exp(logit(j) - max);
-        const double lse = sum > 0 ? max + log(sum) : -INFINITY;
-        if (PfPresent(a->out[1])) Set(a->out[1], (b * s.heads + h) * s.lq + i, lse);
-        for (int64_t c = 0; c < s.d; ++c) Set(a->out[0], qi + c, 0);
+        for (int64_t j = 0; j < s.lk; ++j) {
+          p[j] = -INFINITY;
+          if (judge.Sees(b, i, j)) p[j] = judge.scale * judge.Dot(a->in[0], qi, a->in[1], judge.K(b, h, j));
+          max = fmax(max, p[j]);
+        }
+        for (int64_t j = 0; j < s.lk; ++j) {
+          p[j] = max > -INFINITY ? exp(p[j] - max) : 0;
+          sum += p[j];
+        }
+        if (PfPresent(a->out[1]))
+          Set(a->out[1], (b * s.heads + h) * s.lq + i, sum > 0 ? max + log(sum) : -INFINITY);
         for (int64_t c = 0; c < s.d; ++c) {
           double o = 0;
           for (int64_t j = 0; j < s.lk; ++j)
-            if (judge.Sees(b, i, j)) o += exp(logit(j) - lse) * Get(a->in[2], judge.K(b, h, j) + c);
+            if (p[j] > 0) o += p[j] / sum * Get(a->in[2], judge.K(b, h, j) + c);
           Set(a->out[0], qi + c, o);
         }
       }

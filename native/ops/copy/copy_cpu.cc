@@ -121,22 +121,45 @@ struct Square<uint16_t> {
   }
 };
 
+// A plane of N columns, N fixed: one pass over the N rows of x side by side.
+template <int N, class T>
+void Weave(const T* x, int64_t xs, T* y, int64_t ys, int64_t m) {
+  for (int64_t i = 0; i < m; ++i) {
+    T group[N];
+    for (int j = 0; j < N; ++j) group[j] = x[j * xs + i];
+    memcpy(y + i * ys, group, sizeof(group));
+  }
+}
+
 // y[i * ys + j] = x[j * xs + i] for i < m, j < n.
 template <class T>
 void TransposeTile(const T* x, int64_t xs, T* y, int64_t ys, int64_t m, int64_t n) {
-  constexpr int64_t kS = Square<T>::kSize;
+  constexpr int64_t kS = Square<T>::kSize, kLine = 64 / sizeof(T) < kS ? kS : 64 / sizeof(T);
+  if (n == 2 && m >= kS) return Weave<2>(x, xs, y, ys, m);
+  if (n == 3 && m >= kS) return Weave<3>(x, xs, y, ys, m);
+  if (n == 4 && m >= kS && kS > 4) return Weave<4>(x, xs, y, ys, m);
   if (m < kS || n < kS) {
     for (int64_t i = 0; i < m; ++i) Gather(x + i, xs, y + i * ys, n);
     return;
   }
-  int64_t i = 0;
-  for (; i + kS <= m; i += kS) {
-    int64_t j = 0;
-    for (; j + kS <= n; j += kS) Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
-    for (; j < n; ++j)
-      for (int64_t k = i; k < i + kS; ++k) y[k * ys + j] = x[j * xs + k];
+  // Strides of large powers of two put all rows of one side into one cache set, so a line of that side is finished
+  // before the next is touched: blocks of one line by one line, walked along the side with the larger stride.
+  const int64_t m4 = m / kS * kS, n4 = n / kS * kS;
+  for (int64_t ib = 0; ib < m4; ib += kLine) {
+    for (int64_t jb = 0; jb < n4; jb += kLine) {
+      const int64_t ie = MinOf(m4, ib + kLine), je = MinOf(n4, jb + kLine);
+      if (xs > ys) {
+        for (int64_t j = jb; j < je; j += kS)
+          for (int64_t i = ib; i < ie; i += kS) Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
+      } else {
+        for (int64_t i = ib; i < ie; i += kS)
+          for (int64_t j = jb; j < je; j += kS) Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
+      }
+    }
   }
-  for (; i < m; ++i) Gather(x + i, xs, y + i * ys, n);
+  for (int64_t i = 0; i < m4; ++i)
+    for (int64_t j = n4; j < n; ++j) y[i * ys + j] = x[j * xs + i];
+  for (int64_t i = m4; i < m; ++i) Gather(x + i, xs, y + i * ys, n);
 }
 
 template <class T>

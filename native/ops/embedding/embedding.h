@@ -1,8 +1,8 @@
 // Rows of a table by index.
 //
 // embedding [table[V,d], idx i32[N]] -> [y[N,d]]            y[n] = table[idx[n]]
-// embedding_backward [idx i32[N], dy[N,d]] -> [+dtable f32[V,d]]   dtable[idx[n]] (= 0 first | +)= dy[n], in order of n
-// An index outside [0, V) is refused.
+// embedding_backward [idx i32[N], dy[N,d]] -> [+dtable f32[V,d]]   dtable[idx[n]] (= 0 first | +)= dy[n], in
+// order of n An index outside [0, V) is refused.
 #pragma once
 #include "core/check.h"
 
@@ -16,11 +16,13 @@ struct EmbeddingShape {
 
 static inline int32_t EmbeddingFold(const PfArgs* a, const char* op, const PfView& table, const PfView& idx,
                                     const PfView& y, EmbeddingShape* s) {
-  if (table.rank != 2) return Fail(a, PF_ERR_SHAPE, "%s: expected a table [V, d], received rank %d", op, table.rank);
+  if (table.rank != 2)
+    return Fail(a, PF_ERR_SHAPE, "%s: expected a table [V, d], received rank %d", op, table.rank);
   if (idx.dtype != PF_I32) return Fail(a, PF_ERR_DTYPE, "%s: expected idx as i32", op);
   *s = {table.dims[0], table.dims[1], PfCount(idx)};
   if (PfCount(y) != s->rows * s->d)
-    return Fail(a, PF_ERR_SHAPE, "%s: expected [N, d] = %lld elements beside idx [N] and the table, received %lld", op,
+    return Fail(a, PF_ERR_SHAPE,
+                "%s: expected [N, d] = %lld elements beside idx [N] and the table, received %lld", op,
                 static_cast<long long>(s->rows * s->d), static_cast<long long>(PfCount(y)));
   const int32_t* index = PfData<int32_t>(idx);
   for (int64_t n = 0; n < s->rows; ++n)

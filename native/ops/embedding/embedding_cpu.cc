@@ -1,13 +1,13 @@
-#include "ops/embedding/embedding.h"
-
 #include "backends/cpu/rows.h"
+#include "ops/embedding/embedding.h"
 
 int32_t pf_cpu_embedding(const PfArgs* a) {
   const char* op = "embedding";
   EmbeddingShape s;
   if (int32_t e = EmbeddingCheck(a, &s)) return e;
   const PfView &table = a->in[0], &y = a->out[0];
-  if (!PfIsFloat(table) || !PfIsFloat(y)) return Fail(a, PF_ERR_DTYPE, "%s: expected table and y as f32 or bf16", op);
+  if (!PfIsFloat(table) || !PfIsFloat(y))
+    return Fail(a, PF_ERR_DTYPE, "%s: expected table and y as f32 or bf16", op);
   const int32_t* index = PfData<int32_t>(a->in[1]);
   const size_t bytes = s.d * PfSize(table.dtype);
   float* buffers = Scratch<float>(a, omp_get_max_threads() * RoundUp(s.d, 16));

@@ -1,6 +1,5 @@
-#include "ops/embedding/embedding.h"
-
 #include "backends/ref/ref.h"
+#include "ops/embedding/embedding.h"
 
 int32_t pf_ref_embedding(const PfArgs* a) {
   EmbeddingShape s;

@@ -46,7 +46,8 @@ static inline int32_t GroupNormForwardCheck(const PfArgs* a, GroupNormShape* s) 
 static inline int32_t GroupNormBackwardCheck(const PfArgs* a, GroupNormShape* s) {
   const char* op = "group_norm_backward";
   if (int32_t e = GroupNormCheck(a, op, PfParams<GroupNormBackwardParams>(a).groups, s)) return e;
-  if (!PfSameDims(a->in[0], a->in[5])) return Fail(a, PF_ERR_SHAPE, "%s: expected dy with the shape of x", op);
+  if (!PfSameDims(a->in[0], a->in[5]))
+    return Fail(a, PF_ERR_SHAPE, "%s: expected dy with the shape of x", op);
   for (int i = 3; i < 5; ++i)
     if (PfCount(a->in[i]) != s->frames * s->groups)
       return Fail(a, PF_ERR_SHAPE, "%s: expected mean and rstd [F, G]", op);

@@ -1,11 +1,11 @@
-#include "ops/group_norm/group_norm.h"
-
 #include "backends/cpu/rows.h"
+#include "ops/group_norm/group_norm.h"
 
 namespace {
 
-// Frames are cut into chunks of whole pixels that stay in a core's cache between the passes over them. The cut
-// depends on the shape alone, and partial results are combined in chunk order: any number of threads, same bits.
+// Frames are cut into chunks of whole pixels that stay in a core's cache between the passes over them. The
+// cut depends on the shape alone, and partial results are combined in chunk order: any number of threads,
+// same bits.
 constexpr int64_t kChunkElements = 16384;
 
 struct Chunks {
@@ -26,7 +26,8 @@ int32_t Refuse(const PfArgs* a, const char* op, unsigned f32_inputs, unsigned f3
     if (!PfIsFloat(a->in[i]) || (f32_inputs >> i & 1 && a->in[i].dtype != PF_F32))
       return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
   for (int i = 0; i < a->n_out; ++i)
-    if (PfPresent(a->out[i]) && (!PfIsFloat(a->out[i]) || (f32_outputs >> i & 1 && a->out[i].dtype != PF_F32)))
+    if (PfPresent(a->out[i]) &&
+        (!PfIsFloat(a->out[i]) || (f32_outputs >> i & 1 && a->out[i].dtype != PF_F32)))
       return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
   return PF_OK;
 }
@@ -73,8 +74,7 @@ int32_t pf_cpu_group_norm(const PfArgs* a) {
     float *sums = buffer + 2 * chunks.elements, *means = sums + RoundUp(C, 16);
     const int64_t first = chunks.First(chunk);
     const int64_t pixels = s.pixels - first < chunks.pixels ? s.pixels - first : chunks.pixels;
-    const float* x =
-        ReadRow(a->in[0], (chunk / chunks.per_frame * s.pixels + first) * C, pixels * C, buffer);
+    const float* x = ReadRow(a->in[0], (chunk / chunks.per_frame * s.pixels + first) * C, pixels * C, buffer);
     ChannelSums(pixels, C, sums, [&](int64_t i, int64_t, int64_t m) { return LoadN(x + i, m); });
     for (int64_t g = 0; g < G; ++g) {
       float sum = 0;
@@ -154,7 +154,7 @@ int32_t pf_cpu_group_norm_backward(const PfArgs* a) {
   const float *w, *b;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
   float* partial = Scratch<float>(a, chunks.total * 2 * C);  // Σ dz·x̂ and Σ dz of a chunk, per channel
-  float* stats = Scratch<float>(a, s.frames * 4 * C);        // mean, rstd, mean g, mean g·x̂, spread over channels
+  float* stats = Scratch<float>(a, s.frames * 4 * C);  // mean, rstd, mean g, mean g·x̂, spread over channels
   double* totals = Scratch<double>(a, 4 * C);
   if (!buffers || !partial || !stats || !totals || !AsFloats(a, a->in[1], &w) || !AsFloats(a, a->in[2], &b))
     return NoMemory(a, op);

@@ -1,6 +1,5 @@
-#include "ops/group_norm/group_norm.h"
-
 #include "backends/ref/ref.h"
+#include "ops/group_norm/group_norm.h"
 
 int32_t pf_ref_group_norm(const PfArgs* a) {
   GroupNormShape s;

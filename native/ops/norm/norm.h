@@ -42,7 +42,8 @@ static inline int32_t NormCheckTables(const PfArgs* a, const char* op, const PfV
     if (!PfPresent(t)) continue;
     const int64_t count = PfCount(t);
     if (t.rank < 1 || t.dims[t.rank - 1] != s->d)
-      return Fail(a, PF_ERR_SHAPE, "%s: expected shift and scale [R, d] with d = %lld, received last axis %lld", op,
+      return Fail(a, PF_ERR_SHAPE,
+                  "%s: expected shift and scale [R, d] with d = %lld, received last axis %lld", op,
                   static_cast<long long>(s->d), static_cast<long long>(t.rank < 1 ? 0 : t.dims[t.rank - 1]));
     const int64_t r = s->d ? count / s->d : 0;
     if (entries && r != entries)
@@ -54,7 +55,8 @@ static inline int32_t NormCheckTables(const PfArgs* a, const char* op, const PfV
   s->entries = entries;
   if (!PfPresent(rows)) {
     if (entries == 1) return PF_OK;
-    return Fail(a, PF_ERR_SHAPE, "%s: expected rows i32 [N] for %lld entries of shift and scale, received none", op,
+    return Fail(a, PF_ERR_SHAPE,
+                "%s: expected rows i32 [N] for %lld entries of shift and scale, received none", op,
                 static_cast<long long>(entries));
   }
   if (rows.dtype != PF_I32) return Fail(a, PF_ERR_DTYPE, "%s: expected rows as i32", op);

@@ -1,6 +1,5 @@
-#include "ops/norm/norm.h"
-
 #include "backends/cpu/rows.h"
+#include "ops/norm/norm.h"
 
 static int32_t Refuse(const PfArgs* a, const char* op, unsigned skip_inputs) {
   int i = FirstNotFloat(a->in, a->n_in, skip_inputs);
@@ -37,10 +36,11 @@ int32_t pf_cpu_norm_modulate(const PfArgs* a) {
     float* y = OpenRow(a->out[0], n * d, buffer + stride);
     const float mean = RowSum(d, [&](int64_t i, int64_t m) { return LoadN(x + i, m); }) / d;
     // Centred before squaring: a row far from zero keeps its digits. Missing lanes read as the mean.
-    const float var = RowSum(d, [&](int64_t i, int64_t m) {
-                        const Vf c = LoadN(x + i, m, mean) - mean;
-                        return c * c;
-                      }) /
+    const float var = RowSum(d,
+                             [&](int64_t i, int64_t m) {
+                               const Vf c = LoadN(x + i, m, mean) - mean;
+                               return c * c;
+                             }) /
                       d;
     const float rstd = 1 / sqrtf(var + eps);
     const int64_t entry = (rows ? rows[n] : 0) * d;
@@ -60,10 +60,10 @@ int32_t pf_cpu_norm_modulate(const PfArgs* a) {
 static constexpr int kColumns = 64;    // columns a task owns
 static constexpr int kFlushRows = 64;  // rows summed before they join the total, to keep rounding small
 
-// sum_dy[r] += Σ dy and sum_dyx[r] += Σ dy·(x − mean)·rstd over the rows of entry r. Columns are independent, so a
-// task walks all rows of its columns in order: the same bits for any number of threads.
-static void ColumnSums(const PfView& x, const PfView& dy, const float* mean, const float* rstd, const int32_t* rows,
-                       const NormShape& s, float* sum_dy, float* sum_dyx) {
+// sum_dy[r] += Σ dy and sum_dyx[r] += Σ dy·(x − mean)·rstd over the rows of entry r. Columns are independent,
+// so a task walks all rows of its columns in order: the same bits for any number of threads.
+static void ColumnSums(const PfView& x, const PfView& dy, const float* mean, const float* rstd,
+                       const int32_t* rows, const NormShape& s, float* sum_dy, float* sum_dyx) {
   const int64_t tasks = (s.d + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(static) if (s.rows * s.d > kParallelWork)
   for (int64_t task = 0; task < tasks; ++task) {

@@ -1,6 +1,5 @@
-#include "ops/norm/norm.h"
-
 #include "backends/ref/ref.h"
+#include "ops/norm/norm.h"
 
 int32_t pf_ref_norm_modulate(const PfArgs* a) {
   NormShape s;

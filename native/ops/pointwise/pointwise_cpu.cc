@@ -84,6 +84,14 @@ const float* ReadBroadcast(const PfView& b, const Broadcast& shape, int64_t at, 
   return buffer;
 }
 
+// Walking down columns leaves a page with every row, where the hardware's own prefetching stops. Addresses past the
+// end are harmless: a prefetch does not fault.
+void Prefetch(const PfView& v, int64_t at, int64_t n) {
+  const int64_t size = PfSize(v.dtype);
+  const uintptr_t from = reinterpret_cast<uintptr_t>(v.data) + at * size;
+  for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+}
+
 }  // namespace
 
 int32_t pf_cpu_unary(const PfArgs* a) {
@@ -224,9 +232,12 @@ int32_t pf_cpu_gated_add_backward(const PfArgs* a) {
     for (int64_t row = 0; row < n;) {
       memset(run, 0, sizeof(run));
       const int64_t first = row;
-      for (; row < n && row < first + kRun && rows[row] == rows[first]; ++row)
+      for (; row < n && row < first + kRun && rows[row] == rows[first]; ++row) {
+        Prefetch(dout, (row + 4) * d + c, m);
+        Prefetch(y, (row + 4) * d + c, m);
         Map(m, run, ReadBlock(dout, row * d + c, m, bd), ReadBlock(y, row * d + c, m, by), run,
             [](Vf t, Vf u, Vf v) { return Fma(u, v, t); });
+      }
       float* sum = total + rows[first] * d + c;
       Map(m, sum, run, sum, [](Vf u, Vf v) { return u + v; });
     }

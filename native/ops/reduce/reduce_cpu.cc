@@ -32,7 +32,8 @@ int32_t pf_cpu_sum(const PfArgs* a) {
   const int64_t outer = p.outer, count = p.count, inner = p.inner;
   if (outer * inner == 0) return PF_OK;
   // Chunks of rows whose partial sums are combined in order: their size depends on the shape alone, never on threads.
-  constexpr int64_t kColumns = 512;
+  // Wide columns, because hardware prefetching ends at a page.
+  constexpr int64_t kColumns = 2048;
   const int64_t rows = inner == 1 ? 1 << 15 : MinOf(1024, 32 + (1 << 16) / inner);
   const int64_t chunks = count ? (count + rows - 1) / rows : 1, columns = (inner + kColumns - 1) / kColumns;
   double* partial = static_cast<double*>(a->context->scratch(a->context, outer * chunks * inner * sizeof(double)));

@@ -2,7 +2,8 @@
 //
 // rope [x[N,H,D], w?[D], cos? f32[N,D/2], sin? f32[N,D/2]] -> [y[N,H,D], rstd? f32[N,H]]
 //   t = w ? x * rstd * w : x,  rstd = 1 / sqrt(mean(x^2) + eps)
-//   y[2i] = t[2i] cos - t[2i+1] sin,  y[2i+1] = t[2i] sin + t[2i+1] cos   (cos and sin of row n; absent: y = t)
+//   y[2i] = t[2i] cos - t[2i+1] sin,  y[2i+1] = t[2i] sin + t[2i+1] cos   (cos and sin of row n; absent: y =
+//   t)
 // rope_backward [x, w?, cos?, sin?, rstd?, dy] -> [dx, +dw? f32[D]]
 // Leading axes are folded: x [..., H, D] has N = their product.
 #pragma once
@@ -26,11 +27,12 @@ static inline int32_t RopeCommonCheck(const PfArgs* a, const char* op, RopeShape
   if (PfPresent(w) && PfCount(w) != s->d)
     return Fail(a, PF_ERR_SHAPE, "%s: expected w [D] with D = %lld, received %lld", op,
                 static_cast<long long>(s->d), static_cast<long long>(PfCount(w)));
-  if (PfPresent(cos) != PfPresent(sin)) return Fail(a, PF_ERR_SHAPE, "%s: expected both cos and sin or none", op);
+  if (PfPresent(cos) != PfPresent(sin))
+    return Fail(a, PF_ERR_SHAPE, "%s: expected both cos and sin or none", op);
   if (PfPresent(cos) && (s->d % 2 || PfCount(cos) != s->rows * (s->d / 2) || PfCount(sin) != PfCount(cos)))
-    return Fail(a, PF_ERR_SHAPE, "%s: expected cos and sin [N, D/2] with N = %lld and D = %lld, received %lld", op,
-                static_cast<long long>(s->rows), static_cast<long long>(s->d),
-                static_cast<long long>(PfCount(cos)));
+    return Fail(
+        a, PF_ERR_SHAPE, "%s: expected cos and sin [N, D/2] with N = %lld and D = %lld, received %lld", op,
+        static_cast<long long>(s->rows), static_cast<long long>(s->d), static_cast<long long>(PfCount(cos)));
   if (PfCount(a->out[0]) != PfCount(x))
     return Fail(a, PF_ERR_SHAPE, "%s: expected the output to have the shape of x", op);
   return PF_OK;

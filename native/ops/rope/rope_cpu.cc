@@ -1,6 +1,5 @@
-#include "ops/rope/rope.h"
-
 #include "backends/cpu/rows.h"
+#include "ops/rope/rope.h"
 
 namespace {
 
@@ -44,7 +43,8 @@ int32_t pf_cpu_rope(const PfArgs* a) {
   RopeShape shape;
   if (int32_t e = RopeCheck(a, &shape)) return e;
   if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3)) return e;
-  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16), stride = 2 * (angles + RoundUp(row, 16));
+  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16),
+                stride = 2 * (angles + RoundUp(row, 16));
   const float* w;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
   if (!buffers || !AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
@@ -86,17 +86,20 @@ int32_t pf_cpu_rope_backward(const PfArgs* a) {
   RopeShape shape;
   if (int32_t e = RopeBackwardCheck(a, &shape)) return e;
   if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3 | 1u << 4)) return e;
-  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16), stride = 3 * (angles + RoundUp(row, 16));
+  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16),
+                stride = 3 * (angles + RoundUp(row, 16));
   const int64_t chunks = (shape.rows + kRowsPerChunk - 1) / kRowsPerChunk;
   const float* w;
   float* dw_out = PfData<float>(a->out[1]);
   float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
   float* partial = dw_out ? Scratch<float>(a, chunks * angles) : nullptr;
   if (!buffers || (dw_out && !partial) || !AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
-  const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]), *rstds = PfData<float>(a->in[4]);
+  const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]),
+              *rstds = PfData<float>(a->in[4]);
 #pragma omp parallel for schedule(static) if (shape.rows * row > kParallelWork)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *g = s + angles, *x_buffer = g + angles;
+    float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *g = s + angles,
+          *x_buffer = g + angles;
     float* dw = dw_out ? partial + chunk * angles : nullptr;
     if (dw) memset(dw, 0, angles * sizeof(float));
     const int64_t end = (chunk + 1) * kRowsPerChunk < shape.rows ? (chunk + 1) * kRowsPerChunk : shape.rows;
@@ -118,13 +121,14 @@ int32_t pf_cpu_rope_backward(const PfArgs* a) {
           continue;
         }
         const float rstd = rstds[n * shape.heads + h];
-        const float dot = RowSum(d, [&](int64_t i, int64_t m) {
-                            const Vf dt = unrotated(i, m), normal = LoadN(x + i, m) * rstd;
-                            const Vf gradient = dt * LoadN(w + i, m);
-                            if (dw) StoreN(dw + i, LoadN(dw + i, m) + dt * normal, m);
-                            StoreN(g + i, gradient, m);
-                            return gradient * normal;
-                          }) /
+        const float dot = RowSum(d,
+                                 [&](int64_t i, int64_t m) {
+                                   const Vf dt = unrotated(i, m), normal = LoadN(x + i, m) * rstd;
+                                   const Vf gradient = dt * LoadN(w + i, m);
+                                   if (dw) StoreN(dw + i, LoadN(dw + i, m) + dt * normal, m);
+                                   StoreN(g + i, gradient, m);
+                                   return gradient * normal;
+                                 }) /
                           d;
         ForLanes(d, [&](int64_t i, int64_t m) {
           StoreN(dx + i, rstd * (LoadN(g + i, m) - LoadN(x + i, m) * rstd * dot), m);

@@ -1,6 +1,5 @@
-#include "ops/rope/rope.h"
-
 #include "backends/ref/ref.h"
+#include "ops/rope/rope.h"
 
 int32_t pf_ref_rope(const PfArgs* a) {
   RopeShape s;
@@ -32,7 +31,8 @@ int32_t pf_ref_rope(const PfArgs* a) {
 int32_t pf_ref_rope_backward(const PfArgs* a) {
   RopeShape s;
   if (int32_t e = RopeBackwardCheck(a, &s)) return e;
-  const PfView &x = a->in[0], &w = a->in[1], &cos = a->in[2], &sin = a->in[3], &dy = a->in[5], &dw = a->out[1];
+  const PfView &x = a->in[0], &w = a->in[1], &cos = a->in[2], &sin = a->in[3], &dy = a->in[5],
+               &dw = a->out[1];
   if (PfPresent(dw) && !PfParams<RopeBackwardParams>(a).accumulate)
     for (int64_t i = 0; i < s.d; ++i) Set(dw, i, 0);
   for (int64_t r = 0; r < s.rows * s.heads; ++r) {

@@ -17,34 +17,103 @@ PF_CASES(rope) {
         auto forward = test.Case("rope");
         forward.In(x).In({d});
         with_angles(forward).Out(x).OutF32(stats).Scalars({eps}).Tolerance(2e-6, 4e-3).Run();
-        test.Case("rope").In(x).Missing().InValues(angles, cos).InValues(angles, sin).Out(x).OutMissing()
-            .Scalars({eps}).Tolerance(2e-6, 4e-3).F32Only().Run();
-        test.Case("rope").In(x).In({d}).Missing().Missing().Out(x).OutF32(stats).Scalars({eps})
-            .Tolerance(2e-6, 4e-3).Run();
+        test.Case("rope")
+            .In(x)
+            .Missing()
+            .InValues(angles, cos)
+            .InValues(angles, sin)
+            .Out(x)
+            .OutMissing()
+            .Scalars({eps})
+            .Tolerance(2e-6, 4e-3)
+            .F32Only()
+            .Run();
+        test.Case("rope")
+            .In(x)
+            .In({d})
+            .Missing()
+            .Missing()
+            .Out(x)
+            .OutF32(stats)
+            .Scalars({eps})
+            .Tolerance(2e-6, 4e-3)
+            .Run();
         for (double accumulate : {0.0, 1.0}) {
           auto backward = test.Case("rope_backward");
           backward.In(x).In({d});
           with_angles(backward)
-              .FromRef("rope", {0, 1, 2, 3}, {1e-3}, {x, stats}, 1).In(x).Out(x).InOutF32({d})
-              .Scalars({accumulate}).Tolerance(4e-6, 5e-3).Run();
+              .FromRef("rope", {0, 1, 2, 3}, {1e-3}, {x, stats}, 1)
+              .In(x)
+              .Out(x)
+              .InOutF32({d})
+              .Scalars({accumulate})
+              .Tolerance(4e-6, 5e-3)
+              .Run();
         }
         auto plain = test.Case("rope_backward");
         plain.In(x).Missing();
         with_angles(plain).Missing().In(x).Out(x).OutMissing().Scalars({0}).Tolerance(2e-6, 4e-3).Run();
       }
   // Without angles an odd head size is fine.
-  test.Case("rope").In({4, 2, 9}).In({9}).Missing().Missing().Out({4, 2, 9}).OutF32({4, 2}).Scalars({eps})
-      .Tolerance(2e-6, 4e-3).Run();
-  test.Case("rope_backward").In({40, 2, 19}).In({19}).Missing().Missing()
-      .FromRef("rope", {0, 1, -1, -1}, {1e-3}, {{40, 2, 19}, {40, 2}}, 1).In({40, 2, 19}).Out({40, 2, 19})
-      .OutMissing().Scalars({0}).Tolerance(4e-6, 5e-3).Run();
+  test.Case("rope")
+      .In({4, 2, 9})
+      .In({9})
+      .Missing()
+      .Missing()
+      .Out({4, 2, 9})
+      .OutF32({4, 2})
+      .Scalars({eps})
+      .Tolerance(2e-6, 4e-3)
+      .Run();
+  test.Case("rope_backward")
+      .In({40, 2, 19})
+      .In({19})
+      .Missing()
+      .Missing()
+      .FromRef("rope", {0, 1, -1, -1}, {1e-3}, {{40, 2, 19}, {40, 2}}, 1)
+      .In({40, 2, 19})
+      .Out({40, 2, 19})
+      .OutMissing()
+      .Scalars({0})
+      .Tolerance(4e-6, 5e-3)
+      .Run();
 
-  test.Case("rope").In({4, 2, 9}).Missing().InF32({4, 4}).InF32({4, 4}).Out({4, 2, 9}).OutMissing().Scalars({eps})
+  test.Case("rope")
+      .In({4, 2, 9})
+      .Missing()
+      .InF32({4, 4})
+      .InF32({4, 4})
+      .Out({4, 2, 9})
+      .OutMissing()
+      .Scalars({eps})
       .RunExpecting(PF_ERR_SHAPE);
-  test.Case("rope").In({4, 2, 8}).Missing().InF32({4, 4}).Missing().Out({4, 2, 8}).OutMissing().Scalars({eps})
+  test.Case("rope")
+      .In({4, 2, 8})
+      .Missing()
+      .InF32({4, 4})
+      .Missing()
+      .Out({4, 2, 8})
+      .OutMissing()
+      .Scalars({eps})
       .RunExpecting(PF_ERR_SHAPE);
-  test.Case("rope").In({4, 2, 8}).In({7}).Missing().Missing().Out({4, 2, 8}).OutF32({4, 2}).Scalars({eps})
+  test.Case("rope")
+      .In({4, 2, 8})
+      .In({7})
+      .Missing()
+      .Missing()
+      .Out({4, 2, 8})
+      .OutF32({4, 2})
+      .Scalars({eps})
       .RunExpecting(PF_ERR_SHAPE);
-  test.Case("rope_backward").In({4, 2, 8}).In({8}).Missing().Missing().Missing().In({4, 2, 8}).Out({4, 2, 8})
-      .InOutF32({8}).Scalars({0}).RunExpecting(PF_ERR_SHAPE);
+  test.Case("rope_backward")
+      .In({4, 2, 8})
+      .In({8})
+      .Missing()
+      .Missing()
+      .Missing()
+      .In({4, 2, 8})
+      .Out({4, 2, 8})
+      .InOutF32({8})
+      .Scalars({0})
+      .RunExpecting(PF_ERR_SHAPE);
 }

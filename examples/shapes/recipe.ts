@@ -1,0 +1,160 @@
+import { mkdir, rm } from 'node:fs/promises'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { CausalVideoVAE, Generator, PyramidFluxTransformer, WordEncoder } from '../../lib/index.ts'
+import { writeFileAtomically } from '../../lib/io/atomic.ts'
+import { encodeLatents, LatentDataset, openDataset, type TrainEvent, Trainer, VaeTrainer } from '../../lib/train/index.ts'
+import { makeClips } from './make-clips.ts'
+import { VOCABULARY } from './world.ts'
+
+// Makes the toy model from nothing: clips, VAE, latents, DiT, and the folder that the demo loads. Every part can be
+// repeated alone (--only) and continues where it stopped.
+const { values: args } = parseArgs({
+  options: {
+    out: { type: 'string', default: 'runs/shapes' },
+    model: { type: 'string', default: 'examples/shapes/model' },
+    clips: { type: 'string', default: '1200' },
+    'vae-steps': { type: 'string', default: '1200' },
+    steps: { type: 'string', default: '3000' },
+    batch: { type: 'string', default: '64' },
+    dtype: { type: 'string', default: 'bf16' },
+    only: { type: 'string', default: 'clips,vae,encode,dit,export' },
+    seed: { type: 'string', default: '1' },
+  },
+})
+
+const seed = Number(args.seed)
+const dtype = args.dtype === 'bf16' ? 'bf16' : 'f32'
+const parts = args.only.split(',')
+const clips = join(args.out, 'clips')
+const latents = join(args.out, 'latents')
+const size = { width: 128, height: 128, frames: 25 }
+
+/** The published architecture, narrow: 8×8×8 compression into 16 channels. */
+const vaeConfig = {
+  encoder_block_out_channels: [16, 16, 32, 48],
+  encoder_layers_per_block: [1, 1, 1, 1],
+  encoder_norm_num_groups: 8,
+  decoder_block_out_channels: [16, 16, 32, 48],
+  decoder_layers_per_block: [1, 1, 1, 1],
+  decoder_norm_num_groups: 8,
+}
+
+const ditConfig = {
+  num_layers: 2,
+  num_single_layers: 4,
+  attention_head_dim: 32,
+  num_attention_heads: 5,
+  joint_attention_dim: 64,
+  pooled_projection_dim: 64,
+  axes_dims_rope: [8, 12, 12] as [number, number, number],
+}
+
+async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise<void> {
+  const window: { loss: number; seconds: number }[] = []
+  for await (const event of events) {
+    if (event.type === 'step') {
+      window.push({ loss: event.loss, seconds: event.seconds })
+      if (window.length > 50) window.shift()
+      if (event.step % 50 === 0 || event.step <= 3) {
+        const mean = (key: 'loss' | 'seconds'): number => window.reduce((n, w) => n + w[key], 0) / window.length
+        const { type, step, loss, seconds, learningRate, ...rest } = event
+        console.error(
+          `${label} ${step}: loss ${mean('loss').toFixed(5)} (${seconds.toFixed(2)} s, mean ${mean('seconds').toFixed(2)} s)`,
+          Object.entries(rest)
+            .map(([k, v]) => `${k} ${Number(v).toPrecision(4)}`)
+            .join(' '),
+        )
+      }
+    } else console.error(label, JSON.stringify(event))
+  }
+}
+
+async function trainVae(): Promise<void> {
+  const data = await openDataset(clips, { ...size, cacheBytes: 2.5e9 })
+  const model = CausalVideoVAE.create(vaeConfig, { generator: new Generator(seed).stream('vae'), dtype, train: true })
+  const trainer = new VaeTrainer({
+    model,
+    data,
+    out: join(args.out, 'vae'),
+    steps: Number(args['vae-steps']),
+    batchSize: 4,
+    seed,
+    crop: { size: 64, frames: 9 },
+    learningRate: 2e-3,
+    minLearningRate: 1e-4,
+    warmupSteps: 50,
+    klWeight: 1e-6,
+    checkpointEvery: 100,
+  })
+  await follow('vae', trainer.run({ resume: true }))
+  await trainer.save(join(args.model, 'causal_video_vae'), 'bf16')
+  trainer.dispose()
+}
+
+async function encode(): Promise<void> {
+  const data = await openDataset(clips, size)
+  const vae = await CausalVideoVAE.fromPretrained(join(args.model, 'causal_video_vae'), { dtype })
+  await encodeLatents(vae, data, latents, {
+    onProgress: (done, total) => {
+      if (done % 100 === 0) console.error(`encode ${done}/${total}`)
+    },
+  })
+  vae.dispose()
+}
+
+async function trainDit(): Promise<void> {
+  const data = await LatentDataset.open(latents)
+  const text = new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 })
+  const generator = new Generator(seed).stream('dit')
+  const model = PyramidFluxTransformer.create(ditConfig, { seed: Number(generator.streamId >> 12n), dtype, train: true })
+  const trainer = new Trainer({
+    model,
+    data,
+    text,
+    out: join(args.out, 'dit'),
+    steps: Number(args.steps),
+    batchSize: Number(args.batch),
+    seed,
+    learningRate: 1e-3,
+    minLearningRate: 5e-5,
+    warmupSteps: 100,
+    schedule: 'cosine',
+    optimizer: { emaDecay: 0.998, weightDecay: 1e-3 },
+    checkpointEvery: 200,
+  })
+  await follow('dit', trainer.run({ resume: true }))
+  await trainer.save(join(args.model, 'diffusion_transformer'), 'bf16')
+  trainer.dispose()
+}
+
+async function exportModel(): Promise<void> {
+  const data = await LatentDataset.open(latents)
+  await new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 }).save(join(args.model, 'text_encoder'))
+  const config = {
+    normalisation: data.normalisation,
+    sizes: [[128, 128]],
+    fps: 24,
+    seconds: 1,
+    steps: [8, 8, 8],
+    videoSteps: [6, 6, 6],
+    guidanceScale: 3,
+    videoGuidanceScale: 2.5,
+  }
+  await writeFileAtomically(join(args.model, 'pyraflow.json'), `${JSON.stringify(config, null, 2)}\n`)
+  data.dispose()
+}
+
+await main()
+
+async function main(): Promise<void> {
+  await mkdir(args.model, { recursive: true })
+  if (parts.includes('clips')) {
+    await rm(clips, { recursive: true, force: true })
+    await makeClips({ out: clips, count: Number(args.clips), seed, split: 'train' })
+  }
+  if (parts.includes('vae')) await trainVae()
+  if (parts.includes('encode')) await encode()
+  if (parts.includes('dit')) await trainDit()
+  if (parts.includes('export')) await exportModel()
+}

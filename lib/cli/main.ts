@@ -1,0 +1,61 @@
+#!/usr/bin/env node
+import { readFileSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { Command, CommanderError } from 'commander'
+import { EXIT, explain } from './console.ts'
+import { addEncode } from './encode.ts'
+import { addGenerate } from './generate.ts'
+import { addInfo } from './info.ts'
+import { addTrain } from './train.ts'
+import { addVerify } from './verify.ts'
+
+/** Version in the package.json above this file. */
+export function packageVersion(): string {
+  for (let dir = dirname(fileURLToPath(import.meta.url)); ; dir = dirname(dir)) {
+    try {
+      const found = JSON.parse(readFileSync(join(dir, 'package.json'), 'utf8')) as { name?: string; version?: string }
+      if (found.name === 'pyraflow') return found.version ?? 'unknown'
+    } catch {
+      if (dir === dirname(dir)) return 'unknown'
+    }
+  }
+}
+
+function makeProgram(): Command {
+  const program = new Command('pyraflow')
+    .description('Pyramidal flow matching video generation and training')
+    .version(packageVersion(), '-V, --version')
+    .showSuggestionAfterError()
+    .showHelpAfterError('(add --help for the options)')
+    .exitOverride()
+    .addHelpText(
+      'after',
+      '\nEvery option can also come from a PYRAFLOW_* variable. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.',
+    )
+  // Settings for subcommands are copied when they are made, so they come after the lines above.
+  for (const add of [addGenerate, addTrain, addEncode, addVerify, addInfo]) add(program)
+  return program
+}
+
+/** Runs the program; resolves to its exit code. */
+export async function main(argv: readonly string[]): Promise<number> {
+  try {
+    await makeProgram().parseAsync([...argv])
+    return Number(process.exitCode ?? EXIT.done)
+  } catch (error) {
+    // Commander has already said what was wrong.
+    if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.done : EXIT.usage
+    return explain(error)
+  }
+}
+
+// A reader that closes the pipe early (`| head`) is no error.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code === 'EPIPE') process.exit(EXIT.done)
+  throw error
+})
+
+void main(process.argv).then((code) => {
+  process.exitCode = code
+})

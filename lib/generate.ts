@@ -1,0 +1,341 @@
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { engine } from './engine/engine.ts'
+import { PyraflowError } from './engine/errors.ts'
+import { denormaliseLatents, type LatentNormalisation, normaliseLatents } from './flow/normalise.ts'
+import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
+import { writeFileAtomically } from './io/atomic.ts'
+import { loadImage, saveVideo } from './io/image.ts'
+import { readConfig } from './io/pretrained.ts'
+import { CausalVideoVAE, samplePosterior } from './models/causal-vae.ts'
+import { PyramidFluxTransformer } from './models/dit-flux.ts'
+import { framesPerSecond, latentNormalisation, samplingPresets } from './models/presets.ts'
+import { cast } from './ops/cast.ts'
+import { concat } from './ops/copy.ts'
+import { framesDecode, framesEncode } from './ops/frames.ts'
+import { latentFrames, noiseFrames, pixelFrames } from './pyramid/units.ts'
+import { type NoiseSource, sampleLatents, seededNoise, type TextFeatures } from './sample.ts'
+import { Generator } from './tensor/generator.ts'
+import { keep, scope } from './tensor/scope.ts'
+import { noGrad } from './tensor/tape.ts'
+import { Tensor } from './tensor/tensor.ts'
+import type { TextEncoder } from './text/encoder.ts'
+import { WordEncoder } from './text/word-encoder.ts'
+
+/** `pyraflow.json` beside the networks: what a trained model needs besides their weights. */
+export interface PipelineConfig {
+  normalisation: LatentNormalisation
+  stages?: StageOptions
+  framesPerUnit?: number
+  fps?: number
+  /** [width, height] in pixels that the model was trained for; others need `allowUntrained`. */
+  sizes?: [number, number][]
+  steps?: number[]
+  videoSteps?: number[]
+  guidanceScale?: number
+  videoGuidanceScale?: number
+  seconds?: number
+}
+
+export interface PipelineOptions {
+  dtype?: 'f32' | 'bf16'
+  /** Folder name of the transformer when there are several, e.g. `diffusion_transformer_384p`. */
+  variant?: string
+}
+
+export interface GenerateOptions {
+  prompt: string
+  negativePrompt?: string
+  /** Pixels; multiples of 8·2^stages, one of the model's sizes unless `allowUntrained`. */
+  width?: number
+  height?: number
+  /** Length: seconds, or at least so many frames. */
+  seconds?: number
+  frames?: number
+  /** A first frame to continue from: a path, decoded and cropped to the size. */
+  image?: string
+  seed?: number
+  steps?: readonly number[]
+  videoSteps?: readonly number[]
+  guidanceScale?: number
+  videoGuidanceScale?: number
+  allowUntrained?: boolean
+  signal?: AbortSignal
+}
+
+/** What a result was made from; the same recipe gives the same video. */
+export type Recipe = Required<Omit<GenerateOptions, 'signal' | 'image' | 'frames' | 'seconds' | 'allowUntrained'>> & {
+  frames: number
+  fps: number
+  image?: string
+  dtype: string
+}
+
+export type GenerateEvent =
+  | { type: 'progress'; phase: 'denoise' | 'decode'; unit: number; stage: number; done: number; total: number; etaMs: number }
+  | { type: 'frames'; first: number; frames: Uint8Array; width: number; height: number; count: number }
+
+export interface Video {
+  /** u8 RGB [count, height, width, 3]. */
+  frames: Uint8Array
+  count: number
+  width: number
+  height: number
+  fps: number
+  recipe: Recipe
+}
+
+/** A generation under way: iterate it for progress and frames, or await `result()`. */
+export class Generation implements AsyncIterable<GenerateEvent> {
+  readonly #events: AsyncGenerator<GenerateEvent, Video>
+  #video: Video | undefined
+
+  constructor(events: AsyncGenerator<GenerateEvent, Video>) {
+    this.#events = events
+  }
+
+  async *[Symbol.asyncIterator](): AsyncGenerator<GenerateEvent> {
+    for (;;) {
+      const { value, done } = await this.#events.next()
+      if (done) {
+        this.#video ??= value
+        return
+      }
+      yield value
+    }
+  }
+
+  /** Runs to the end and returns the video. */
+  async result(): Promise<Video> {
+    if (!this.#video) for await (const _ of this) void _
+    if (!this.#video) throw new PyraflowError('ERR_ABORTED', { what: 'generation ended without a result' })
+    return this.#video
+  }
+
+  /** Runs to the end and writes .webp, .gif, .mp4 or a folder of .png, with the recipe in a JSON file beside it. */
+  async save(path: string): Promise<Video> {
+    const video = await this.result()
+    const { frames, width, height, fps, recipe } = video
+    await saveVideo(path, frames, { width, height, fps })
+    await writeFileAtomically(`${path}.json`, `${JSON.stringify(recipe, null, 2)}\n`)
+    return video
+  }
+}
+
+const VAE_FOLDER = 'causal_video_vae'
+
+/** A text encoder, a DiT and a VAE, loaded from one folder. */
+export class Pipeline {
+  readonly transformer: PyramidFluxTransformer
+  readonly vae: CausalVideoVAE
+  readonly text: TextEncoder
+  readonly config: PipelineConfig
+  readonly stages: Stages
+  readonly dtype: 'f32' | 'bf16'
+
+  constructor(parts: {
+    transformer: PyramidFluxTransformer
+    vae: CausalVideoVAE
+    text: TextEncoder
+    config: PipelineConfig
+    dtype?: 'f32' | 'bf16'
+  }) {
+    this.transformer = parts.transformer
+    this.vae = parts.vae
+    this.text = parts.text
+    this.config = parts.config
+    this.stages = makeStages(parts.config.stages)
+    this.dtype = parts.dtype ?? 'f32'
+  }
+
+  /**
+   * Loads a model folder: `causal_video_vae`, `diffusion_transformer*`, `text_encoder`, `pyraflow.json`.
+   * @throws ERR_CHECKPOINT naming what is missing or does not fit.
+   */
+  static async load(dir: string, options: PipelineOptions = {}): Promise<Pipeline> {
+    const dtype = options.dtype ?? 'f32'
+    if (!existsSync(dir)) {
+      throw new PyraflowError('ERR_CHECKPOINT', { what: `model folder ${dir}`, received: 'nothing there' })
+    }
+    const variants = readdirSync(dir).filter((name) => name.startsWith('diffusion_transformer'))
+    const variant = options.variant ?? variants[0]
+    if (variant === undefined || !variants.includes(variant)) {
+      throw new PyraflowError('ERR_CHECKPOINT', {
+        what: `model folder ${dir}`,
+        expected: options.variant ?? 'a folder diffusion_transformer…',
+        received: variants.join(', ') || 'none',
+      })
+    }
+    const path = join(dir, 'pyraflow.json')
+    const config: PipelineConfig = existsSync(path)
+      ? (JSON.parse(readFileSync(path, 'utf8')) as PipelineConfig)
+      : { normalisation: latentNormalisation.flux }
+    return new Pipeline({
+      transformer: await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype }),
+      vae: await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype }),
+      text: loadTextEncoder(join(dir, 'text_encoder')),
+      config,
+      dtype,
+    })
+  }
+
+  /** Fills in defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
+  resolve(options: GenerateOptions): Recipe {
+    const c = this.config
+    const preset = options.image === undefined ? samplingPresets.textToVideo : samplingPresets.imageToVideo
+    const [width, height] = c.sizes?.[0] ?? [640, 384]
+    const fps = c.fps ?? framesPerSecond
+    const length =
+      options.frames === undefined ? { seconds: options.seconds ?? c.seconds ?? 5 } : { frames: options.frames }
+    const perStage = (name: string, list: readonly number[]): number[] => {
+      if (list.length === this.stages.count && list.every((n) => Number.isInteger(n) && n > 0)) return [...list]
+      throw new PyraflowError('ERR_OPTION', {
+        what: name,
+        expected: `${this.stages.count} positive whole numbers, one a stage`,
+        received: `[${list}]`,
+      })
+    }
+    if (typeof options.prompt !== 'string') {
+      throw new PyraflowError('ERR_OPTION', { what: 'prompt', expected: 'a string', received: typeof options.prompt })
+    }
+    const recipe: Recipe = {
+      prompt: options.prompt,
+      negativePrompt: options.negativePrompt ?? '',
+      width: options.width ?? width,
+      height: options.height ?? height,
+      frames: pixelFrames(latentFrames({ ...length, fps, framesPerUnit: c.framesPerUnit ?? 1 })),
+      fps,
+      seed: options.seed ?? 0,
+      steps: perStage('steps', options.steps ?? c.steps ?? preset.steps),
+      videoSteps: perStage('videoSteps', options.videoSteps ?? c.videoSteps ?? preset.videoSteps),
+      guidanceScale: options.guidanceScale ?? c.guidanceScale ?? preset.guidance,
+      videoGuidanceScale: options.videoGuidanceScale ?? c.videoGuidanceScale ?? preset.videoGuidance,
+      dtype: this.dtype,
+      ...(options.image === undefined ? {} : { image: options.image }),
+    }
+    const trained = c.sizes
+    if (trained && !options.allowUntrained && !trained.some(([w, h]) => w === recipe.width && h === recipe.height)) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'size',
+        expected: trained.map(([w, h]) => `${w}×${h}`).join(' or '),
+        received: `${recipe.width}×${recipe.height}`,
+        remedy: 'Pass allowUntrained: true to try it all the same.',
+      })
+    }
+    return recipe
+  }
+
+  /** Starts a generation; nothing runs until it is iterated or awaited. @throws ERR_OPTION */
+  generate(options: GenerateOptions): Generation {
+    const recipe = this.resolve(options)
+    return new Generation(this.#events(recipe, options.signal))
+  }
+
+  async *#events(recipe: Recipe, signal: AbortSignal | undefined): AsyncGenerator<GenerateEvent, Video> {
+    const generator = new Generator(recipe.seed).stream('generate')
+    const text = this.text.encode([recipe.prompt])
+    const negative = this.text.encode([recipe.negativePrompt])
+    const owned = [text.embeds, text.pooled, negative.embeds, negative.pooled].map(keep)
+    try {
+      const first = recipe.image === undefined ? undefined : await this.encodeImage(recipe.image, recipe, generator)
+      if (first) owned.push(first)
+      const noise = seededNoise(generator)
+      const latents = yield* this.#denoise({ recipe, text, negative, noise, first, signal, owned })
+      owned.push(latents)
+      const frames = await this.decode(latents)
+      const { width, height } = recipe
+      const count = frames.length / (width * height * 3)
+      yield { type: 'frames', first: 0, frames, width, height, count }
+      return { frames, count, width, height, fps: recipe.fps, recipe }
+    } finally {
+      for (const t of owned) t.dispose()
+      await engine.idle().catch(() => undefined)
+    }
+  }
+
+  async *#denoise(job: {
+    recipe: Recipe
+    text: TextFeatures
+    negative: TextFeatures
+    noise: NoiseSource
+    first: Tensor | undefined
+    signal: AbortSignal | undefined
+    owned: Tensor[]
+  }): AsyncGenerator<GenerateEvent, Tensor> {
+    const { recipe, first } = job
+    const factor = this.vae.spatialFactor
+    const f = this.config.framesPerUnit ?? 1
+    const wanted = (recipe.frames - 1) / this.vae.temporalFactor + 1
+    const mode = first ? 'i2v' : 't2v'
+    const units: Tensor[] = []
+    const began = performance.now()
+    for await (const event of sampleLatents(this.transformer, {
+      stages: this.stages,
+      frames: noiseFrames(wanted, { framesPerUnit: f, mode }),
+      height: recipe.height / factor,
+      width: recipe.width / factor,
+      text: job.text,
+      negative: job.negative,
+      steps: recipe.steps,
+      videoSteps: recipe.videoSteps,
+      guidance: { guidanceScale: recipe.guidanceScale, videoGuidanceScale: recipe.videoGuidanceScale, mode },
+      noise: job.noise,
+      firstFrame: first,
+      framesPerUnit: f,
+      signal: job.signal,
+    })) {
+      if (event.type === 'unit') {
+        units.push(event.latent)
+        job.owned.push(event.latent)
+      } else if (event.type === 'step') {
+        const { unit, stage, done, total } = event
+        const etaMs = ((performance.now() - began) / done) * (total - done)
+        yield { type: 'progress', phase: 'denoise', unit, stage, done, total, etaMs }
+      }
+    }
+    return keep(concat(first ? [first, ...units] : units, 2))
+  }
+
+  /** A still image as the normalised latent of a first frame [1, C, 1, h, w] (spec/method.md §8.3). */
+  async encodeImage(path: string, size: { width: number; height: number }, generator: Generator): Promise<Tensor> {
+    const pixels = await loadImage(path, size)
+    return keep(
+      noGrad(() =>
+        scope(() => {
+          const x = framesDecode(Tensor.from(pixels, [1, 1, size.height, size.width, 3]))
+          const posterior = this.vae.encode(cast(x, this.dtype))
+          const noise = generator.stream('image').normal(posterior.mean.shape, { dtype: posterior.mean.dtype })
+          return normaliseLatents(cast(samplePosterior(posterior, noise), 'f32'), this.config.normalisation)
+        }),
+      ),
+    )
+  }
+
+  /** u8 RGB frames [T, H, W, 3] of normalised latents [1, C, t, h, w]. */
+  async decode(latents: Tensor): Promise<Uint8Array> {
+    const bytes = noGrad(() =>
+      scope(() => framesEncode(this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)))),
+    )
+    try {
+      return (await bytes.read()) as Uint8Array
+    } finally {
+      bytes.dispose()
+    }
+  }
+
+  dispose(): void {
+    this.transformer.dispose()
+    this.vae.dispose()
+  }
+}
+
+function loadTextEncoder(dir: string): TextEncoder {
+  const config = readConfig(dir)
+  if (config['_class_name'] === 'WordEncoder') return WordEncoder.fromPretrained(dir)
+  throw new PyraflowError('ERR_CHECKPOINT', {
+    what: `text encoder ${dir}`,
+    expected: 'WordEncoder',
+    received: String(config['_class_name'] ?? config['model_type'] ?? 'unknown'),
+    remedy: 'This version reads the word encoder of toy models; pass text features to sampleLatents for others.',
+  })
+}

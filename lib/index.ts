@@ -1,0 +1,25 @@
+/** pyraflow: pyramidal flow matching for video. Training lives in `pyraflow/train`. */
+export { engine, type EngineOptions } from './engine/engine.ts'
+export { type ErrorCode, PyraflowError } from './engine/errors.ts'
+export { type LatentNormalisation } from './flow/normalise.ts'
+export { makeStages, type StageOptions, type Stages, stageSteps } from './flow/stages.ts'
+export {
+  type GenerateEvent,
+  type GenerateOptions,
+  Generation,
+  Pipeline,
+  type PipelineConfig,
+  type PipelineOptions,
+  type Recipe,
+  type Video,
+} from './generate.ts'
+export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
+export { PyramidFluxTransformer } from './models/dit-flux.ts'
+export { historyTokens, planHistory } from './pyramid/history.ts'
+export { type NoiseSource, type SampleEvent, type SampleOptions, sampleLatents, seededNoise, type TextFeatures } from './sample.ts'
+export { Generator } from './tensor/generator.ts'
+export { keep, scope } from './tensor/scope.ts'
+export { backward, checkpoint, noGrad } from './tensor/tape.ts'
+export { type HostArray, Tensor } from './tensor/tensor.ts'
+export type { TextEncoder } from './text/encoder.ts'
+export { WordEncoder, type WordEncoderConfig } from './text/word-encoder.ts'

@@ -1,0 +1,84 @@
+import { type AttentionOptions, jointAttention, selfAttention, type TokenArrays } from '../nn/attention.ts'
+import { linearLayer } from '../nn/linear.ts'
+import { feedForward } from '../nn/mlp.ts'
+import { modulate, modulatedNorm, modulation } from '../nn/norm.ts'
+import type { Weights } from '../nn/weights.ts'
+import { concat } from '../ops/copy.ts'
+import { gatedAdd } from '../ops/pointwise.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+
+/** Latent tokens X [N, d] and text tokens C [T, d]; e = SiLU(temb) [R, d]. */
+export type DoubleBlock = (x: Tensor, c: Tensor, e: Tensor, arrays: TokenArrays) => [Tensor, Tensor]
+
+/** All tokens Z [T + N, d], text first. */
+export type SingleBlock = (z: Tensor, e: Tensor, arrays: TokenArrays) => Tensor
+
+/**
+ * The two-stream block (spec/dit-flux.md eq. 10). With `textOutput: false` (the last mmdit block) text only
+ * contributes keys, values and queries, and comes back unchanged.
+ */
+export function doubleBlock(w: Weights, options: AttentionOptions): DoubleBlock {
+  const width = options.heads * options.headDim
+  const norm1 = modulation(w.sub('norm1'), width, 6)
+  const norm1Context = options.textOutput ? modulation(w.sub('norm1_context'), width, 6) : null
+  const lastNormContext = options.textOutput ? null : modulatedNorm(w.sub('norm1_context'), width)
+  const attend = jointAttention(w.sub('attn'), options)
+  const ff = feedForward(w.sub('ff'), width)
+  const ffContext = options.textOutput ? feedForward(w.sub('ff_context'), width) : null
+
+  return (x, c, e, arrays) => {
+    const { latentRows, textRows, local } = arrays
+    const [s1, c1, g1, s2, c2, g2] = norm1(e) as [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    const latent = modulate(x, s1, c1, latentRows)
+    if (!norm1Context || !ffContext || lastNormContext) {
+      const text = lastNormContext?.(c, e, textRows) as Tensor
+      const y = gatedAdd(x, attend(latent, text, arrays)[0], g1, latentRows)
+      return [
+        gatedAdd(
+          y,
+          local(() => ff(modulate(y, s2, c2, latentRows))),
+          g2,
+          latentRows,
+        ),
+        c,
+      ]
+    }
+    const [ts1, tc1, tg1, ts2, tc2, tg2] = norm1Context(e) as [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    const [ox, oc] = attend(latent, modulate(c, ts1, tc1, textRows), arrays) as [Tensor, Tensor]
+    const y = gatedAdd(x, ox, g1, latentRows)
+    const d = gatedAdd(c, oc, tg1, textRows)
+    return [
+      gatedAdd(
+        y,
+        local(() => ff(modulate(y, s2, c2, latentRows))),
+        g2,
+        latentRows,
+      ),
+      gatedAdd(
+        d,
+        local(() => ffContext(modulate(d, ts2, tc2, textRows))),
+        tg2,
+        textRows,
+      ),
+    ]
+  }
+}
+
+/** The parallel block (spec/dit-flux.md eq. 12): Z + g ⊙ proj_out([attention, GELU(proj_mlp)]). */
+export function singleBlock(
+  w: Weights,
+  options: Pick<AttentionOptions, 'heads' | 'headDim' | 'eps'>,
+): SingleBlock {
+  const width = options.heads * options.headDim
+  const norm = modulation(w.sub('norm'), width, 3)
+  const projMlp = linearLayer(w.sub('proj_mlp'), width, 4 * width)
+  const projOut = linearLayer(w.sub('proj_out'), 5 * width, width)
+  const attend = selfAttention(w.sub('attn'), options)
+
+  return (z, e, arrays) => {
+    const [shift, scale, gate] = norm(e) as [Tensor, Tensor, Tensor]
+    const y = modulate(z, shift, scale, arrays.jointRows)
+    const both = concat([attend(y, arrays), projMlp(y, { activation: 'geluTanh' })], 1) // [T + N, 5d]
+    return gatedAdd(z, projOut(both), gate, arrays.jointRows)
+  }
+}

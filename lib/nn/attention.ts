@@ -1,0 +1,160 @@
+import { attention } from '../ops/attention.ts'
+import { concat, reshape, slice } from '../ops/copy.ts'
+import { rope } from '../ops/rope.ts'
+import { scope } from '../tensor/scope.ts'
+import { Tensor } from '../tensor/tensor.ts'
+import { type Linear, linearLayer } from './linear.ts'
+import type { Weights } from './weights.ts'
+
+/** The part of a packed layout that a network needs; text tokens come before latent tokens. */
+export interface TokenLayout {
+  readonly latentTokens: number
+  readonly textTokens: number
+  /** Conditioning row of every token, text first. */
+  readonly jointRows: Int32Array
+  /** Token i sees token j iff their segments agree and order[i] ≥ order[j]. */
+  readonly segment: Int32Array
+  readonly order: Int32Array
+  /** Rotation of every token, [tokens, D/2]. */
+  readonly jointCos: Float32Array
+  readonly jointSin: Float32Array
+}
+
+/** A layout's arrays in native memory; those of the parts are views of the joint ones. */
+export interface TokenArrays {
+  readonly textTokens: number
+  readonly latentTokens: number
+  readonly textRows: Tensor
+  readonly latentRows: Tensor
+  readonly jointRows: Tensor
+  readonly segment: Tensor
+  readonly order: Tensor
+  readonly latentCos: Tensor
+  readonly latentSin: Tensor
+  readonly jointCos: Tensor
+  readonly jointSin: Tensor
+  /** Runs part of a block, freeing its intermediate results unless backward will need them. */
+  readonly local: <T>(fn: () => T) => T
+}
+
+/** Copies a layout into native memory, owned by the surrounding scope. `recording`: whether backward will follow. */
+export function uploadLayout(layout: TokenLayout, recording: boolean): TokenArrays {
+  const { textTokens, latentTokens } = layout
+  const total = textTokens + latentTokens
+  const half = layout.jointCos.length / total
+  const jointRows = Tensor.from(layout.jointRows)
+  const jointCos = Tensor.from(layout.jointCos, [total, half])
+  const jointSin = Tensor.from(layout.jointSin, [total, half])
+  return {
+    textTokens,
+    latentTokens,
+    jointRows,
+    textRows: jointRows.view([textTokens]),
+    latentRows: jointRows.view([latentTokens], textTokens),
+    segment: Tensor.from(layout.segment, [1, total]),
+    order: Tensor.from(layout.order, [1, total]),
+    jointCos,
+    jointSin,
+    latentCos: jointCos.view([latentTokens, half], textTokens * half),
+    latentSin: jointSin.view([latentTokens, half], textTokens * half),
+    local: recording ? (fn) => fn() : scope,
+  }
+}
+
+/** Sizes and names in which the attentions of the two network families differ. */
+export interface AttentionOptions {
+  readonly heads: number
+  readonly headDim: number
+  /** eps of the RMS norms of q and k. */
+  readonly eps: number
+  /** Prefix of the text norms: `norm_added_` (flux) or `norm_add_` (mmdit). */
+  readonly textNorm: string
+  /** Whether the text stream goes on after this block. */
+  readonly textOutput: boolean
+}
+
+// One stream's q, k, v projections with their norms.
+interface Projections {
+  readonly q: Linear
+  readonly k: Linear
+  readonly v: Linear
+  readonly normQ: Tensor
+  readonly normK: Tensor
+}
+
+function projections(
+  w: Weights,
+  names: readonly [string, string, string],
+  norm: string,
+  width: number,
+  headDim: number,
+): Projections {
+  return {
+    q: linearLayer(w.sub(names[0]), width, width),
+    k: linearLayer(w.sub(names[1]), width, width),
+    v: linearLayer(w.sub(names[2]), width, width),
+    normQ: w.get(`${norm}q.weight`, [headDim], 'ones'),
+    normK: w.get(`${norm}k.weight`, [headDim], 'ones'),
+  }
+}
+
+const LATENT_NAMES = ['to_q', 'to_k', 'to_v'] as const
+const TEXT_NAMES = ['add_q_proj', 'add_k_proj', 'add_v_proj'] as const
+
+function attend(q: Tensor, k: Tensor, v: Tensor, arrays: TokenArrays): Tensor {
+  const [tokens, heads, headDim] = q.shape as [number, number, number]
+  const shape = [1, tokens, heads, headDim]
+  const { segment, order } = arrays
+  const o = attention(reshape(q, shape), reshape(k, shape), reshape(v, shape), { segment, order })
+  return reshape(o, [tokens, heads * headDim])
+}
+
+/**
+ * Attention of text and latent tokens together, with projections of their own (spec/dit-flux.md §6, §7.1): latent
+ * [N, d] and text [T, d] → both after their output projections; the text part is null when the stream ends.
+ */
+export function jointAttention(
+  w: Weights,
+  options: AttentionOptions,
+): (latent: Tensor, text: Tensor, arrays: TokenArrays) => [Tensor, Tensor | null] {
+  const { heads, headDim, eps } = options
+  const width = heads * headDim
+  const x = projections(w, LATENT_NAMES, 'norm_', width, headDim)
+  const c = projections(w, TEXT_NAMES, options.textNorm, width, headDim)
+  const toOut = linearLayer(w.sub('to_out.0'), width, width)
+  const toAddOut = options.textOutput ? linearLayer(w.sub('to_add_out'), width, width) : null
+  const split = (t: Tensor): Tensor => reshape(t, [-1, heads, headDim])
+
+  return (latent, text, arrays) => {
+    const { latentCos: cos, latentSin: sin, textTokens, latentTokens, local } = arrays
+    const o = local(() => {
+      // Text lies at position 0, where the rotation is the identity.
+      const [q, k] = (['q', 'k'] as const).map((name) => {
+        const norm = name === 'q' ? 'normQ' : 'normK'
+        const ofText = rope(split(c[name](text)), { weight: c[norm], eps })
+        return concat([ofText, rope(split(x[name](latent)), { weight: x[norm], cos, sin, eps })], 0)
+      }) as [Tensor, Tensor]
+      return attend(q, k, concat([split(c.v(text)), split(x.v(latent))], 0), arrays) // [T + N, d]
+    })
+    const latentOut = toOut(slice(o, 0, textTokens, latentTokens))
+    return [latentOut, toAddOut ? toAddOut(slice(o, 0, 0, textTokens)) : null]
+  }
+}
+
+/** Attention over the tokens z [T + N, d] with one set of projections and none at the output (spec/dit-flux.md §7.3). */
+export function selfAttention(
+  w: Weights,
+  options: Pick<AttentionOptions, 'heads' | 'headDim' | 'eps'>,
+): (z: Tensor, arrays: TokenArrays) => Tensor {
+  const { heads, headDim, eps } = options
+  const p = projections(w, LATENT_NAMES, 'norm_', heads * headDim, headDim)
+  const split = (t: Tensor): Tensor => reshape(t, [-1, heads, headDim])
+  return (z, arrays) => {
+    const { jointCos: cos, jointSin: sin, local } = arrays
+    return local(() => {
+      const q = rope(split(p.q(z)), { weight: p.normQ, cos, sin, eps })
+      const k = rope(split(p.k(z)), { weight: p.normK, cos, sin, eps })
+      return attend(q, k, split(p.v(z)), arrays)
+    })
+  }
+}

@@ -1,0 +1,22 @@
+import { type LinearOptions, linear, packWeight } from '../ops/matmul.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import type { Init, Weights } from './weights.ts'
+
+/** x [..., K] → act(x·Wᵀ + b) + residual [..., N]. */
+export type Linear = (x: Tensor, options?: LinearOptions) => Tensor
+
+/**
+ * The layer `weight` [N, K] and `bias` [N] below `weights`. For inference the weight is packed for the matrix kernels,
+ * once, when the layer is made.
+ */
+export function linearLayer(
+  weights: Weights,
+  inputs: number,
+  outputs: number,
+  init: Init = 'xavier',
+): Linear {
+  const weight = weights.get('weight', [outputs, inputs], init)
+  const bias = weights.get('bias', [outputs], 'zeros')
+  if (weights.pack) packWeight(weight)
+  return (x, options) => linear(x, weight, bias, options)
+}

@@ -1,0 +1,8 @@
+export { type ClipBatch, Dataset, type DatasetOptions, openDataset } from './dataset.ts'
+export { encodeLatents, LatentDataset } from './latents.ts'
+export { AdamW, type AdamWOptions } from './optimizer.ts'
+export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
+export { latestCheckpoint, type TrainEvent } from './run.ts'
+export { learningRates, type ScheduleOptions } from './schedule.ts'
+export { Trainer, type TrainerOptions } from './trainer.ts'
+export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'

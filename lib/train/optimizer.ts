@@ -1,0 +1,209 @@
+import { engine } from '../engine/engine.ts'
+import { PyraflowError } from '../engine/errors.ts'
+import { openSafetensors, type TensorToWrite } from '../io/safetensors.ts'
+import { tensorsToWrite } from '../nn/export.ts'
+import { keep } from '../tensor/scope.ts'
+import { Tensor } from '../tensor/tensor.ts'
+
+export interface AdamWOptions {
+  betas?: readonly [number, number]
+  eps?: number
+  /** Not applied to biases and one-dimensional parameters. */
+  weightDecay?: number
+  /** Global gradient norm above which gradients are scaled down; 0 = never. */
+  maxGradNorm?: number
+  /** Decay of the f32 moving average; 0 = none. Early steps use min(decay, (1 + n)/(10 + n)). */
+  emaDecay?: number
+}
+
+/**
+ * AdamW over one flat f32 master copy (spec/training.md §3). The model's parameters become views of it, or of a bf16
+ * shadow that every step refreshes, and their gradients views of one flat buffer: a step is five kernel calls however
+ * many parameters there are. A step whose gradients are not finite changes nothing.
+ */
+export class AdamW {
+  readonly parameters: ReadonlyMap<string, Tensor>
+  readonly size: number
+  readonly #options: Required<AdamWOptions>
+  readonly #offsets = new Map<string, number>()
+  readonly #decayed: number
+  readonly #master: Tensor
+  readonly #shadow: Tensor | null
+  readonly #grad: Tensor
+  readonly #m: Tensor
+  readonly #v: Tensor
+  readonly #ema: Tensor | null
+  #stepCount = 0
+
+  constructor(parameters: ReadonlyMap<string, Tensor>, options: AdamWOptions = {}) {
+    this.#options = {
+      betas: options.betas ?? [0.9, 0.95],
+      eps: options.eps ?? 1e-8,
+      weightDecay: options.weightDecay ?? 1e-4,
+      maxGradNorm: options.maxGradNorm ?? 1,
+      emaDecay: options.emaDecay ?? 0,
+    }
+    this.parameters = parameters
+    const decays = (name: string, t: Tensor): boolean => t.rank > 1 && !name.endsWith('.bias')
+    const ordered = [...parameters].sort((a, b) => Number(decays(...b)) - Number(decays(...a)))
+    let size = 0
+    let decayed = 0
+    for (const [name, t] of ordered) {
+      this.#offsets.set(name, size)
+      // Every parameter begins on a cache line.
+      size += Math.ceil(t.size / 32) * 32
+      if (decays(name, t)) decayed = size
+    }
+    this.size = size
+    this.#decayed = decayed
+    const flat = (): Tensor => keep(Tensor.zeros([size]))
+    this.#master = flat()
+    this.#grad = flat()
+    this.#m = flat()
+    this.#v = flat()
+    const bf16 = ordered.some(([, t]) => t.dtype === 'bf16')
+    this.#shadow = bf16 ? keep(Tensor.zeros([size], 'bf16')) : null
+    for (const [name, t] of ordered) {
+      const offset = this.#offsets.get(name) as number
+      if (bf16 && t.dtype !== 'bf16') {
+        throw new PyraflowError('ERR_DTYPE', { what: `parameter ${name}`, expected: 'bf16 like the others', received: t.dtype })
+      }
+      if (this.#shadow) {
+        const place = this.#master.view(t.shape, offset)
+        engine.run('cast', [t], [place], [])
+        place.dispose()
+      }
+      t.rebase(this.#shadow ?? this.#master, offset)
+      t.grad = keep(this.#grad.view(t.shape, offset))
+    }
+    this.#ema = this.#options.emaDecay > 0 ? flat() : null
+    if (this.#ema) engine.run('axpby', [this.#master, null], [this.#ema], [1, 0, 0])
+  }
+
+  get stepCount(): number {
+    return this.#stepCount
+  }
+
+  /** Bytes this optimizer holds besides the parameters' own. */
+  get bytes(): number {
+    return [this.#master, this.#grad, this.#m, this.#v, this.#ema, this.#shadow].reduce((n, t) => n + (t?.bytes ?? 0), 0)
+  }
+
+  zeroGrad(): void {
+    engine.run('fill', [], [this.#grad], [0])
+  }
+
+  /**
+   * One update from the gradients collected so far, which are then zeroed. Returns f32[2]: the gradient norm before
+   * clipping and the clip coefficient (NaN when the step was skipped).
+   */
+  step(learningRate: number): Tensor {
+    const { betas, eps, weightDecay, maxGradNorm, emaDecay } = this.#options
+    this.#stepCount++
+    const clip = Tensor.empty([2])
+    engine.run('grad_norm', [this.#grad], [clip], [maxGradNorm])
+    const n = this.#stepCount
+    const groups: [number, number, number][] = [
+      [0, this.#decayed, weightDecay],
+      [this.#decayed, this.size - this.#decayed, 0],
+    ]
+    for (const [offset, count, decay] of groups) {
+      if (count === 0) continue
+      const part = (t: Tensor | null): Tensor | null => t?.view([count], offset) ?? null
+      const views = [part(this.#grad), part(this.#master), part(this.#m), part(this.#v), part(this.#shadow)]
+      const [g, p, m, v, s] = views as [Tensor, Tensor, Tensor, Tensor, Tensor | null]
+      engine.run('adamw', [g, clip], [p, m, v, s], [
+        learningRate,
+        betas[0],
+        betas[1],
+        eps,
+        decay,
+        1 - betas[0] ** n,
+        1 - betas[1] ** n,
+      ])
+      for (const t of views) t?.dispose()
+    }
+    if (this.#ema) {
+      const decay = Math.min(emaDecay, (1 + n) / (10 + n))
+      engine.run('axpby', [this.#ema, this.#master], [this.#ema], [decay, 1 - decay, 0])
+    }
+    this.zeroGrad()
+    return clip
+  }
+
+  /** Runs `fn` while the model holds its moving average instead of its own weights. */
+  async withEma<T>(fn: () => Promise<T>): Promise<T> {
+    if (!this.#ema) return await fn()
+    const target = this.#shadow ?? this.#master
+    const saved = keep(Tensor.empty([this.size]))
+    engine.run('cast', [this.#master], [saved], [])
+    engine.run('cast', [this.#ema], [target], [])
+    try {
+      return await fn()
+    } finally {
+      if (!this.#shadow) engine.run('cast', [saved], [this.#master], [])
+      else engine.run('cast', [this.#master], [this.#shadow], [])
+      saved.dispose()
+    }
+  }
+
+  /** f32 master values by parameter name, as views: what a checkpoint should hold. */
+  masterTensors(): Map<string, Tensor> {
+    return this.#named(this.#master)
+  }
+
+  emaTensors(): Map<string, Tensor> {
+    return this.#named(this.#ema ?? this.#master)
+  }
+
+  #named(flat: Tensor): Map<string, Tensor> {
+    return new Map(
+      Array.from(this.parameters, ([name, t]) => [name, keep(flat.view(t.shape, this.#offsets.get(name) as number))]),
+    )
+  }
+
+  /** State for {@link restore}; the flat order depends only on the parameters' names and shapes. */
+  stateTensors(): TensorToWrite[] {
+    const parts: [string, Tensor][] = [
+      ['master', this.#master],
+      ['m', this.#m],
+      ['v', this.#v],
+    ]
+    if (this.#ema) parts.push(['ema', this.#ema])
+    return tensorsToWrite(parts, 'f32')
+  }
+
+  /** @throws ERR_CHECKPOINT when the file belongs to another model. */
+  restore(path: string, stepCount: number): void {
+    const file = openSafetensors(path)
+    const parts: [string, Tensor | null][] = [
+      ['master', this.#master],
+      ['m', this.#m],
+      ['v', this.#v],
+      ['ema', this.#ema],
+    ]
+    for (const [name, target] of parts) {
+      if (!target) continue
+      const entry = file.entries.get(name)
+      if (!entry || entry.shape.length !== 1 || entry.shape[0] !== this.size) {
+        throw new PyraflowError('ERR_CHECKPOINT', {
+          what: `${path}: optimizer state ${name}`,
+          expected: `[${this.size}] f32`,
+          received: entry ? `[${entry.shape}]` : 'nothing',
+          remedy: 'Resume with the model configuration that wrote it.',
+        })
+      }
+      target.write(file.readFloats(name))
+    }
+    if (this.#shadow) engine.run('cast', [this.#master], [this.#shadow], [])
+    this.#stepCount = stepCount
+  }
+
+  dispose(): void {
+    for (const t of this.parameters.values()) {
+      t.grad?.dispose()
+      t.grad = null
+    }
+    for (const t of [this.#master, this.#grad, this.#m, this.#v, this.#ema, this.#shadow]) t?.dispose()
+  }
+}

@@ -1,0 +1,174 @@
+import { createWriteStream, type WriteStream } from 'node:fs'
+import { mkdir, readdir, readFile, rename, rm } from 'node:fs/promises'
+import { join } from 'node:path'
+import { engine } from '../engine/engine.ts'
+import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
+import { ioError, writeFileAtomically } from '../io/atomic.ts'
+import { writeSafetensors } from '../io/safetensors.ts'
+import { backward, clearTape } from '../tensor/tape.ts'
+import { keep, scope } from '../tensor/scope.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import type { AdamW } from './optimizer.ts'
+
+export type TrainEvent =
+  | { type: 'resume'; step: number }
+  | { type: 'step'; step: number; loss: number; gradNorm: number; learningRate: number; seconds: number; [metric: string]: number | string }
+  | { type: 'skipped'; step: number; loss: number }
+  | { type: 'checkpoint'; step: number; path: string }
+
+export interface RunOptions {
+  /** Folder of the run: checkpoints and metrics.jsonl. */
+  out: string
+  steps: number
+  learningRates: Float64Array
+  optimizer: AdamW
+  /** Host work of a step (reading, decoding); runs while the previous step computes. */
+  prepare(step: number): Promise<unknown>
+  /** Queues the forward pass; the run queues backward and the update. Runs inside a scope. */
+  forward(step: number, prepared: never): { loss: Tensor; metrics?: Record<string, Tensor> }
+  /** Writes the model itself into a checkpoint folder. */
+  saveModel(dir: string): Promise<void>
+  /** Steps between checkpoints; the last step always writes one. */
+  checkpointEvery?: number
+  /** Checkpoints kept. */
+  keepCheckpoints?: number
+  resume?: boolean
+  signal?: AbortSignal | undefined
+}
+
+const STATE = 'optimizer.safetensors'
+const MOST_BAD_STEPS = 5
+
+/**
+ * The loop that every trainer shares: prepare, forward, backward, update, note, save. One step computes while the next is
+ * prepared and queued. A checkpoint folder appears under its name only when it is complete; resuming continues with the
+ * same numbers an uninterrupted run would have had.
+ * @throws ERR_ABORTED after saving, ERR_NUMERICS after several steps without a finite loss, ERR_IO.
+ */
+export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEvent> {
+  const { out, steps, optimizer, signal } = options
+  await mkdir(out, { recursive: true }).catch((error: unknown) => {
+    throw ioError(error, 'make run folder', out)
+  })
+  let first = 0
+  if (options.resume) {
+    const found = await latestCheckpoint(out)
+    if (found) {
+      optimizer.restore(join(found.path, STATE), found.step)
+      first = found.step
+      yield { type: 'resume', step: first }
+    }
+  }
+  const metrics = createWriteStream(join(out, 'metrics.jsonl'), { flags: 'a' })
+  let broken: unknown
+  metrics.on('error', (error) => {
+    broken = error
+  })
+  let bad = 0
+  let before = performance.now()
+  let prepared = first < steps ? options.prepare(first) : undefined
+  prepared?.catch(() => undefined)
+  try {
+    for (let step = first; step < steps; step++) {
+      if (signal?.aborted) {
+        yield await saved(options, step)
+        throwIfAborted(signal, 'training')
+      }
+      const input = (await prepared) as never
+      const learningRate = options.learningRates[step] as number
+      const queued = scope(() => {
+        const { loss, metrics: named = {} } = options.forward(step, input)
+        backward(loss)
+        return { loss, clip: optimizer.step(learningRate), named }
+      })
+      const tensors = [queued.loss, queued.clip, ...Object.values(queued.named)]
+      for (const t of tensors) keep(t)
+      if (step + 1 < steps) {
+        prepared = options.prepare(step + 1)
+        prepared.catch(() => undefined)
+      }
+      const loss = await queued.loss.item()
+      const [gradNorm, coefficient] = (await queued.clip.floats()) as unknown as [number, number]
+      const extra: Record<string, number> = {}
+      for (const [name, t] of Object.entries(queued.named)) extra[name] = await t.item()
+      for (const t of tensors) t.dispose()
+      const now = performance.now()
+      const seconds = (now - before) / 1000
+      before = now
+      if (!Number.isFinite(loss) || !Number.isFinite(coefficient)) {
+        // The optimizer has left the weights alone; a run of such steps cannot heal itself.
+        if (++bad >= MOST_BAD_STEPS) {
+          throw new PyraflowError('ERR_NUMERICS', {
+            what: `training step ${step + 1}: loss ${loss}, gradient norm ${gradNorm}, ${bad} times in a row`,
+            remedy: 'Lower the learning rate, or resume from an earlier checkpoint.',
+          })
+        }
+        yield { type: 'skipped', step: step + 1, loss }
+      } else {
+        bad = 0
+        const event: TrainEvent = { type: 'step', step: step + 1, loss, gradNorm, learningRate, seconds, ...extra }
+        await note(metrics, event)
+        if (broken) throw ioError(broken, 'write metrics', join(out, 'metrics.jsonl'))
+        yield event
+      }
+      const done = step + 1
+      if (done === steps || (options.checkpointEvery && done % options.checkpointEvery === 0)) {
+        yield await saved(options, done)
+      }
+    }
+  } finally {
+    clearTape()
+    await new Promise<void>((resolve) => metrics.end(resolve))
+  }
+}
+
+async function note(stream: WriteStream, event: object): Promise<void> {
+  if (!stream.write(`${JSON.stringify(event)}\n`)) await new Promise<void>((resolve) => stream.once('drain', () => resolve()))
+}
+
+async function saved(options: RunOptions, step: number): Promise<TrainEvent> {
+  const path = join(options.out, `checkpoint-${step}`)
+  const partial = `${path}.tmp`
+  try {
+    await rm(partial, { recursive: true, force: true })
+    await mkdir(partial, { recursive: true })
+    await options.saveModel(partial)
+    await writeSafetensors(join(partial, STATE), options.optimizer.stateTensors())
+    await writeFileAtomically(join(partial, 'state.json'), `${JSON.stringify({ step })}\n`)
+    await rm(path, { recursive: true, force: true })
+    await rename(partial, path)
+  } catch (error) {
+    await rm(partial, { recursive: true, force: true }).catch(() => undefined)
+    throw error instanceof PyraflowError ? error : ioError(error, 'write checkpoint', path)
+  }
+  const kept = options.keepCheckpoints ?? 2
+  const all = await checkpoints(options.out)
+  for (const old of all.slice(0, Math.max(0, all.length - kept))) await rm(old.path, { recursive: true, force: true })
+  return { type: 'checkpoint', step, path }
+}
+
+async function checkpoints(out: string): Promise<{ step: number; path: string }[]> {
+  const names = await readdir(out).catch(() => [] as string[])
+  return names
+    .map((name) => ({ match: /^checkpoint-(\d+)$/.exec(name), name }))
+    .filter(({ match }) => match !== null)
+    .map(({ match, name }) => ({ step: Number((match as RegExpExecArray)[1]), path: join(out, name) }))
+    .sort((a, b) => a.step - b.step)
+}
+
+/** The newest complete checkpoint of a run, if any. */
+export async function latestCheckpoint(out: string): Promise<{ step: number; path: string } | undefined> {
+  const found = (await checkpoints(out)).at(-1)
+  if (!found) return undefined
+  try {
+    const state = JSON.parse(await readFile(join(found.path, 'state.json'), 'utf8')) as { step: number }
+    return { step: state.step, path: found.path }
+  } catch (error) {
+    throw ioError(error, 'read checkpoint', found.path)
+  }
+}
+
+/** Waits for the engine so that a trainer can be disposed. */
+export async function settle(): Promise<void> {
+  await engine.idle()
+}

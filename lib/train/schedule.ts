@@ -1,0 +1,35 @@
+import { PyraflowError } from '../engine/errors.ts'
+
+export interface ScheduleOptions {
+  /** Peak learning rate. */
+  learningRate: number
+  warmupSteps: number
+  kind?: 'constant' | 'cosine'
+  /** Optimizer steps of the whole run. */
+  totalSteps: number
+  /** Where cosine ends. */
+  minLearningRate?: number
+}
+
+/**
+ * The learning rate of every optimizer step (spec/training.md §3): constant after a warm-up from 1e-6, or cosine after a
+ * warm-up from 0.
+ * @throws ERR_OPTION when the warm-up is longer than the run.
+ */
+export function learningRates(options: ScheduleOptions): Float64Array {
+  const { learningRate: lr, warmupSteps: warmup, kind = 'constant', totalSteps, minLearningRate: min = 1e-5 } = options
+  if (warmup > totalSteps || warmup < 0) {
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'warmupSteps',
+      expected: `0 to ${totalSteps} (all steps of the run)`,
+      received: String(warmup),
+    })
+  }
+  const from = kind === 'constant' ? 1e-6 : 0
+  const rest = totalSteps - warmup
+  return Float64Array.from({ length: totalSteps }, (_, i) => {
+    if (i < warmup) return warmup === 1 ? from : from + ((lr - from) * i) / (warmup - 1)
+    if (kind === 'constant') return lr
+    return min + 0.5 * (lr - min) * (1 + Math.cos((Math.PI * (i - warmup)) / rest))
+  })
+}

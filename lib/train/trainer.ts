@@ -1,0 +1,179 @@
+import { join } from 'node:path'
+import { PyraflowError } from '../engine/errors.ts'
+import { normaliseLatents } from '../flow/normalise.ts'
+import { makeStages, type Stages } from '../flow/stages.ts'
+import { writePretrained } from '../io/pretrained.ts'
+import { samplePosterior } from '../models/causal-vae.ts'
+import type { PyramidFluxTransformer } from '../models/dit-flux.ts'
+import { tensorsToWrite } from '../nn/export.ts'
+import { concat } from '../ops/copy.ts'
+import { mse } from '../ops/mse.ts'
+import { mean } from '../ops/reduce.ts'
+import { stageLengths } from '../pyramid/lengths.ts'
+import { Generator } from '../tensor/generator.ts'
+import { shuffle } from '../tensor/shuffle.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import type { TextEncoder } from '../text/encoder.ts'
+import type { LatentDataset } from './latents.ts'
+import { AdamW, type AdamWOptions } from './optimizer.ts'
+import { type PairDraws, trainingPairs } from './pairs.ts'
+import { runTraining, type TrainEvent } from './run.ts'
+import { learningRates } from './schedule.ts'
+
+export interface TrainerOptions {
+  model: PyramidFluxTransformer
+  data: LatentDataset
+  text: TextEncoder
+  out: string
+  steps: number
+  /** Samples a step; a multiple of the columns. */
+  batchSize: number
+  seed?: number
+  stages?: Stages
+  /** Columns per stage, [1, 2, 1] in the published recipe; default 1 each, 2 for the middle of three. */
+  sampleRatios?: readonly number[]
+  framesPerUnit?: number
+  corruptRatio?: number
+  /** Probability of replacing a caption by the null condition. */
+  captionDrop?: number
+  learningRate?: number
+  warmupSteps?: number
+  schedule?: 'constant' | 'cosine'
+  minLearningRate?: number
+  optimizer?: AdamWOptions
+  checkpointEvery?: number
+}
+
+/**
+ * Trains the DiT autoregressively with the temporal pyramid (spec/training.md §1–3): every batch trains all stages, each
+ * column at one of them, with history lengths that balance the packed sequence.
+ */
+export class Trainer {
+  readonly optimizer: AdamW
+  readonly stages: Stages
+  readonly columns: readonly number[]
+  readonly #options: TrainerOptions
+
+  /** @throws ERR_OPTION when batch size and columns do not fit. */
+  constructor(options: TrainerOptions) {
+    this.stages = options.stages ?? makeStages()
+    const ratios = options.sampleRatios ?? (this.stages.count === 3 ? [1, 2, 1] : new Array<number>(this.stages.count).fill(1))
+    this.columns = ratios.flatMap((n, k) => new Array<number>(n).fill(k))
+    if (ratios.length !== this.stages.count || options.batchSize % this.columns.length !== 0) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'batchSize',
+        expected: `a multiple of ${this.columns.length} columns (sampleRatios [${ratios}] over ${this.stages.count} stages)`,
+        received: String(options.batchSize),
+      })
+    }
+    if (options.data.length < options.batchSize) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'batchSize',
+        expected: `at most the ${options.data.length} clips of the data set`,
+        received: String(options.batchSize),
+      })
+    }
+    this.#options = options
+    this.optimizer = new AdamW(options.model.parameters, { emaDecay: 0.999, ...options.optimizer })
+  }
+
+  /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
+  async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
+    const o = this.#options
+    yield* runTraining({
+      out: o.out,
+      steps: o.steps,
+      learningRates: learningRates({
+        learningRate: o.learningRate ?? 1e-4,
+        warmupSteps: o.warmupSteps ?? Math.min(100, o.steps),
+        kind: o.schedule ?? 'constant',
+        totalSteps: o.steps,
+        minLearningRate: o.minLearningRate ?? 1e-5,
+      }),
+      optimizer: this.optimizer,
+      prepare: async (step) => this.indices(step),
+      forward: (step, indices) => this.forward(step, indices as number[]),
+      saveModel: (dir) => this.save(join(dir, 'diffusion_transformer')),
+      ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
+      resume: options.resume ?? false,
+      signal: options.signal,
+    })
+  }
+
+  /** Clips of a step: epochs of shuffled order laid end to end. */
+  indices(step: number): number[] {
+    const { data, batchSize, seed = 0 } = this.#options
+    const perEpoch = Math.floor(data.length / batchSize)
+    const order = shuffle(data.length, seed + Math.floor(step / perEpoch))
+    const start = (step % perEpoch) * batchSize
+    return Array.from(order.subarray(start, start + batchSize))
+  }
+
+  /** Loss of one step; every draw comes from a stream named by the step, so that resuming needs no generator state. */
+  forward(step: number, indices: readonly number[]): { loss: Tensor; metrics: Record<string, Tensor> } {
+    const { model, data, text, seed = 0, framesPerUnit = 1, captionDrop = 0.1 } = this.#options
+    const generator = new Generator(seed).stream('train', step)
+    const posterior = data.gather(indices)
+    const noise = generator.stream('posterior').normal(posterior.mean.shape)
+    const latents = normaliseLatents(samplePosterior(posterior, noise), data.normalisation)
+
+    const drops = generator.stream('drop').hostUniform(indices.length)
+    const captions = indices.map((i, b) => ((drops[b] as number) <= captionDrop ? '' : (data.captions[i] as string)))
+    const features = text.encode(captions)
+    const frames = data.shape[1] as number
+    const unitsPerStage = stageLengths({
+      maxFrames: frames,
+      framesPerUnit,
+      syncGroup: 1,
+      rank: 0,
+      counter: step + 1,
+      batchUnits: 1 + Math.floor((frames - 1) / framesPerUnit),
+      stageCount: this.stages.count,
+    })
+    const pairs = trainingPairs(latents, this.#draws(generator, latents), {
+      stages: this.stages,
+      columns: this.columns,
+      unitsPerStage,
+      framesPerUnit,
+      corruptRatio: this.#options.corruptRatio ?? 1 / 3,
+    })
+    const predictions = model.forward({
+      columns: pairs.columns,
+      timesteps: pairs.timesteps,
+      text: features.embeds,
+      textMask: features.mask,
+      pooled: features.pooled,
+    })
+    const losses = predictions.map((v, c) => mse(v, pairs.targets[c] as Tensor))
+    const metrics: Record<string, Tensor> = {}
+    this.columns.forEach((k, c) => {
+      if (this.columns.indexOf(k) === c) metrics[`stage${k}`] = mean(losses[c] as Tensor)
+    })
+    return { loss: mean(losses.length === 1 ? (losses[0] as Tensor) : concat(losses, 0)), metrics }
+  }
+
+  #draws(generator: Generator, latents: Tensor): PairDraws {
+    const rows = (latents.shape[0] as number) / this.columns.length
+    return {
+      noise: generator.stream('noise').normal(latents.shape),
+      position: (c) => generator.stream('position', c).hostUniform(rows),
+      corruption: (c) => generator.stream('corruption', c).hostUniform(rows),
+      history: (c, i, shape) => generator.stream('history', c, i).normal(shape),
+    }
+  }
+
+  /** Writes the moving average of the weights as a diffusers-style folder. */
+  async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
+    const tensors = this.optimizer.emaTensors()
+    const config = { _class_name: 'PyramidFluxTransformer', ...this.#options.model.config }
+    try {
+      await writePretrained(dir, config, tensorsToWrite(tensors, dtype))
+    } finally {
+      for (const t of tensors.values()) t.dispose()
+    }
+  }
+
+  dispose(): void {
+    this.optimizer.dispose()
+  }
+}

@@ -1,0 +1,166 @@
+import { PyraflowError } from '../engine/errors.ts'
+import { type CausalVideoVAE, klLoss, samplePosterior } from '../models/causal-vae.ts'
+import { cast } from '../ops/cast.ts'
+import { slice } from '../ops/copy.ts'
+import { framesDecode } from '../ops/frames.ts'
+import { mse } from '../ops/mse.ts'
+import { axpby } from '../ops/pointwise.ts'
+import { mean } from '../ops/reduce.ts'
+import { Generator } from '../tensor/generator.ts'
+import { uniformAt } from '../tensor/shuffle.ts'
+import { Tensor } from '../tensor/tensor.ts'
+import { tensorsToWrite } from '../nn/export.ts'
+import { writePretrained } from '../io/pretrained.ts'
+import type { ClipBatch, Dataset } from './dataset.ts'
+import { AdamW, type AdamWOptions } from './optimizer.ts'
+import { runTraining, type TrainEvent } from './run.ts'
+import { learningRates } from './schedule.ts'
+import { join } from 'node:path'
+
+export interface VaeTrainerOptions {
+  model: CausalVideoVAE
+  data: Dataset
+  out: string
+  steps: number
+  batchSize: number
+  seed?: number
+  learningRate?: number
+  warmupSteps?: number
+  schedule?: 'constant' | 'cosine'
+  minLearningRate?: number
+  /** Random crop of this many pixels a side and frames long; default: whole clips. */
+  crop?: { size: number; frames: number }
+  /** Weight of the KL term (λ_kl); the reconstruction term weighs 1. */
+  klWeight?: number
+  optimizer?: AdamWOptions
+  checkpointEvery?: number
+}
+
+/** Trains a causal VAE on clips: mean squared error of a posterior sample's reconstruction plus KL (spec/vae.md §9). */
+export class VaeTrainer {
+  readonly optimizer: AdamW
+  readonly #options: VaeTrainerOptions
+
+  /** @throws ERR_OPTION for a crop that does not fit the data or the VAE. */
+  constructor(options: VaeTrainerOptions) {
+    const { crop, data, model } = options
+    if (crop) {
+      const { width, height, frames } = data.options
+      const whole = crop.size % model.spatialFactor === 0 && (crop.frames - 1) % model.temporalFactor === 0
+      if (!whole || crop.size > Math.min(width, height) || crop.frames > frames) {
+        throw new PyraflowError('ERR_OPTION', {
+          what: 'crop',
+          expected: `a multiple of ${model.spatialFactor} pixels and 1 + a multiple of ${model.temporalFactor} frames within ${width}×${height}×${frames}`,
+          received: `${crop.size} pixels, ${crop.frames} frames`,
+        })
+      }
+    }
+    this.#options = options
+    this.optimizer = new AdamW(model.parameters, { emaDecay: 0.999, ...options.optimizer })
+  }
+
+  /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
+  async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
+    const o = this.#options
+    const seed = o.seed ?? 0
+    const generator = new Generator(seed)
+    const batches = new BatchCursor(o.data, o.batchSize, seed, options.signal)
+    yield* runTraining({
+      out: o.out,
+      steps: o.steps,
+      learningRates: learningRates({
+        learningRate: o.learningRate ?? 1e-4,
+        warmupSteps: o.warmupSteps ?? Math.min(100, o.steps),
+        kind: o.schedule ?? 'cosine',
+        totalSteps: o.steps,
+        minLearningRate: o.minLearningRate ?? 1e-5,
+      }),
+      optimizer: this.optimizer,
+      prepare: (step) => batches.at(step),
+      forward: (step, batch) => this.#forward(step, batch as ClipBatch, generator, seed),
+      saveModel: (dir) => this.save(join(dir, 'causal_video_vae')),
+      ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
+      resume: options.resume ?? false,
+      signal: options.signal,
+    })
+  }
+
+  #forward(step: number, batch: ClipBatch, generator: Generator, seed: number): { loss: Tensor; metrics: Record<string, Tensor> } {
+    const { model, data, crop, klWeight = 1e-6 } = this.#options
+    const { frames, height, width } = data.options
+    const bytes = Tensor.from(batch.frames, [batch.text.length, frames, height, width, 3])
+    let x = framesDecode(bytes)
+    if (crop) {
+      const at = (axis: number, room: number, unit: number): number =>
+        Math.floor(uniformAt(seed, step * 3 + axis) * (room / unit + 1)) * unit
+      x = slice(x, 2, at(0, frames - crop.frames, 1), crop.frames)
+      x = slice(x, 3, at(1, height - crop.size, 8), crop.size)
+      x = slice(x, 4, at(2, width - crop.size, 8), crop.size)
+    }
+    const posterior = model.encode(cast(x, model.dtype))
+    const noise = generator.stream('posterior', step).normal(posterior.mean.shape, { dtype: model.dtype })
+    const decoded = model.decode(samplePosterior(posterior, noise))
+    const reconstruction = mean(mse(decoded, cast(x, decoded.dtype)))
+    const kl = klLoss(posterior)
+    return { loss: axpby(reconstruction, kl, 1, klWeight), metrics: { reconstruction, kl } }
+  }
+
+  /** Writes the moving average of the weights as a diffusers-style folder. */
+  async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
+    const tensors = this.optimizer.emaTensors()
+    const config = { _class_name: 'CausalVideoVAE', ...this.#options.model.config }
+    try {
+      await writePretrained(dir, config, tensorsToWrite(tensors, dtype))
+    } finally {
+      for (const t of tensors.values()) t.dispose()
+    }
+  }
+
+  dispose(): void {
+    this.optimizer.dispose()
+  }
+}
+
+/** Batches by step number: epochs follow one another, each with its own order, so that any step can be asked for. */
+class BatchCursor {
+  readonly #data: Dataset
+  readonly #batchSize: number
+  readonly #seed: number
+  readonly #signal: AbortSignal | undefined
+  #stream: AsyncGenerator<ClipBatch> | undefined
+  #next = -1
+
+  constructor(data: Dataset, batchSize: number, seed: number, signal: AbortSignal | undefined) {
+    this.#data = data
+    this.#batchSize = batchSize
+    this.#seed = seed
+    this.#signal = signal
+    if (data.batchCount(batchSize) < 1) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'batchSize',
+        expected: `at most the ${data.length} clips of the data set`,
+        received: String(batchSize),
+      })
+    }
+  }
+
+  async at(step: number): Promise<ClipBatch> {
+    const perEpoch = this.#data.batchCount(this.#batchSize)
+    const epoch = Math.floor(step / perEpoch)
+    const skip = step % perEpoch
+    if (!this.#stream || this.#next !== step || skip === 0) {
+      await this.#stream?.return(undefined)
+      this.#stream = this.#data.batches({
+        batchSize: this.#batchSize,
+        seed: this.#seed,
+        epoch,
+        skip,
+        ...(this.#signal ? { signal: this.#signal } : {}),
+      })
+    }
+    this.#next = step + 1
+    const { value, done } = await this.#stream.next()
+    if (done) throw new PyraflowError('ERR_OPTION', { what: 'data set', received: 'fewer batches than announced' })
+    return value
+  }
+}

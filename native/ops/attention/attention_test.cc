@@ -1,0 +1,200 @@
+#include "core/op_test.h"
+
+PF_CASES(attention) {
+  using op_test::Dims;
+  struct Mask {
+    op_test::Values segment, order;
+  };
+  const Mask masks[] = {
+      {[](int64_t i) { return i % 3; }, [](int64_t i) { return i / 5; }},  // scattered segments
+      {[](int64_t i) { return i / 37; },
+       [](int64_t i) { return i % 37 / 9; }},                         // packed sequences, causal units
+      {[](int64_t) { return 0; }, [](int64_t i) { return i / 16; }},  // one causal sequence
+      {[](int64_t i) { return i % 97 < 70 ? i / 97 : -1 - i / 97; },
+       [](int64_t) { return 0; }},                                                       // padding segments
+      {[](int64_t i) { return i * 7 % 5; }, [](int64_t i) { return i * 31 % 11 - 5; }},  // orders up and down
+  };
+  for (int64_t l : {1, 17, 64, 130, 203})
+    for (int64_t d : {16, 64, 5}) {
+      const int64_t b = l == 17 ? 2 : 1, h = 2;
+      const Dims x = {b, l, h, d}, stats = {b, h, l};
+      for (const Mask& mask : masks) {
+        test.Case("attention")
+            .In(x)
+            .In(x)
+            .In(x)
+            .InInt({b, l}, mask.segment)
+            .InInt({b, l}, mask.order)
+            .Out(x)
+            .OutF32(stats)
+            .Scalars({0.125})
+            .Tolerance(2e-6, 4e-3)
+            .Run();
+        // Alone a token has dq = dk = 0, a difference of two equal sums: only rounding would be compared.
+        if (l == 1) continue;
+        test.Case("attention_backward")
+            .In(x)
+            .In(x)
+            .In(x)
+            .InInt({b, l}, mask.segment)
+            .InInt({b, l}, mask.order)
+            .FromRef("attention", {0, 1, 2, 3, 4}, {0.125}, {x, stats}, 0, false)
+            .FromRef("attention", {0, 1, 2, 3, 4}, {0.125}, {x, stats}, 1)
+            .In(x)
+            .Out(x)
+            .Out(x)
+            .Out(x)
+            .Scalars({0.125})
+            .Tolerance(4e-6, 2e-2)
+            .Run();
+      }
+      test.Case("attention")
+          .In(x)
+          .In(x)
+          .In(x)
+          .Missing()
+          .Missing()
+          .Out(x)
+          .OutF32(stats)
+          .Scalars({0.125})
+          .Tolerance(2e-6, 4e-3)
+          .Run();
+    }
+  for (int64_t d : {48, 80, 127, 128, 512})
+    for (int64_t lk : {3, 70, 129}) {
+      const Dims q = {2, 50, 1, d}, k = {2, lk, 1, d}, stats = {2, 1, 50};
+      test.Case("attention")
+          .In(q)
+          .In(k)
+          .In(k)
+          .Missing()
+          .Missing()
+          .Out(q)
+          .OutF32(stats)
+          .Scalars({0.1})
+          .Tolerance(2e-6, 4e-3)
+          .Run();
+      test.Case("attention_backward")
+          .In(q)
+          .In(k)
+          .In(k)
+          .Missing()
+          .Missing()
+          .FromRef("attention", {0, 1, 2, -1, -1}, {0.1}, {q, stats}, 0, false)
+          .FromRef("attention", {0, 1, 2, -1, -1}, {0.1}, {q, stats}, 1)
+          .In(q)
+          .Out(q)
+          .Out(k)
+          .Out(k)
+          .Scalars({0.1})
+          .Tolerance(4e-6, 2e-2)
+          .Run();
+    }
+  // Logits up to about 80: the largest weights decide, the rest must vanish without overflow.
+  test.Case("attention")
+      .In({1, 90, 2, 64}, 4)
+      .In({1, 90, 2, 64}, 4)
+      .In({1, 90, 2, 64})
+      .Missing()
+      .Missing()
+      .Out({1, 90, 2, 64})
+      .OutF32({1, 2, 90})
+      .Scalars({0.16})
+      .Tolerance(1e-5, 5e-3)
+      .Run();
+  // Nothing at all.
+  test.Case("attention")
+      .In({1, 0, 2, 8})
+      .In({1, 0, 2, 8})
+      .In({1, 0, 2, 8})
+      .Missing()
+      .Missing()
+      .Out({1, 0, 2, 8})
+      .OutF32({1, 2, 0})
+      .Scalars({1})
+      .Run();
+  // Queries without a single key: o is 0 and lse -inf, and their gradient 0.
+  const Dims q = {1, 5, 1, 16}, none = {1, 0, 1, 16}, stats = {1, 1, 5};
+  test.Case("attention")
+      .In(q)
+      .In(none)
+      .In(none)
+      .Missing()
+      .Missing()
+      .Out(q)
+      .OutF32(stats)
+      .Scalars({1})
+      .Tolerance(0, 0)
+      .Run();
+  test.Case("attention_backward")
+      .In(q)
+      .In(none)
+      .In(none)
+      .Missing()
+      .Missing()
+      .FromRef("attention", {0, 1, 2, -1, -1}, {1}, {q, stats}, 0)
+      .FromRef("attention", {0, 1, 2, -1, -1}, {1}, {q, stats}, 1)
+      .In(q)
+      .Out(q)
+      .Out(none)
+      .Out(none)
+      .Scalars({1})
+      .Tolerance(0, 0)
+      .Run();
+
+  const Dims x = {1, 6, 2, 8};
+  test.Case("attention")
+      .In(x)
+      .In({1, 6, 2, 4})
+      .In(x)
+      .Missing()
+      .Missing()
+      .Out(x)
+      .OutF32({1, 2, 6})
+      .Scalars({1})
+      .RunExpecting(PF_ERR_SHAPE);
+  test.Case("attention")
+      .In(x)
+      .In({1, 7, 2, 8})
+      .In({1, 7, 2, 8})
+      .InInt({1, 6}, masks[0].segment)
+      .InInt({1, 6}, masks[0].order)
+      .Out(x)
+      .OutF32({1, 2, 6})
+      .Scalars({1})
+      .RunExpecting(PF_ERR_SHAPE);
+  test.Case("attention")
+      .In(x)
+      .In(x)
+      .In(x)
+      .InInt({1, 6}, masks[0].segment)
+      .Missing()
+      .Out(x)
+      .OutF32({1, 2, 6})
+      .Scalars({1})
+      .RunExpecting(PF_ERR_SHAPE);
+  test.Case("attention")
+      .In(x)
+      .In(x)
+      .In(x)
+      .In({1, 6})
+      .In({1, 6})
+      .Out(x)
+      .OutF32({1, 2, 6})
+      .Scalars({1})
+      .RunExpecting(PF_ERR_DTYPE);
+  test.Case("attention_backward")
+      .In(x)
+      .In(x)
+      .In(x)
+      .Missing()
+      .Missing()
+      .In(x)
+      .InF32({1, 2, 5})
+      .In(x)
+      .Out(x)
+      .Out(x)
+      .Out(x)
+      .Scalars({1})
+      .RunExpecting(PF_ERR_SHAPE);
+}

@@ -1,0 +1,21 @@
+// grad_norm [g f32 [n]] -> [f32 [2]]: {norm, coefficient} with norm = |g|_2 and coefficient =
+// min(1, max_norm / (norm + 1e-6)); 1 when max_norm <= 0; NaN when the norm is not finite, which adamw takes as a skip.
+#pragma once
+#include <math.h>
+
+#include "ops/pointwise/shape_text.h"
+
+struct GradNormParams {
+  double max_norm;
+};
+
+static inline double ClipCoefficient(double norm, double max_norm) {
+  if (!isfinite(norm)) return NAN;
+  if (max_norm <= 0) return 1;
+  return fmin(1, max_norm / (norm + 1e-6));
+}
+
+static inline int32_t CheckGradNorm(const PfArgs* a) {
+  if (PfCount(a->out[0]) == 2) return PF_OK;
+  return Fail(a, PF_ERR_SHAPE, "grad_norm: expected an output [2], received %s", ShapeText(a->out[0]).text);
+}

@@ -1,0 +1,297 @@
+#include "ops/matmul/matmul.h"
+#include "ops/matmul/tiles.h"
+
+namespace {
+
+// What happens to a finished f32 tile on its way into y.
+struct Epilogue {
+  const float* bias;     // or nullptr
+  const void* residual;  // or nullptr
+  int32_t residual_type, y_type;
+  int activation;
+  bool accumulate;
+  bool Trivial() const { return !bias && !residual && !activation && !accumulate && y_type == PF_F32; }
+};
+
+// One product after all batch and dtype questions are answered.
+struct Problem {
+  int64_t batch, m, n, k;
+  const char *a, *b;                 // of dtype; b plain, or the first packed tile
+  int64_t a_batch, a_row, a_column;  // element strides
+  int64_t b_batch, b_row, b_column;
+  int64_t dtype, packed_tile_bytes;  // packed_tile_bytes > 0: b is packed
+  char* y;
+  Epilogue end;
+};
+
+template <class Y, class R>
+void StoreTile(const Epilogue& e, const float* tile, int64_t m, int64_t n, int64_t ld, const float* bias,
+               const R* residual, Y* y) {
+  for (int64_t i = 0; i < m; ++i, tile += n, y += ld) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const int64_t left = n - j;
+      Vf v = LoadN(tile + j, left);
+      if (bias) v = v + LoadN(bias + j, left);
+      if (e.activation == 1) v = GeluTanh(v);
+      if (e.activation == 2) v = Silu(v);
+      if (residual) v = v + LoadN(residual + i * ld + j, left);
+      if (e.accumulate) v = v + LoadN(y + j, left);
+      StoreN(y + j, v, left);
+    }
+  }
+}
+
+void StoreTile(const Epilogue& e, const float* tile, int64_t m, int64_t n, int64_t ld, int64_t column,
+               int64_t at, char* y) {
+  const float* bias = e.bias ? e.bias + column : nullptr;
+  const char* residual = static_cast<const char*>(e.residual);
+  if (residual) residual += at * PfSize(e.residual_type);
+  y += at * PfSize(e.y_type);
+  auto with_residual = [&](auto* y) {
+    if (e.residual_type == PF_BF16)
+      StoreTile(e, tile, m, n, ld, bias, reinterpret_cast<const Bf16*>(residual), y);
+    else
+      StoreTile(e, tile, m, n, ld, bias, reinterpret_cast<const float*>(residual), y);
+  };
+  if (e.y_type == PF_BF16)
+    with_residual(reinterpret_cast<Bf16*>(y));
+  else
+    with_residual(reinterpret_cast<float*>(y));
+}
+
+// For the few shapes oneDNN only has its reference loops for: one dot product at a time, in f32.
+template <class T>
+void PlainTile(const OnednnGemm& g, const T* a, const T* b, float* c) {
+  for (int64_t i = 0; i < g.m; ++i)
+    for (int64_t j = 0; j < g.n; ++j) {
+      float sum = 0;
+      for (int64_t q = 0; q < g.k; ++q)
+        sum += ToFloat(a[i * g.a_row + q * g.a_column]) * ToFloat(b[q * g.b_row + j * g.b_column]);
+      c[i * g.c_row + j] = sum;
+    }
+}
+
+// Tiles are a function of the shape alone. Tall tiles share the cost of repacking b; more, smaller ones only
+// while a machine with many cores would otherwise idle.
+void ChooseTile(const Problem& p, int64_t* tile_m, int64_t* tile_n) {
+  int64_t m = p.m < 256 ? p.m : 256, n = p.n < 512 ? p.n : 512;
+  if (p.packed_tile_bytes) n = p.n < kOnednnPackColumns ? p.n : kOnednnPackColumns;
+  for (;;) {
+    const int64_t tiles = p.batch * ((p.m + m - 1) / m) * ((p.n + n - 1) / n);
+    const int64_t cost = (2 * m * n + 16 * (m + n)) * p.k;
+    if (tiles >= 16 || cost <= (8 << 20)) break;
+    if (n > 256 && !p.packed_tile_bytes)
+      n = 256;
+    else if (m > 64)
+      m = (m / 2 + 15) / 16 * 16;
+    else if (n > 64 && !p.packed_tile_bytes)
+      n = (n / 2 + 15) / 16 * 16;
+    else
+      break;
+  }
+  *tile_m = m;
+  *tile_n = n;
+}
+
+int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
+  int64_t tile_m, tile_n;
+  ChooseTile(p, &tile_m, &tile_n);
+  const int64_t rows = (p.m + tile_m - 1) / tile_m, columns = (p.n + tile_n - 1) / tile_n;
+  // oneDNN's best kernels want a dense result, so tiles are computed aside unless the detour costs more than
+  // they save (a short inner sum).
+  const bool direct = p.end.Trivial() && (columns == 1 || (!p.packed_tile_bytes && p.k < 256));
+
+  OnednnGemm gemms[2][2];
+  OnednnKernel* kernels[2][2] = {};
+  size_t scratch = 0;
+  int32_t status = PF_OK;
+  for (int last_m = 0; last_m < 2; ++last_m)
+    for (int last_n = 0; last_n < 2; ++last_n) {
+      const int64_t m = last_m ? p.m - (rows - 1) * tile_m : tile_m;
+      const int64_t n = last_n ? p.n - (columns - 1) * tile_n : tile_n;
+      OnednnGemm& g = gemms[last_m][last_n];
+      g = {m,          n,
+           p.k,        p.a_row,
+           p.a_column, p.b_row,
+           p.b_column, direct ? p.n : n,
+           p.dtype,    p.packed_tile_bytes > 0};
+      if ((!last_m && rows == 1) || (!last_n && columns == 1)) continue;
+      OnednnKernel* kernel = OnednnGetGemm(g, args->context->error);
+      kernels[last_m][last_n] = kernel;
+      if (!kernel) status = PF_ERR_DEVICE;
+      if (kernel && OnednnScratchBytes(kernel) > scratch) scratch = OnednnScratchBytes(kernel);
+    }
+  scratch = (scratch + 63) / 64 * 64;
+  const size_t per_thread = scratch + (direct ? 0 : (tile_m * tile_n * 4 + 63) / 64 * 64);
+  char* memory = nullptr;
+  if (status == PF_OK) {
+    memory = static_cast<char*>(Scratch(args, per_thread * omp_get_max_threads()));
+    if (!memory) status = NoMemory(args, op);
+  }
+  if (status == PF_OK) {
+    const size_t size = PfSize(static_cast<int32_t>(p.dtype));
+    status = ForTiles(args, p.batch * rows * columns, [&](int64_t tile, int thread, char* error) {
+      const int64_t row = tile / columns % rows, column = tile % columns, entry = tile / (rows * columns);
+      const int64_t m0 = row * tile_m, n0 = column * tile_n;
+      const int last_m = row == rows - 1, last_n = column == columns - 1;
+      const OnednnGemm& g = gemms[last_m][last_n];
+      const OnednnKernel* kernel = kernels[last_m][last_n];
+      char* mine = memory + thread * per_thread;
+      const int64_t at = (entry * p.m + m0) * p.n + n0;
+      float* c = direct ? reinterpret_cast<float*>(p.y) + at : reinterpret_cast<float*>(mine + scratch);
+      const char* a = p.a + (entry * p.a_batch + m0 * p.a_row) * size;
+      const char* b = p.packed_tile_bytes ? p.b + column * p.packed_tile_bytes
+                                          : p.b + (entry * p.b_batch + n0 * p.b_column) * size;
+      if (OnednnGetRank(kernel) != kRankReference || g.packed) {
+        const int32_t status = OnednnRunGemm(kernel, a, b, c, mine, error);
+        if (status != PF_OK) return status;
+      } else if (p.dtype == PF_BF16) {
+        PlainTile(g, reinterpret_cast<const Bf16*>(a), reinterpret_cast<const Bf16*>(b), c);
+      } else {
+        PlainTile(g, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c);
+      }
+      if (!direct) StoreTile(p.end, c, g.m, g.n, p.n, n0, at, p.y);
+      return static_cast<int32_t>(PF_OK);
+    });
+  }
+  for (auto& pair : kernels)
+    for (OnednnKernel* kernel : pair) OnednnRelease(kernel);
+  return status;
+}
+
+int32_t CheckFloats(const PfArgs* args, const char* op, const int* which, int count) {
+  for (int i = 0; i < count; ++i) {
+    const PfView& v = which[i] < 0 ? args->out[0] : args->in[which[i]];
+    if (PfPresent(v) && !PfIsFloat(v))
+      return Fail(args, PF_ERR_DTYPE, "%s: operands are f32 or bf16, received dtype %d", op, v.dtype);
+  }
+  return PF_OK;
+}
+
+}  // namespace
+
+int32_t pf_cpu_matmul(const PfArgs* args) {
+  MatmulShape s{};
+  int32_t status = GetMatmulShape(args, &s);
+  if (status != PF_OK) return status;
+  const int floats[] = {0, 1, 2, 3, -1};
+  status = CheckFloats(args, "matmul", floats, 5);
+  if (status != PF_OK) return status;
+  const PfView &a = args->in[0], &b = args->in[1], &bias = args->in[2], &residual = args->in[3],
+               &y = args->out[0];
+  if (s.batch * s.m * s.n == 0) return PF_OK;
+  const MatmulParams& params = PfParams<MatmulParams>(args);
+  Problem p{};
+  p.batch = s.batch;
+  p.m = s.m;
+  p.n = s.n;
+  p.k = s.k;
+  p.dtype = a.dtype == PF_BF16 && b.dtype == PF_BF16 && OnednnHasBf16() ? PF_BF16 : PF_F32;
+  p.a = static_cast<const char*>(As(args, a, p.dtype));
+  p.b = static_cast<const char*>(As(args, b, p.dtype));
+  p.a_batch = s.a_batch;
+  p.a_row = s.trans_a ? 1 : s.k;
+  p.a_column = s.trans_a ? s.m : 1;
+  p.b_batch = s.b_batch;
+  p.b_row = s.trans_b ? 1 : s.n;
+  p.b_column = s.trans_b ? s.k : 1;
+  p.y = static_cast<char*>(y.data);
+  p.end = {PfPresent(bias) ? static_cast<const float*>(As(args, bias, PF_F32)) : nullptr,
+           residual.data,
+           PfPresent(residual) ? residual.dtype : PF_F32,
+           y.dtype,
+           static_cast<int>(params.activation),
+           params.accumulate != 0};
+  if (!p.a || !p.b || (PfPresent(bias) && !p.end.bias)) return NoMemory(args, "matmul");
+  return Run(args, "matmul", p);
+}
+
+int32_t pf_cpu_matmul_pack(const PfArgs* args) {
+  const PfView &w = args->in[0], &blob = args->out[0];
+  if (w.rank != 2 || PfCount(w) == 0)
+    return Fail(args, PF_ERR_SHAPE, "matmul_pack: expected w [N, K], received rank %d", w.rank);
+  if (!PfIsFloat(w))
+    return Fail(args, PF_ERR_DTYPE, "matmul_pack: w is f32 or bf16, received dtype %d", w.dtype);
+  const size_t bytes = OnednnPackBytes(w.dims[0], w.dims[1], w.dtype);
+  if (blob.dtype != PF_U8 || static_cast<size_t>(PfCount(blob)) != bytes)
+    return Fail(args, PF_ERR_SHAPE, "matmul_pack: expected a u8 blob of %zu bytes, received %lld", bytes,
+                (long long)PfCount(blob));
+  const int32_t stored = OnednnPackDType(w.dtype);
+  const void* plain = As(args, w, stored);
+  if (!plain) return NoMemory(args, "matmul_pack");
+  return OnednnPack(plain, w.dims[0], w.dims[1], stored, blob.data, args->context->error);
+}
+
+int32_t pf_cpu_matmul_packed(const PfArgs* args) {
+  const PfView &x = args->in[0], &blob = args->in[1], &bias = args->in[2], &residual = args->in[3],
+               &y = args->out[0];
+  const MatmulPackedParams& params = PfParams<MatmulPackedParams>(args);
+  const int floats[] = {0, 2, 3, -1};
+  int32_t status = CheckFloats(args, "matmul_packed", floats, 4);
+  if (status != PF_OK) return status;
+  OnednnPacked w;
+  status = OnednnOpenPacked(blob.data, PfCount(blob), &w, args->context->error);
+  if (status != PF_OK) return status;
+  const int64_t k = x.rank >= 1 ? x.dims[x.rank - 1] : 0;
+  if (k != w.k || w.n != params.n)
+    return Fail(args, PF_ERR_SHAPE,
+                "matmul_packed: the weight is [%lld, %lld], received x [..., %lld] and n = %g",
+                (long long)w.n, (long long)w.k, (long long)k, params.n);
+  const int64_t m = PfCount(x) / k;
+  if (y.rank < 1 || y.dims[y.rank - 1] != w.n || PfCount(y) != m * w.n)
+    return Fail(args, PF_ERR_SHAPE, "matmul_packed: expected y [%lld, %lld], received %lld values",
+                (long long)m, (long long)w.n, (long long)PfCount(y));
+  status = CheckEpilogue(args, "matmul_packed", bias, residual, y, w.n, params.activation);
+  if (status != PF_OK) return status;
+  if (m == 0) return PF_OK;
+
+  Problem p{};
+  p.batch = 1;
+  p.m = m;
+  p.n = w.n;
+  p.k = k;
+  p.dtype = w.dtype;
+  p.b = w.data;
+  p.packed_tile_bytes = w.tile_bytes ? w.tile_bytes : 1;
+  p.a_row = k;
+  p.a_column = 1;
+  bool plain = x.dtype == PF_F32 && w.dtype == PF_BF16;  // never round an f32 input to meet a bf16 weight
+  if (!plain) {
+    // A height this layout has no vector kernel for: go back to the plain weight.
+    const OnednnGemm probe = {m < 256 ? m : 256,
+                              w.n < kOnednnPackColumns ? w.n : kOnednnPackColumns,
+                              k,
+                              k,
+                              1,
+                              0,
+                              0,
+                              w.n < kOnednnPackColumns ? w.n : kOnednnPackColumns,
+                              w.dtype,
+                              1};
+    OnednnKernel* kernel = OnednnGetGemm(probe, args->context->error);
+    plain = !kernel || OnednnGetRank(kernel) == kRankReference;
+    OnednnRelease(kernel);
+  }
+  if (plain) {
+    void* weight = Scratch(args, w.n * k * PfSize(static_cast<int32_t>(w.dtype)));
+    if (!weight) return NoMemory(args, "matmul_packed");
+    status = OnednnUnpack(w, weight, args->context->error);
+    if (status != PF_OK) return status;
+    p.dtype = x.dtype == PF_BF16 && w.dtype == PF_BF16 ? PF_BF16 : PF_F32;
+    const PfView view{weight, static_cast<int32_t>(w.dtype), 2, {w.n, k}};
+    p.b = static_cast<const char*>(As(args, view, p.dtype));
+    p.packed_tile_bytes = 0;
+    p.b_row = 1;
+    p.b_column = k;
+  }
+  p.a = static_cast<const char*>(As(args, x, p.dtype));
+  p.y = static_cast<char*>(y.data);
+  p.end = {PfPresent(bias) ? static_cast<const float*>(As(args, bias, PF_F32)) : nullptr,
+           residual.data,
+           PfPresent(residual) ? residual.dtype : PF_F32,
+           y.dtype,
+           static_cast<int>(params.activation),
+           false};
+  if (!p.a || !p.b || (PfPresent(bias) && !p.end.bias)) return NoMemory(args, "matmul_packed");
+  return Run(args, "matmul_packed", p);
+}

@@ -1,0 +1,200 @@
+#include <cmath>
+
+#include "core/op_test.h"
+#include "ops/matmul/direct_calls.h"
+
+namespace {
+
+void Product(op_test::Test& test, int64_t batch, int64_t m, int64_t n, int64_t k, int trans,
+             bool shared = false) {
+  const bool ta = trans & 1, tb = trans & 2;
+  op_test::Dims a = {ta ? k : m, ta ? m : k}, b = {tb ? n : k, tb ? k : n}, y = {m, n};
+  if (batch) {
+    a.insert(a.begin(), batch);
+    if (!shared) b.insert(b.begin(), batch);
+    y.insert(y.begin(), batch);
+  }
+  test.Case("matmul")
+      .In(a)
+      .In(b)
+      .Missing()
+      .Missing()
+      .Out(y)
+      .Scalars({ta + 0.0, tb + 0.0, 0, 0})
+      .Tolerance(2e-6, 5e-3)
+      .Run();
+}
+
+// A packed weight is the backend's own business, so it is judged by what it multiplies to: packed and plain
+// products of the same operands must agree.
+void Packed(const PfBackendTable* table, bool bf16, int64_t m, int64_t n, int64_t k, int activation) {
+  const int32_t type = bf16 ? PF_BF16 : PF_F32;
+  auto x = Values(type, m * k, 1), w = Values(type, n * k, 2), bias = Values(type, n, 3);
+  auto residual = Values(type, m * n, 4);
+  std::vector<float> packed(m * n), plain(m * n);
+  std::vector<char> blob(table->pack_bytes(n, k, type));
+  const PfView x_view = View(x.data(), type, {m, k}), w_view = View(w.data(), type, {n, k});
+  const PfView bias_view = View(bias.data(), type, {n}), residual_view = View(residual.data(), type, {m, n});
+  const PfView blob_view = View(blob.data(), PF_U8, {static_cast<int64_t>(blob.size())});
+  const double act = activation;
+  Call(table, PF_OP_matmul_pack, {w_view}, {blob_view}, {});
+  Call(table, PF_OP_matmul_packed, {x_view, blob_view, bias_view, residual_view},
+       {View(packed.data(), PF_F32, {m, n})}, {static_cast<double>(n), act});
+  Call(table, PF_OP_matmul, {x_view, w_view, bias_view, residual_view}, {View(plain.data(), PF_F32, {m, n})},
+       {0, 1, act, 0});
+  double difference = 0, norm = 0;
+  for (int64_t i = 0; i < m * n; ++i) {
+    difference += std::pow(packed[i] - plain[i], 2);
+    norm += std::pow(plain[i], 2);
+  }
+  if (difference <= 4e-12 * norm) return;
+  std::printf("FAIL %s packed matmul [%lld,%lld,%lld] %s differs from matmul: %.3g\n", table->name,
+              static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
+              bf16 ? "bf16" : "f32", std::sqrt(difference / norm));
+  std::exit(1);
+}
+
+void SameBits(const PfBackendTable* table, bool bf16, int trans, int64_t m, int64_t n, int64_t k) {
+  const int32_t type = bf16 ? PF_BF16 : PF_F32;
+  auto a = Values(type, m * k, 1), b = Values(type, n * k, 2);
+  const bool ta = trans & 1, tb = trans & 2;
+  const PfView a_view = View(a.data(), type, {ta ? k : m, ta ? m : k}), none = View(nullptr, type, {});
+  const PfView b_view = View(b.data(), type, {tb ? n : k, tb ? k : n});
+  SameBitsOnAnyThreads(table, "matmul", {m * n}, [&](const std::vector<float*>& y) {
+    Call(table, PF_OP_matmul, {a_view, b_view, none, none}, {View(y[0], PF_F32, {m, n})},
+         {ta + 0.0, tb + 0.0, 0, 0});
+  });
+}
+
+}  // namespace
+
+PF_CASES(matmul) {
+  for (int trans = 0; trans < 4; ++trans) {
+    Product(test, 0, 1, 1, 1, trans);
+    Product(test, 0, 1, 130, 33, trans);
+    Product(test, 0, 37, 1, 65, trans);
+    Product(test, 0, 33, 65, 17, trans);
+    Product(test, 3, 5, 7, 9, trans);
+    Product(test, 2, 20, 24, 40, trans, true);
+  }
+  Product(test, 0, 300, 530, 64, 0);
+  Product(test, 0, 300, 530, 64, 3);
+  Product(test, 0, 260, 520, 270, 2);
+  Product(test, 0, 70, 270, 700, 1);
+
+  for (int activation = 0; activation < 3; ++activation)
+    for (int which = 0; which < 4; ++which) {
+      auto c = test.Case("matmul").In({2, 19, 48}).In({70, 48}, 0.2);
+      which & 1 ? c.In({70}) : c.Missing();
+      which & 2 ? c.In({2, 19, 70}) : c.Missing();
+      c.Out({2, 19, 70}).Scalars({0, 1, activation + 0.0, 0}).Tolerance(2e-6, 5e-3).Run();
+    }
+  for (int trans = 0; trans < 4; ++trans)
+    test.Case("matmul")
+        .In({trans & 1 ? 40 : 24, trans & 1 ? 24 : 40})
+        .In({trans & 2 ? 31 : 40, trans & 2 ? 40 : 31})
+        .Missing()
+        .Missing()
+        .InOut({24, 31})
+        .Scalars({trans & 1 ? 1.0 : 0, trans & 2 ? 1.0 : 0, 0, 1})
+        .Tolerance(2e-6, 5e-3)
+        .Run();
+  // f32 results of bf16 operands: a weight gradient.
+  test.Case("matmul")
+      .In({90, 24})
+      .In({90, 31})
+      .Missing()
+      .Missing()
+      .InOutF32({24, 31})
+      .Scalars({1, 0, 0, 1})
+      .Tolerance(2e-6, 2e-6)
+      .Run();
+  test.Case("matmul")
+      .In({90, 24})
+      .InF32({24, 31})
+      .InF32({31})
+      .In({90, 31})
+      .OutF32({90, 31})
+      .Scalars({0, 0, 1, 0})
+      .Tolerance(2e-6, 2e-6)
+      .Run();
+
+  EveryBackend([](const PfBackendTable* table) {
+    for (int bf16 = 0; bf16 < 2; ++bf16) {
+      for (int64_t m : {1, 7, 64, 1100}) {
+        Packed(table, bf16, m, 96, 80, 1);
+        Packed(table, bf16, m, 600, 72, 0);
+        Packed(table, bf16, m, 33, 17, 2);
+        Packed(table, bf16, m, 512, 129, 0);
+      }
+      for (int trans = 0; trans < 4; ++trans) SameBits(table, bf16, trans, 300, 540, 1500);
+      SameBits(table, bf16, 1, 64, 48, 9000);
+    }
+  });
+
+  test.Case("matmul")
+      .In({4, 5})
+      .In({6, 7})
+      .Missing()
+      .Missing()
+      .Out({4, 7})
+      .Scalars({0, 0, 0, 0})
+      .RunExpecting(1);
+  test.Case("matmul")
+      .In({2, 4, 5})
+      .In({3, 5, 7})
+      .Missing()
+      .Missing()
+      .Out({2, 4, 7})
+      .Scalars({0, 0, 0, 0})
+      .RunExpecting(1);
+  test.Case("matmul")
+      .In({4, 5})
+      .In({5, 7})
+      .In({6})
+      .Missing()
+      .Out({4, 7})
+      .Scalars({0, 0, 0, 0})
+      .RunExpecting(1);
+  test.Case("matmul")
+      .In({4, 5})
+      .In({5, 7})
+      .Missing()
+      .Missing()
+      .Out({4, 6})
+      .Scalars({0, 0, 0, 0})
+      .RunExpecting(1);
+  test.Case("matmul")
+      .In({4, 5})
+      .In({5, 7})
+      .Missing()
+      .Missing()
+      .Out({4, 7})
+      .Scalars({0, 0, 3, 0})
+      .RunExpecting(3);
+  test.Case("matmul")
+      .In({4, 5})
+      .In({5, 7})
+      .In({7})
+      .Missing()
+      .InOut({4, 7})
+      .Scalars({0, 0, 0, 1})
+      .RunExpecting(3);
+  test.Case("matmul")
+      .InInt({4, 5}, [](int64_t i) { return i; })
+      .In({5, 7})
+      .Missing()
+      .Missing()
+      .Out({4, 7})
+      .Scalars({0, 0, 0, 0})
+      .RunExpecting(2);
+  test.Case("matmul_pack").In({4, 5}).OutU8({7}).Scalars({}).RunExpecting(1);
+  test.Case("matmul_packed")
+      .In({4, 5})
+      .InU8({4000}, [](int64_t) { return 1; })
+      .Missing()
+      .Missing()
+      .Out({4, 6})
+      .Scalars({6, 0})
+      .RunExpecting(3);
+}

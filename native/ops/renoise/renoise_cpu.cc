@@ -1,0 +1,74 @@
+#include "ops/renoise/renoise.h"
+
+#include "ops/downsample/pairs.h"
+#include "ops/random/random_simd.h"
+
+namespace {
+
+// Both rows of n blocks: z is replaced by n'. A pair sum is the same float in both of its lanes, so the block mean
+// needs no gathering: it is computed where it is used.
+void BlockNoiseRows(const BlockCovariance& covariance, int64_t n, float* top, float* low) {
+  int64_t j = 0;
+  for (; j + kLanes <= 2 * n; j += kLanes) {
+    const Vf a = LoadF(top + j), b = LoadF(low + j);
+    const Vf mean = BlockMean<VectorLanes>(a + SwapPairs(a), b + SwapPairs(b));
+    StoreF(top + j, BlockNoise<VectorLanes>(a, mean, covariance.spread, covariance.common));
+    StoreF(low + j, BlockNoise<VectorLanes>(b, mean, covariance.spread, covariance.common));
+  }
+  for (; j < 2 * n; j += 2) {
+    const float mean = BlockMean<ScalarLanes>(top[j] + top[j + 1], low[j] + low[j + 1]);
+    for (int k = 0; k < 2; ++k) {
+      top[j + k] = BlockNoise<ScalarLanes>(top[j + k], mean, covariance.spread, covariance.common);
+      low[j + k] = BlockNoise<ScalarLanes>(low[j + k], mean, covariance.spread, covariance.common);
+    }
+  }
+}
+
+}  // namespace
+
+int32_t pf_cpu_renoise(const PfArgs* args) {
+  PF_TRY(CheckRenoise(args));
+  const PfView &x = args->in[0], &noise = args->in[1], &y = args->out[0];
+  PF_TRY(NeedFloat(args, "renoise", "x", x));
+  PF_TRY(NeedFloat(args, "renoise", "noise", noise));
+  PF_TRY(NeedFloat(args, "renoise", "y", y));
+  if (PfCount(y) == 0) return PF_OK;
+  const RenoiseParams& p = PfParams<RenoiseParams>(args);
+  const PhiloxKey key = MakePhiloxKey(&p.seed_lo);
+  const BlockCovariance covariance = MakeBlockCovariance(p.gamma);
+  const float alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
+  const int64_t w = y.dims[y.rank - 1] / 2, row_pairs = PfCount(y) / (4 * w);
+  const bool has_x = PfPresent(x), has_noise = PfPresent(noise);
+  constexpr int64_t kBlocks = kBlock / 2;  // 2x2 blocks handled at once: two rows of kBlock values
+  const int64_t group = w < kBlocks / 2 ? kBlocks / w : 1;
+  ForTasks((row_pairs + group - 1) / group, PfCount(y), [&](int64_t task) {
+    alignas(64) float z[2 * kBlock], signal[kBlock], in[kBlocks], out[kBlock];
+    const int64_t first = task * group, rows = MinOf(group, row_pairs - first);
+    // Short rows: the numbers of several row pairs are one run of the stream.
+    const bool whole = w <= kBlocks && !has_noise;
+    if (whole) FillRandom<NormalNumbers>(key, first * 4 * w, rows * 4 * w, z);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < w; c += kBlocks) {
+        const int64_t n = MinOf(kBlocks, w - c), at = (first + r) * 4 * w + 2 * c;
+        float* row[2] = {whole ? z + r * 4 * w : z, whole ? z + r * 4 * w + 2 * w : z + kBlock};
+        if (!has_noise) {
+          if (!whole)
+            for (int k = 0; k < 2; ++k) FillRandom<NormalNumbers>(key, at + k * 2 * w, 2 * n, row[k]);
+          BlockNoiseRows(covariance, n, row[0], row[1]);
+        }
+        if (has_x) DoubleRow(ReadBlock(x, (first + r) * w + c, n, in), n, alpha, signal);
+        for (int k = 0; k < 2; ++k) {
+          const int64_t to = at + k * 2 * w;
+          float* result = BeginWrite(y, to, out);
+          const float* source = has_noise ? ReadBlock(noise, to, 2 * n, row[k]) : row[k];
+          if (has_x)
+            Map(2 * n, source, signal, result, [=](Vf v, Vf s) { return s + beta * v; });
+          else
+            Map(2 * n, source, result, [=](Vf v) { return beta * v; });
+          EndWrite(y, to, 2 * n, result);
+        }
+      }
+    }
+  });
+  return PF_OK;
+}
