@@ -14,12 +14,12 @@ import { cast } from './ops/cast.ts'
 import { concat } from './ops/copy.ts'
 import { framesDecode, framesEncode } from './ops/frames.ts'
 import { latentFrames, noiseFrames, pixelFrames } from './pyramid/units.ts'
-import { type NoiseSource, sampleLatents, seededNoise, type TextFeatures } from './sample.ts'
+import { abortable, type NoiseSource, sampleLatents, seededNoise } from './sample.ts'
 import { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
 import { noGrad } from './tensor/tape.ts'
 import { Tensor } from './tensor/tensor.ts'
-import type { TextEncoder } from './text/encoder.ts'
+import type { TextEncoder, TextFeatures } from './text/encoder.ts'
 import { WordEncoder } from './text/word-encoder.ts'
 
 /** `pyraflow.json` beside the networks: what a trained model needs besides their weights. */
@@ -166,17 +166,16 @@ export class Pipeline {
         received: variants.join(', ') || 'none',
       })
     }
-    const path = join(dir, 'pyraflow.json')
-    const config: PipelineConfig = existsSync(path)
-      ? (JSON.parse(readFileSync(path, 'utf8')) as PipelineConfig)
-      : { normalisation: latentNormalisation.flux }
-    return new Pipeline({
-      transformer: await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype }),
-      vae: await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype }),
-      text: loadTextEncoder(join(dir, 'text_encoder')),
-      config,
-      dtype,
-    })
+    const config = readPipelineConfig(join(dir, 'pyraflow.json'))
+    const text = loadTextEncoder(join(dir, 'text_encoder'))
+    const transformer = await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype })
+    try {
+      const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype })
+      return new Pipeline({ transformer, vae, text, config, dtype })
+    } catch (error) {
+      transformer.dispose()
+      throw error
+    }
   }
 
   /** Fills in defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
@@ -242,7 +241,7 @@ export class Pipeline {
       const noise = seededNoise(generator)
       const latents = yield* this.#denoise({ recipe, text, negative, noise, first, signal, owned })
       owned.push(latents)
-      const frames = await this.decode(latents)
+      const frames = await this.decode(latents, signal)
       const { width, height } = recipe
       const count = frames.length / (width * height * 3)
       yield { type: 'frames', first: 0, frames, width, height, count }
@@ -312,11 +311,12 @@ export class Pipeline {
   }
 
   /** u8 RGB frames [T, H, W, 3] of normalised latents [1, C, t, h, w]. */
-  async decode(latents: Tensor): Promise<Uint8Array> {
+  async decode(latents: Tensor, signal?: AbortSignal): Promise<Uint8Array> {
     const bytes = noGrad(() =>
       scope(() => framesEncode(this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)))),
     )
     try {
+      await abortable(engine.idle(), signal)
       return (await bytes.read()) as Uint8Array
     } finally {
       bytes.dispose()
@@ -327,6 +327,17 @@ export class Pipeline {
     this.transformer.dispose()
     this.vae.dispose()
   }
+}
+
+function readPipelineConfig(path: string): PipelineConfig {
+  if (!existsSync(path)) return { normalisation: latentNormalisation.flux }
+  let config: Partial<PipelineConfig> | null
+  try {
+    config = JSON.parse(readFileSync(path, 'utf8')) as Partial<PipelineConfig> | null
+  } catch (cause) {
+    throw new PyraflowError('ERR_CHECKPOINT', { what: path, expected: 'a JSON object', cause })
+  }
+  return { normalisation: latentNormalisation.flux, ...config }
 }
 
 function loadTextEncoder(dir: string): TextEncoder {

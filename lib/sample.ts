@@ -14,16 +14,7 @@ import type { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
 import { noGrad } from './tensor/tape.ts'
 import type { Tensor } from './tensor/tensor.ts'
-
-/** Prompt features of R rows, as every text encoder of the package gives them. */
-export interface TextFeatures {
-  /** [R, S, joint dim]. */
-  embeds: Tensor
-  /** R × S, 1 for a token, 0 for padding. */
-  mask: number[][]
-  /** [R, pooled dim]. */
-  pooled: Tensor
-}
+import type { TextFeatures } from './text/encoder.ts'
 
 /** Where a generation's random numbers come from; recorded noise replays a run of another implementation. */
 export interface NoiseSource {
@@ -151,7 +142,10 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
         if (stage > 0) latent = replace(latent, jump(latent, unit, stage, options))
         const clips = scope(() => history.clips(unit.index, stage, f).map((c) => (guided ? twice(c) : c)))
         clips.forEach(keep)
-        const cond = guided ? prompts : { ...text }
+        const cond = guided ? prompts : text
+        const inputs = { text: cond.embeds, textMask: cond.mask, pooled: cond.pooled }
+        const now: Tensor = latent
+        const layout = scope(() => model.layout({ columns: [[...clips, guided ? twice(now) : now]], ...inputs }))
         const { timesteps, sigmas } = stageSteps(stages, stage, steps[stage] as number)
         let running: Promise<void> | undefined
         try {
@@ -163,9 +157,8 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
                 const [v] = model.forward({
                   columns: [[...clips, guided ? twice(x) : x]],
                   timesteps: new Array<number>(guided ? 2 * batch : batch).fill(timesteps[n] as number),
-                  text: cond.embeds,
-                  textMask: cond.mask,
-                  pooled: cond.pooled,
+                  ...inputs,
+                  layout,
                 }) as [Tensor]
                 const deltaSigma = (sigmas[n + 1] as number) - (sigmas[n] as number)
                 return guided
@@ -193,14 +186,16 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
       yield { type: 'unit', unit: unit.index, latent: finished }
     }
   } finally {
+    // Nobody waits for what is still queued.
+    if (signal?.aborted) await engine.cancel()
     latent?.dispose()
     history.dispose()
     for (const t of owned) t.dispose()
   }
 }
 
-/** Waits for the engine, or drops its queue when the signal fires. */
-async function abortable(work: Promise<void>, signal: AbortSignal | undefined): Promise<void> {
+/** Waits for the engine, or drops its queue when the signal fires. @throws ERR_ABORTED */
+export async function abortable(work: Promise<void>, signal: AbortSignal | undefined): Promise<void> {
   if (!signal) return await work
   const stop = (): void => void engine.cancel()
   if (signal.aborted) stop()

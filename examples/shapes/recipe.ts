@@ -71,8 +71,9 @@ async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise
 }
 
 async function trainVae(): Promise<void> {
-  const data = await openDataset(clips, { ...size, cacheBytes: 2.5e9 })
-  const model = CausalVideoVAE.create(vaeConfig, { generator: new Generator(seed).stream('vae'), dtype, train: true })
+  const data = await openDataset(clips, { ...size, limit: 400, cacheBytes: 1e9 })
+  const generator = new Generator(seed).stream('vae')
+  const model = CausalVideoVAE.create(vaeConfig, { generator, dtype, train: true, initialLogvar: -5 })
   const trainer = new VaeTrainer({
     model,
     data,

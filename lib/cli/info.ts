@@ -2,8 +2,8 @@ import { availableParallelism, cpus, freemem, totalmem } from 'node:os'
 import type { Command } from 'commander'
 import type { CommonOptions } from './console.ts'
 import { EXIT, result, resultJson } from './console.ts'
-import { packageVersion } from './main.ts'
 import { common, configureEngine } from './settings.ts'
+import { packageVersion } from './version.ts'
 
 interface Info {
   versions: { pyraflow: string; node: string; platform: string }
@@ -17,7 +17,9 @@ interface Info {
 }
 
 export function addInfo(program: Command): void {
-  const command = program.command('info').description('versions, backends and why each is or is not used, memory, ffmpeg')
+  const command = program
+    .command('info')
+    .description('versions, backends and why each is or is not used, memory, ffmpeg')
   common(command).action(run)
 }
 
@@ -27,7 +29,11 @@ async function run(flags: CommonOptions): Promise<void> {
   const { hasFfmpeg } = await import('../io/video.ts')
   const { ffmpegCommand } = await import('../io/ffmpeg.ts')
   const info: Info = {
-    versions: { pyraflow: packageVersion(), node: process.version, platform: `${process.platform}-${process.arch}` },
+    versions: {
+      pyraflow: packageVersion(),
+      node: process.version,
+      platform: `${process.platform}-${process.arch}`,
+    },
     cpu: { model: cpus()[0]?.model ?? 'unknown', cores: availableParallelism() },
     memory: { totalBytes: totalmem(), freeBytes: freemem() },
     device: null,
@@ -56,7 +62,11 @@ function describe(info: Info): string[] {
     device ? `device    ${device.backend}, ${device.threads} threads` : `device    none: ${info.problem}`,
     ...info.backends.map(({ name, usable, reason }) => {
       const chosen = device?.backend === name
-      const state = chosen ? 'in use' : usable ? 'usable' : 'not usable'
+      const state = chosen
+        ? 'in use'
+        : usable
+          ? `usable, not used because ${device?.backend} was chosen`
+          : 'not usable'
       return `          ${name}: ${state}${reason ? ` (${reason})` : ''}`
     }),
     `ffmpeg    ${info.ffmpeg.found ? info.ffmpeg.command : 'not found: mp4 needs it; .webp, .gif and .png work without'}`,

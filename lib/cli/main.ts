@@ -1,7 +1,4 @@
 #!/usr/bin/env node
-import { readFileSync } from 'node:fs'
-import { dirname, join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { Command, CommanderError } from 'commander'
 import { EXIT, explain } from './console.ts'
 import { addEncode } from './encode.ts'
@@ -9,18 +6,7 @@ import { addGenerate } from './generate.ts'
 import { addInfo } from './info.ts'
 import { addTrain } from './train.ts'
 import { addVerify } from './verify.ts'
-
-/** Version in the package.json above this file. */
-export function packageVersion(): string {
-  for (let dir = dirname(fileURLToPath(import.meta.url)); ; dir = dirname(dir)) {
-    try {
-      const found = JSON.parse(readFileSync(join(dir, 'package.json'), 'utf8')) as { name?: string; version?: string }
-      if (found.name === 'pyraflow') return found.version ?? 'unknown'
-    } catch {
-      if (dir === dirname(dir)) return 'unknown'
-    }
-  }
-}
+import { packageVersion } from './version.ts'
 
 function makeProgram(): Command {
   const program = new Command('pyraflow')

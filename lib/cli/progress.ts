@@ -1,4 +1,4 @@
-import { paint, type ProgressMode } from './console.ts'
+import { type ProgressMode, paint } from './console.ts'
 
 /** One state of something long. */
 export interface Status {

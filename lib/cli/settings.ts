@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs'
 import { type Command, InvalidArgumentError, Option } from 'commander'
-import { z } from 'zod'
+import type { z } from 'zod'
 import { nearestName } from '../nn/weights.ts'
 import { type CommonOptions, UsageError } from './console.ts'
 
@@ -30,7 +30,12 @@ export function variable(flags: string): string {
 }
 
 /** Adds an option that its PYRAFLOW_* variable can give as well. */
-export function option<T>(command: Command, flags: string, about: string, parse?: (text: string) => T): Command {
+export function option<T>(
+  command: Command,
+  flags: string,
+  about: string,
+  parse?: (text: string) => T,
+): Command {
   const made = new Option(flags, about).env(variable(flags))
   if (parse) made.argParser(parse)
   return command.addOption(made)
@@ -53,10 +58,10 @@ export function common(command: Command, json = true): Command {
 export async function configureEngine(options: CommonOptions & { device?: string }): Promise<void> {
   const { engine } = await import('../engine/engine.ts')
   const backend = options.device ?? options.backend
-  engine.configure({
-    ...(backend === undefined ? {} : { backend }),
-    ...(options.threads === undefined ? {} : { threads: options.threads }),
-  })
+  // The engine lets the variables win over options; here a flag must win over its variable.
+  if (backend !== undefined) process.env.PYRAFLOW_BACKEND = backend
+  if (options.threads !== undefined) process.env.PYRAFLOW_THREADS = String(options.threads)
+  engine.configure({})
 }
 
 /**
@@ -65,7 +70,11 @@ export async function configureEngine(options: CommonOptions & { device?: string
  *
  * @throws UsageError naming every unknown key with the nearest known one, and every wrong value.
  */
-export function resolveSettings<S extends z.ZodObject>(schema: S, command: Command, file?: string): z.output<S> {
+export function resolveSettings<S extends z.ZodObject>(
+  schema: S,
+  command: Command,
+  file?: string,
+): z.output<S> {
   const known = Object.keys(schema.shape)
   const given = file === undefined ? {} : readSettings(file)
   const settings: Record<string, unknown> = { ...given }
@@ -79,22 +88,28 @@ export function resolveSettings<S extends z.ZodObject>(schema: S, command: Comma
   throw new UsageError(parsed.error.issues.flatMap((issue) => describe(issue, schema)).join('; '))
 }
 
-function readSettings(file: string): Record<string, unknown> {
+/** The object in a configuration file. @throws UsageError when it is missing or not one. */
+export function readSettings(file: string): Record<string, unknown> {
   let parsed: unknown
   try {
     parsed = JSON.parse(readFileSync(file, 'utf8'))
   } catch (error) {
-    throw new UsageError(`configuration file ${file}: ${error instanceof Error ? error.message : String(error)}`)
+    throw new UsageError(
+      `configuration file ${file}: ${error instanceof Error ? error.message : String(error)}`,
+    )
   }
-  if (typeof parsed === 'object' && parsed !== null && !Array.isArray(parsed)) return parsed as Record<string, unknown>
+  if (typeof parsed === 'object' && parsed !== null && !Array.isArray(parsed))
+    return parsed as Record<string, unknown>
   throw new UsageError(`configuration file ${file}: expected a JSON object`)
 }
 
 function describe(issue: z.core.$ZodIssue, schema: z.ZodObject): string[] {
   const path = issue.path.join('.')
   if (issue.code !== 'unrecognized_keys') {
-    const missing = issue.code === 'invalid_type' && issue.input === undefined && /received undefined/.test(issue.message)
-    if (missing && issue.path.length === 1) return [`missing --${kebab(path)}, or "${path}" in the configuration file`]
+    const missing =
+      issue.code === 'invalid_type' && issue.input === undefined && /received undefined/.test(issue.message)
+    if (missing && issue.path.length === 1)
+      return [`missing --${kebab(path)}, or "${path}" in the configuration file`]
     return [`${path || 'settings'}: ${issue.message}`]
   }
   let inner: unknown = schema

@@ -1,4 +1,4 @@
-import { Option, type Command } from 'commander'
+import { type Command, Option } from 'commander'
 import type { CaseResult } from '../golden/verify.ts'
 import { type CommonOptions, EXIT, finite, interruptible, paint, result, resultJson, say } from './console.ts'
 import { common, configureEngine } from './settings.ts'
@@ -16,7 +16,12 @@ export function addVerify(program: Command): void {
     .description('run recorded reference cases through this engine and compare the numbers')
     .argument('<dir>', 'folder of recorded cases, each a folder with a case.json')
     .option('--device <name>', 'where to compute: auto, cpu, or a level as for --backend')
-    .addOption(new Option('--dtype <type>', 'compute type').choices(['f32', 'bf16']).env('PYRAFLOW_DTYPE').default('f32'))
+    .addOption(
+      new Option('--dtype <type>', 'compute type')
+        .choices(['f32', 'bf16'])
+        .env('PYRAFLOW_DTYPE')
+        .default('f32'),
+    )
     .option('--filter <text>', 'only cases whose name contains this')
     .option('--json [file]', 'write the results as JSON to a file, or to stdout')
     .option('-v, --verbose', 'show every comparison')
@@ -27,6 +32,8 @@ async function run(dir: string, flags: VerifyFlags): Promise<void> {
   await configureEngine(flags)
   const { engine } = await import('../engine/engine.ts')
   const { verifyFolder } = await import('../golden/verify.ts')
+  // A device that does not work is one error, not one a case.
+  void engine.device
   const { signal, release } = interruptible()
   // The lines are the result, unless stdout is to hold JSON.
   const print = flags.json === true ? say : result
@@ -39,7 +46,8 @@ async function run(dir: string, flags: VerifyFlags): Promise<void> {
       signal,
       onCase: (c) => {
         print(line(c))
-        if (flags.verbose) for (const check of c.checks) print(`    ${numbers(check.error, check.tolerance)}  ${check.name}`)
+        if (flags.verbose)
+          for (const check of c.checks) print(`    ${numbers(check.error, check.tolerance)}  ${check.name}`)
       },
     })
   } finally {
@@ -75,8 +83,10 @@ function numbers(error: number, tolerance: number): string {
 
 function line(c: CaseResult): string {
   const name = c.name.padEnd(28)
-  if (c.status === 'unsupported') return `${paint('not yet', 'yellow', process.stdout)}  ${name} ${c.kind}: not supported yet`
-  if (c.status === 'f32-only') return `${paint('f32 only', 'dim', process.stdout)} ${name} ${c.kind}: no bf16 numbers are recorded`
+  if (c.status === 'unsupported')
+    return `${paint('not yet', 'yellow', process.stdout)}  ${name} ${c.kind}: not supported yet`
+  if (c.status === 'f32-only')
+    return `${paint('f32 only', 'dim', process.stdout)} ${name} ${c.kind}: no bf16 numbers are recorded`
   const passed = c.status === 'passed'
   const mark = paint(passed ? 'ok     ' : 'FAILED ', passed ? 'green' : 'red', process.stdout)
   if (c.checks.length === 0) return `${mark}  ${name} ${c.worst}`

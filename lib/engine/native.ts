@@ -33,6 +33,12 @@ export interface NativeBinding {
     backends: { name: string; usable: boolean; reason: string }[]
     cores: number
   }
+  /**
+   * For bench/ only: measures a ceiling on the engine thread, in the queue's order. `job` holds the parameters (matmul
+   * [m, n, k, dtype, seconds] → GFLOP/s, copy [bytes, seconds] → GB/s read and written, clock [] → s, onednn [] →
+   * version) in five numbers; the result arrives in `job[0]`.
+   */
+  benchCeiling?(kind: 'matmul' | 'copy' | 'clock' | 'onednn', job: Float64Array): Promise<void>
 }
 
 const FUNCTIONS = [

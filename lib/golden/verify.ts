@@ -44,7 +44,9 @@ type CaseJson = any
 
 /** A model family reads as part of the name or of the model's folder. */
 const isMmdit = (json: CaseJson, name: string): boolean =>
-  /mmdit|sd3/i.test(`${name} ${json.model ?? ''} ${json.config?.kind ?? ''} ${json.config?.model_name ?? ''}`)
+  /mmdit|sd3/i.test(
+    `${name} ${json.what} ${json.model ?? ''} ${json.config?.kind ?? ''} ${json.config?.model_name ?? ''}`,
+  )
 
 // The first entry that recognises a case runs it; the content decides where it can, so that folders named otherwise work.
 const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => boolean })[] = [
@@ -76,7 +78,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   },
   {
     name: 'token layout',
-    is: (_json, name) => name.startsWith('rope_ids_masks'),
+    is: (json, name) => name.startsWith('rope_ids_masks') || /attention masks of merge_input/.test(json.what),
     load: async () => (await import('./cases-numbers.ts')).runLayout,
   },
   {
@@ -87,7 +89,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   },
   {
     name: 'training pairs',
-    is: (_json, name) => name.startsWith('train_noise'),
+    is: (json, name) => name.startsWith('train_noise') || /^construction of training inputs/.test(json.what),
     load: async () => (await import('./cases-train.ts')).runPairs,
   },
   {
@@ -98,7 +100,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   { name: 'MMDiT', is: isMmdit },
   {
     name: 'training objective',
-    is: (_json, name) => name.startsWith('train_loss'),
+    is: (json, name) => name.startsWith('train_loss') || /training objective/.test(json.what),
     load: async () => (await import('./cases-train.ts')).runTrainLoss,
   },
   {
@@ -132,11 +134,17 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   },
   {
     name: 'generation',
-    is: (_json, name) => name.startsWith('e2e'),
+    is: (json, name) => name.startsWith('e2e') || /^end-to-end/.test(json.what),
     load: async () => (await import('./cases-e2e.ts')).runGeneration,
   },
-  { name: 'text encoders', is: (_json, name) => name.startsWith('text') },
-  { name: 'LPIPS and GAN losses', is: (_json, name) => name.startsWith('loss') },
+  {
+    name: 'text encoders',
+    is: (json, name) => name.startsWith('text') || /text conditioning/.test(json.what),
+  },
+  {
+    name: 'LPIPS and GAN losses',
+    is: (json, name) => name.startsWith('loss') || /LPIPS|Discriminator|adversarial/.test(json.what),
+  },
 ]
 
 /**

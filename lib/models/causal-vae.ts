@@ -1,3 +1,4 @@
+import { engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { readConfig, writePretrained } from '../io/pretrained.ts'
 import { tensorsToWrite } from '../nn/export.ts'
@@ -102,14 +103,24 @@ export class CausalVideoVAE {
     }
   }
 
-  /** A new VAE, initialised as spec/vae.md §8 says. */
+  /** A new VAE, initialised as spec/vae.md §8 says; `initialLogvar` starts the posterior narrower than 0 would. */
   static create(
     config: Partial<CausalVaeConfig>,
-    options: VaeOptions & { generator: Generator },
+    options: VaeOptions & { generator: Generator; initialLogvar?: number },
   ): CausalVideoVAE {
     const dtype = options.dtype ?? 'f32'
     const weights = Weights.init(options.generator, { dtype, train: options.train ?? false })
-    return new CausalVideoVAE({ ...CAUSAL_VAE_DEFAULTS, ...config }, weights, dtype)
+    const vae = new CausalVideoVAE({ ...CAUSAL_VAE_DEFAULTS, ...config }, weights, dtype)
+    vae.#startCertain(options.initialLogvar ?? 0)
+    return vae
+  }
+
+  // Unit posterior noise over small initial means hides the signal for hundreds of steps.
+  #startCertain(logvar: number): void {
+    if (logvar === 0) return
+    const bias = this.parameters.get('quant_conv.conv.bias') as Tensor
+    const z = this.latentChannels
+    scope(() => engine.run('fill', [], [bias.view([z], z)], [logvar]))
   }
 
   /** Pixels per latent cell along each side, e.g. 8. */

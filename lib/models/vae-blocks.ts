@@ -10,12 +10,14 @@ import type { Tensor } from '../tensor/tensor.ts'
 /** A layer on channels-last video [B, T, H, W, C]. */
 export type Layer = (x: Tensor) => Tensor
 type Triple = readonly [number, number, number]
-const LINEAR_INIT = { truncNormal: 0.02 } as const
+
+// Published widths start from std 0.02 (spec/vae.md §8); narrow layers would fade out with it, so they get 1/√fan-in.
+const initFor = (fanIn: number): { truncNormal: number } => ({ truncNormal: Math.max(0.02, 1 / Math.sqrt(fanIn)) })
 
 /** Causal convolution: kt − 1 zero frames in front, k//2 zeros around (spec/vae.md (1)). */
 export function causalConv(w: Weights, cin: number, cout: number, kernel: number, stride: Triple = [1, 1, 1]): Layer {
   const conv = w.sub('conv')
-  const weight = conv.get('weight', [cout, cin, kernel, kernel, kernel], LINEAR_INIT)
+  const weight = conv.get('weight', [cout, cin, kernel, kernel, kernel], initFor(cin * kernel ** 3))
   const bias = conv.get('bias', [cout], 'zeros')
   const half = kernel >> 1
   return (x) => conv3d(x, weight, bias, { stride, pad: [kernel - 1, half, half] })
@@ -47,7 +49,7 @@ export function frameAttention(w: Weights, channels: number, groups: number): La
   const norm = frameNorm(w.sub('group_norm'), channels, groups, false)
   const projection = (name: string): Layer => {
     const p = w.sub(name)
-    const weight = p.get('weight', [channels, channels], LINEAR_INIT)
+    const weight = p.get('weight', [channels, channels], initFor(channels))
     const bias = p.get('bias', [channels], 'zeros')
     return (x) => linear(x, weight, bias)
   }

@@ -5,8 +5,7 @@ import { writeFileAtomically } from '../io/atomic.ts'
 import { readConfig } from '../io/pretrained.ts'
 import { uniformAt } from '../tensor/shuffle.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import type { TextEncoder } from './encoder.ts'
-import type { TextFeatures } from '../sample.ts'
+import type { TextEncoder, TextFeatures } from './encoder.ts'
 
 export interface WordEncoderConfig {
   vocabulary: string[]

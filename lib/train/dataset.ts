@@ -15,6 +15,8 @@ export interface DatasetOptions {
   frames: number
   /** Resample clips to this rate (frames per second); default: as they are. */
   fps?: number
+  /** Use only the first clips of the list. */
+  limit?: number
   /** Keep decoded clips in memory up to this many bytes; default 0. */
   cacheBytes?: number
   /** Default: the ffmpeg program, else the optional npm decoder. */
@@ -191,7 +193,8 @@ export class Dataset {
     const { width, height, frames: length } = this.options
     const bytes = length * width * height * 3
     const frames = new Uint8Array(indices.length * bytes)
-    for (const [k, i] of indices.entries()) frames.set(await this.load(i, signal), k * bytes)
+    // Decoders are separate processes: a batch's clips are read side by side.
+    await Promise.all(indices.map(async (i, k) => frames.set(await this.load(i, signal), k * bytes)))
     return { indices, text: indices.map((i) => this.item(i).text), frames }
   }
 }
@@ -223,6 +226,7 @@ export async function openDataset(path: string, options: DatasetOptions): Promis
   }
   const items: DatasetItem[] = []
   for (const [i, line] of content.split('\n').entries()) {
+    if (items.length === options.limit) break
     if (line.trim() !== '') items.push(await parseLine(line, `${file}:${i + 1}`, dirname(file)))
   }
   if (items.length === 0) throw lineError(file, 'no caption lines at all')

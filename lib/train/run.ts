@@ -59,25 +59,27 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
       yield { type: 'resume', step: first }
     }
   }
+  await removeRemains(out)
   const metrics = createWriteStream(join(out, 'metrics.jsonl'), { flags: 'a' })
-  let broken: unknown
-  metrics.on('error', (error) => {
-    broken = error
-  })
+  // Every write reports its own failure; without a listener the stream's would end the process.
+  metrics.on('error', () => undefined)
   let bad = 0
   let before = performance.now()
   let prepared = first < steps ? options.prepare(first) : undefined
   prepared?.catch(() => undefined)
   try {
     for (let step = first; step < steps; step++) {
+      // An abort may also end the preparation early; either way the state is saved before the run ends.
+      const input = signal?.aborted ? undefined : await prepared?.catch((error: unknown) => {
+        if (!signal?.aborted) throw error
+      })
       if (signal?.aborted) {
         yield await saved(options, step)
         throwIfAborted(signal, 'training')
       }
-      const input = (await prepared) as never
       const learningRate = options.learningRates[step] as number
       const queued = scope(() => {
-        const { loss, metrics: named = {} } = options.forward(step, input)
+        const { loss, metrics: named = {} } = options.forward(step, input as never)
         backward(loss)
         return { loss, clip: optimizer.step(learningRate), named }
       })
@@ -87,11 +89,17 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
         prepared = options.prepare(step + 1)
         prepared.catch(() => undefined)
       }
-      const loss = await queued.loss.item()
-      const [gradNorm, coefficient] = (await queued.clip.floats()) as unknown as [number, number]
       const extra: Record<string, number> = {}
-      for (const [name, t] of Object.entries(queued.named)) extra[name] = await t.item()
-      for (const t of tensors) t.dispose()
+      let loss: number
+      let gradNorm: number
+      let coefficient: number
+      try {
+        loss = await queued.loss.item()
+        ;[gradNorm, coefficient] = (await queued.clip.floats()) as unknown as [number, number]
+        for (const [name, t] of Object.entries(queued.named)) extra[name] = await t.item()
+      } finally {
+        for (const t of tensors) t.dispose()
+      }
       const now = performance.now()
       const seconds = (now - before) / 1000
       before = now
@@ -107,8 +115,11 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
       } else {
         bad = 0
         const event: TrainEvent = { type: 'step', step: step + 1, loss, gradNorm, learningRate, seconds, ...extra }
-        await note(metrics, event)
-        if (broken) throw ioError(broken, 'write metrics', join(out, 'metrics.jsonl'))
+        try {
+          await note(metrics, event)
+        } catch (error) {
+          throw ioError(error, 'write metrics', join(out, 'metrics.jsonl'))
+        }
         yield event
       }
       const done = step + 1
@@ -118,12 +129,21 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
     }
   } finally {
     clearTape()
-    await new Promise<void>((resolve) => metrics.end(resolve))
+    await new Promise<void>((resolve) => metrics.end(() => resolve()))
   }
 }
 
 async function note(stream: WriteStream, event: object): Promise<void> {
-  if (!stream.write(`${JSON.stringify(event)}\n`)) await new Promise<void>((resolve) => stream.once('drain', () => resolve()))
+  await new Promise<void>((resolve, reject) => {
+    stream.write(`${JSON.stringify(event)}\n`, (error) => (error ? reject(error) : resolve()))
+  })
+}
+
+/** What a killed run left behind: checkpoints that were being written or removed. */
+async function removeRemains(out: string): Promise<void> {
+  for (const name of await readdir(out)) {
+    if (/^checkpoint-\d+\.tmp$/.test(name)) await rm(join(out, name), { recursive: true, force: true })
+  }
 }
 
 async function saved(options: RunOptions, step: number): Promise<TrainEvent> {
@@ -143,7 +163,11 @@ async function saved(options: RunOptions, step: number): Promise<TrainEvent> {
   }
   const kept = options.keepCheckpoints ?? 2
   const all = await checkpoints(options.out)
-  for (const old of all.slice(0, Math.max(0, all.length - kept))) await rm(old.path, { recursive: true, force: true })
+  for (const old of all.slice(0, Math.max(0, all.length - kept))) {
+    // Renamed first: a half-removed folder must not pass for a checkpoint.
+    await rename(old.path, `${old.path}.tmp`)
+    await rm(`${old.path}.tmp`, { recursive: true, force: true })
+  }
   return { type: 'checkpoint', step, path }
 }
 

@@ -143,6 +143,7 @@ export class Trainer {
       text: features.embeds,
       textMask: features.mask,
       pooled: features.pooled,
+      roundTimesteps: false,
     })
     const losses = predictions.map((v, c) => mse(v, pairs.targets[c] as Tensor))
     const metrics: Record<string, Tensor> = {}

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <memory>
 #include <string>
 
@@ -38,7 +39,8 @@ class Addon : public Napi::Addon<Addon> {
                           InstanceMethod("resetPeak", &Addon::ResetPeak),
                           InstanceMethod("packBytes", &Addon::PackBytes),
                           InstanceMethod("profile", &Addon::Profile),
-                          InstanceMethod("profileRead", &Addon::ProfileRead), InstanceMethod("info", &Addon::Info)});
+                          InstanceMethod("profileRead", &Addon::ProfileRead), InstanceMethod("info", &Addon::Info),
+                          InstanceMethod("benchCeiling", &Addon::BenchCeiling)});
     // Runs at process exit and worker termination, before the environment goes: the engine thread must be gone by then.
     napi_add_env_cleanup_hook(env, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
     env_ = env;
@@ -266,6 +268,61 @@ class Addon : public Napi::Addon<Addon> {
     result.Set("calls", array(calls));
     result.Set("seconds", array(seconds));
     return result;
+  }
+
+  // Symbols that only bench/ calls; they stand in the backend's library beside its table.
+  void* BackendSymbol(Napi::Env env, const char* name) {
+    Dl_info where;
+    const void* table = Running(env).backend();
+    void* library = dladdr(table, &where) ? dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+    void* symbol = library ? dlsym(library, name) : nullptr;
+    if (library) dlclose(library);  // the count of this dlopen only; the backend stays
+    if (!symbol) Throw(env, "ERR_DEVICE", std::string(name) + " is not available on " + Running(env).backend()->name);
+    return symbol;
+  }
+
+  // benchCeiling(kind, job): what the machine does without pyraflow, measured on the engine thread in the queue's
+  // order. job holds the parameters and receives the result in job[0].
+  Napi::Value BenchCeiling(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    Engine& engine = Running(env);
+    const std::string kind = info[0].ToString();
+    const Bytes bytes = ViewOf(info[1]);
+    double* job = reinterpret_cast<double*>(bytes.data);
+    if (bytes.size < 5 * sizeof(double)) Throw(env, "ERR_OPTION", "benchCeiling: expected a job of 5 numbers");
+    std::function<double()> measure;
+    if (kind == "clock") {
+      measure = [] {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+      };
+    } else if (kind == "matmul") {
+      const auto f = reinterpret_cast<double (*)(int64_t, int64_t, int64_t, int32_t, double)>(
+          BackendSymbol(env, "pf_bench_matmul"));
+      measure = [f, job] {
+        return f(static_cast<int64_t>(job[0]), static_cast<int64_t>(job[1]), static_cast<int64_t>(job[2]),
+                 static_cast<int32_t>(job[3]), job[4]);
+      };
+    } else if (kind == "copy") {
+      const auto f = reinterpret_cast<double (*)(int64_t, double)>(BackendSymbol(env, "pf_bench_copy"));
+      measure = [f, job] { return f(static_cast<int64_t>(job[0]), job[1]); };
+    } else if (kind == "onednn") {
+      const auto f = reinterpret_cast<int32_t (*)()>(BackendSymbol(env, "pf_bench_onednn_version"));
+      measure = [f] { return static_cast<double>(f()); };
+    } else {
+      Throw(env, "ERR_OPTION", "benchCeiling: expected clock, matmul, copy or onednn, received " + kind);
+    }
+    auto pending = std::make_unique<Pending>(env);
+    pending->target = Napi::Persistent(info[1].As<Napi::Object>());
+    const Napi::Promise promise = pending->deferred.Promise();
+    // A fence's callback is the one place where foreign work may run on the engine thread, between two commands.
+    Command command;
+    command.kind = CommandKind::kFence;
+    command.done = [measure, job, settle = Settler(env, std::move(pending))](std::string error) {
+      if (error.empty()) job[0] = measure();
+      settle(std::move(error));
+    };
+    engine.Submit(std::move(command));
+    return promise;
   }
 
   Napi::Value Info(const Napi::CallbackInfo& info) {

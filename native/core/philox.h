@@ -1,7 +1,7 @@
-// Counter-based random numbers: Philox4x32-10 and Box-Muller normals, the same bits on every level and device.
-// Only integer operations and IEEE + - * sqrt are used, never fused and never from a maths library: each of those
-// rounds the same way everywhere. The arithmetic is written once over a lane type; ScalarLanes serves the reference,
-// CUDA and tests, ops/random/random_simd.h gives the CPU's vectors.
+// Counter-based random numbers: Philox4x32-10 and Box-Muller normals, the same bits on every level and
+// device. Only integer operations and IEEE + - * sqrt are used, never fused and never from a maths library:
+// each of those rounds the same way everywhere. The arithmetic is written once over a lane type; ScalarLanes
+// serves the reference, CUDA and tests, ops/random/random_simd.h gives the CPU's vectors.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -100,8 +100,8 @@ PF_HD static inline typename L::F NormalRadius(typename L::U word) {
   return L::Sqrt(L::Mul(log, L::Splat(-2.0f)));
 }
 
-// Box-Muller: two words give two independent normals. The angle 2 pi word / 2^32 is reduced in integers: the two top
-// bits (rounded) are the quadrant, the signed rest is an angle in [-pi/4, pi/4].
+// Box-Muller: two words give two independent normals. The angle 2 pi word / 2^32 is reduced in integers: the
+// two top bits (rounded) are the quadrant, the signed rest is an angle in [-pi/4, pi/4].
 template <class L>
 PF_HD static inline void NormalPair(typename L::U word0, typename L::U word1, typename L::F* z0,
                                     typename L::F* z1) {
@@ -143,7 +143,8 @@ PF_HD static inline typename L::F BlockMean(typename L::F top_pair, typename L::
   return L::Mul(L::Add(top_pair, bottom_pair), L::Splat(0.25f));
 }
 template <class L>
-PF_HD static inline typename L::F BlockNoise(typename L::F z, typename L::F mean, float spread, float common) {
+PF_HD static inline typename L::F BlockNoise(typename L::F z, typename L::F mean, float spread,
+                                             float common) {
   return L::Add(L::Mul(L::Splat(spread), L::Sub(z, mean)), L::Mul(L::Splat(common), mean));
 }
 

@@ -1,5 +1,4 @@
 #include "ops/adamw/adamw.h"
-
 #include "ops/pointwise/blocks.h"
 
 namespace {
@@ -41,7 +40,8 @@ int32_t pf_cpu_adamw(const PfArgs* a) {
                           static_cast<float>(1 / p.bias_correction2),
                           static_cast<float>(p.eps)};
   const float* grad = PfData<float>(a->in[0]);
-  float *param = PfData<float>(a->out[0]), *first = PfData<float>(a->out[1]), *second = PfData<float>(a->out[2]);
+  float *param = PfData<float>(a->out[0]), *first = PfData<float>(a->out[1]),
+        *second = PfData<float>(a->out[2]);
   ForBlocks(PfCount(a->in[0]), [&](int64_t at, int64_t n) {
     for (int64_t i = at; i < at + n; i += kLanes) {
       const int64_t left = at + n - i;

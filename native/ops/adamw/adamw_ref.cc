@@ -1,6 +1,5 @@
-#include "ops/adamw/adamw.h"
-
 #include "backends/ref/ref.h"
+#include "ops/adamw/adamw.h"
 
 int32_t pf_ref_adamw(const PfArgs* a) {
   PF_TRY(CheckAdamw(a));

@@ -1,5 +1,5 @@
-// cast [x] -> [y]: the same values in another dtype, any pair of dtypes. To bf16 and f16 round to nearest even; to
-// integers truncate, saturate, NaN becomes 0.
+// cast [x] -> [y]: the same values in another dtype, any pair of dtypes. To bf16 and f16 round to nearest
+// even; to integers truncate, saturate, NaN becomes 0.
 #pragma once
 #include "ops/pointwise/shape_text.h"
 

@@ -1,5 +1,4 @@
 #include "ops/cast/cast.h"
-
 #include "ops/pointwise/blocks.h"
 
 namespace {

@@ -1,6 +1,5 @@
-#include "ops/cast/cast.h"
-
 #include "backends/ref/ref.h"
+#include "ops/cast/cast.h"
 
 int32_t pf_ref_cast(const PfArgs* a) {
   PF_TRY(CheckCast(a));

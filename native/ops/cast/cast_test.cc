@@ -10,7 +10,11 @@ PF_CASES(cast) {
     test.Case("cast").InF32({n}).Out({n}).Tolerance(0, 4e-3).Run();
     test.Case("cast").InValues({n}, wide).OutInt({n}).Tolerance(0, 0).Run();
     test.Case("cast").InValues({n}, wide).OutU8({n}).Tolerance(0, 0).Run();
-    test.Case("cast").InInt({n}, [](int64_t i) { return i * 30001 - 7; }).Out({n}).Tolerance(1e-7, 4e-3).Run();
+    test.Case("cast")
+        .InInt({n}, [](int64_t i) { return i * 30001 - 7; })
+        .Out({n})
+        .Tolerance(1e-7, 4e-3)
+        .Run();
     test.Case("cast").InInt({n}, [](int64_t i) { return i - 40; }).OutU8({n}).Tolerance(0, 0).Run();
     test.Case("cast").InU8({n}, [](int64_t i) { return i % 256; }).Out({n}).Tolerance(0, 4e-3).Run();
     test.Case("cast").InU8({n}, [](int64_t i) { return i % 256; }).OutInt({n}).Tolerance(0, 0).Run();

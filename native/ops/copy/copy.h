@@ -24,11 +24,14 @@ struct CopyRegion {
 
 static inline int32_t MakeCopyRegion(const PfArgs* a, CopyRegion* r) {
   const CopyRegionParams& p = PfParams<CopyRegionParams>(a);
-  *r = {static_cast<int64_t>(p.outer),    static_cast<int64_t>(p.count),    static_cast<int64_t>(p.inner),
-        static_cast<int64_t>(p.x_axis),   static_cast<int64_t>(p.x_offset), static_cast<int64_t>(p.y_axis),
+  *r = {static_cast<int64_t>(p.outer),    static_cast<int64_t>(p.count),
+        static_cast<int64_t>(p.inner),    static_cast<int64_t>(p.x_axis),
+        static_cast<int64_t>(p.x_offset), static_cast<int64_t>(p.y_axis),
         static_cast<int64_t>(p.y_offset), p.accumulate != 0};
-  if (r->outer * r->x_axis * r->inner != PfCount(a->in[0]) || r->outer * r->y_axis * r->inner != PfCount(a->out[0]))
-    return Fail(a, PF_ERR_SHAPE, "copy_region: expected x [%lld, %lld, %lld] and y [.., %lld, ..], received %s and %s",
+  if (r->outer * r->x_axis * r->inner != PfCount(a->in[0]) ||
+      r->outer * r->y_axis * r->inner != PfCount(a->out[0]))
+    return Fail(a, PF_ERR_SHAPE,
+                "copy_region: expected x [%lld, %lld, %lld] and y [.., %lld, ..], received %s and %s",
                 static_cast<long long>(r->outer), static_cast<long long>(r->x_axis),
                 static_cast<long long>(r->inner), static_cast<long long>(r->y_axis), ShapeText(a->in[0]).text,
                 ShapeText(a->out[0]).text);
@@ -54,8 +57,10 @@ static inline int32_t PermuteStrides(const PfArgs* a, int64_t* strides) {
     if (fits) seen |= 1u << p, strides[j] = x_strides[p];
   }
   if (!fits)
-    return Fail(a, PF_ERR_SHAPE, "permute: expected y to hold the dims of x %s in the order asked for, received %s",
+    return Fail(a, PF_ERR_SHAPE,
+                "permute: expected y to hold the dims of x %s in the order asked for, received %s",
                 ShapeText(x).text, ShapeText(y).text);
-  if (PfSize(x.dtype) != PfSize(y.dtype)) return Fail(a, PF_ERR_DTYPE, "permute: expected x and y of one dtype");
+  if (PfSize(x.dtype) != PfSize(y.dtype))
+    return Fail(a, PF_ERR_DTYPE, "permute: expected x and y of one dtype");
   return PF_OK;
 }

@@ -1,5 +1,4 @@
 #include "ops/copy/copy.h"
-
 #include "ops/pointwise/blocks.h"
 
 namespace {
@@ -73,7 +72,8 @@ void Gather(const T* __restrict x, int64_t step, T* __restrict y, int64_t n) {
   }
 }
 
-// kSquare x kSquare elements: rows of x become columns of y, in registers where the element size has a form for it.
+// kSquare x kSquare elements: rows of x become columns of y, in registers where the element size has a form
+// for it.
 template <class T>
 struct Square {
   static constexpr int64_t kSize = 4;
@@ -142,20 +142,21 @@ void TransposeTile(const T* x, int64_t xs, T* y, int64_t ys, int64_t m, int64_t 
     for (int64_t i = 0; i < m; ++i) Gather(x + i, xs, y + i * ys, n);
     return;
   }
-  // Strides of large powers of two put all rows of one side into one cache set, so a line of that side is finished
-  // before the next is touched: blocks of one line by one line, walked along the side with the larger stride.
+  // Strides of large powers of two put all rows of one side into one cache set. So that side, the one with
+  // the larger stride, is walked a few rows at a time, in whole lines and along its memory.
   const int64_t m4 = m / kS * kS, n4 = n / kS * kS;
-  for (int64_t ib = 0; ib < m4; ib += kLine) {
-    for (int64_t jb = 0; jb < n4; jb += kLine) {
-      const int64_t ie = MinOf(m4, ib + kLine), je = MinOf(n4, jb + kLine);
-      if (xs > ys) {
-        for (int64_t j = jb; j < je; j += kS)
-          for (int64_t i = ib; i < ie; i += kS) Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
-      } else {
-        for (int64_t i = ib; i < ie; i += kS)
-          for (int64_t j = jb; j < je; j += kS) Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
-      }
-    }
+  if (xs > ys) {
+    for (int64_t jb = 0; jb < n4; jb += kLine)
+      for (int64_t ib = 0; ib < m4; ib += kLine)
+        for (int64_t j = jb; j < MinOf(n4, jb + kLine); j += kS)
+          for (int64_t i = ib; i < MinOf(m4, ib + kLine); i += kS)
+            Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
+  } else {
+    for (int64_t ib = 0; ib < m4; ib += kLine)
+      for (int64_t jb = 0; jb < n4; jb += kLine)
+        for (int64_t i = ib; i < MinOf(m4, ib + kLine); i += kS)
+          for (int64_t j = jb; j < MinOf(n4, jb + kLine); j += kS)
+            Square<T>::Run(x + j * xs + i, xs, y + i * ys + j, ys);
   }
   for (int64_t i = 0; i < m4; ++i)
     for (int64_t j = n4; j < n; ++j) y[i * ys + j] = x[j * xs + i];
@@ -194,8 +195,9 @@ void PermuteAs(const Layout& l, const T* x, T* y) {
   Remove(outer, inner);
   int64_t planes = 1;
   for (int j = 0; j < outer.rank; ++j) planes *= outer.dims[j];
-  // A tile reads and writes whole cache lines on both sides; a thin plane gets a longer tile.
-  const int64_t tm = n < 16 ? MinOf(m, 1024) : MinOf(m, 64), tn = m < 16 ? MinOf(n, 1024) : MinOf(n, 64);
+  // A tile has whole cache lines on both sides and is long where its rows are far apart.
+  const int64_t tm = MinOf(m, n < 16 ? 1024 : xs > ys ? 512 : 64);
+  const int64_t tn = MinOf(n, m < 16 ? 1024 : xs > ys ? 64 : 512);
   const int64_t tiles_m = (m + tm - 1) / tm, tiles_n = (n + tn - 1) / tn;
   ForTasks(planes * tiles_m * tiles_n, planes * m * n, [&](int64_t task) {
     const int64_t j = task % tiles_n * tn, i = task / tiles_n % tiles_m * tm;
@@ -228,8 +230,9 @@ int32_t pf_cpu_copy_region(const PfArgs* a) {
   const PfView &x = a->in[0], &y = a->out[0];
   const bool raw = x.dtype == y.dtype && !r.accumulate;
   if (!raw && !(PfIsFloat(x) && PfIsFloat(y)))
-    return Fail(a, PF_ERR_DTYPE, "copy_region: expected x and y of one dtype, or f32 and bf16, received %d and %d",
-                x.dtype, y.dtype);
+    return Fail(a, PF_ERR_DTYPE,
+                "copy_region: expected x and y of one dtype, or f32 and bf16, received %d and %d", x.dtype,
+                y.dtype);
   const int64_t length = r.count * r.inner, size = PfSize(x.dtype);
   if (length == 0 || r.outer == 0) return PF_OK;
   const int64_t part = MinOf(length, raw ? 1 << 14 : kBlock), parts = (length + part - 1) / part;

@@ -1,6 +1,5 @@
-#include "ops/copy/copy.h"
-
 #include "backends/ref/ref.h"
+#include "ops/copy/copy.h"
 
 namespace {
 
@@ -22,7 +21,8 @@ int32_t pf_ref_copy_region(const PfArgs* a) {
   const PfView &x = a->in[0], &y = a->out[0];
   for (int64_t o = 0; o < r.outer; ++o) {
     for (int64_t i = 0; i < r.count * r.inner; ++i) {
-      const int64_t from = (o * r.x_axis + r.x_offset) * r.inner + i, to = (o * r.y_axis + r.y_offset) * r.inner + i;
+      const int64_t from = (o * r.x_axis + r.x_offset) * r.inner + i,
+                    to = (o * r.y_axis + r.y_offset) * r.inner + i;
       if (r.accumulate)
         Set(y, to, Get(y, to) + Get(x, from));
       else if (x.dtype == y.dtype)

@@ -1,8 +1,9 @@
-// downsample [x [.., h, w]] -> [y [.., h/2, w/2]]: bilinear with half-pixel centres, no antialias, times scale
-// (method.md (1)); for even sizes exactly the 2x2 mean. h, w >= 2, halves rounded down.
+// downsample [x [.., h, w]] -> [y [.., h/2, w/2]]: bilinear with half-pixel centres, no antialias, times
+// scale (method.md (1)); for even sizes exactly the 2x2 mean. h, w >= 2, halves rounded down.
 // downsample_backward [dy] -> [dx [.., h, w]]: its transpose.
 //
-// Outputs are at least 2 inputs apart, so each input row feeds at most one output row: both directions are gathers.
+// Outputs are at least 2 inputs apart, so each input row feeds at most one output row: both directions are
+// gathers.
 #pragma once
 #include <math.h>
 
@@ -33,7 +34,8 @@ static inline int32_t MakePlanes(const PfArgs* a, const char* op, const PfView& 
               small.dims[r - 1] == large.dims[r - 1] / 2 && small.dims[r - 2] == large.dims[r - 2] / 2;
   for (int i = 0; fits && i < r - 2; ++i) fits = large.dims[i] == small.dims[i];
   if (!fits)
-    return Fail(a, PF_ERR_SHAPE, "%s: expected [.., h, w] and [.., h/2, w/2] with h, w >= 2, received %s and %s", op,
+    return Fail(a, PF_ERR_SHAPE,
+                "%s: expected [.., h, w] and [.., h/2, w/2] with h, w >= 2, received %s and %s", op,
                 ShapeText(large).text, ShapeText(small).text);
   *p = {PfProduct(large, 0, r - 2), large.dims[r - 2], large.dims[r - 1]};
   return PF_OK;

@@ -1,5 +1,4 @@
 #include "ops/downsample/downsample.h"
-
 #include "ops/downsample/pairs.h"
 
 namespace {
@@ -32,7 +31,8 @@ bool MakeAxis(const PfArgs* a, int64_t n, Axis* axis) {
 }
 
 template <class T>
-void Forward(const Planes& p, const Axis& rows, const Axis& columns, float scale, const T* x, const PfView& y) {
+void Forward(const Planes& p, const Axis& rows, const Axis& columns, float scale, const T* x,
+             const PfView& y) {
   const int64_t h2 = p.h / 2, w2 = p.w / 2;
   ForTasks(p.count * h2, p.count * p.h * p.w, [&](int64_t task) {
     alignas(64) float buffer[kBlock];
@@ -55,7 +55,8 @@ void Forward(const Planes& p, const Axis& rows, const Axis& columns, float scale
 }
 
 template <class T>
-void Backward(const Planes& p, const Axis& rows, const Axis& columns, float scale, const T* dy, const PfView& dx) {
+void Backward(const Planes& p, const Axis& rows, const Axis& columns, float scale, const T* dy,
+              const PfView& dx) {
   const int64_t h2 = p.h / 2, w2 = p.w / 2;
   ForTasks(p.count * p.h, p.count * p.h * p.w, [&](int64_t task) {
     alignas(64) float buffer[kBlock];

@@ -1,6 +1,5 @@
-#include "ops/downsample/downsample.h"
-
 #include "backends/ref/ref.h"
+#include "ops/downsample/downsample.h"
 
 namespace {
 
@@ -12,7 +11,8 @@ void ForTaps(const Planes& p, Visit visit) {
     for (int64_t i = 0; i < h2; ++i) {
       for (int64_t j = 0; j < w2; ++j) {
         const DownTap r = DownTapOf(i, p.h), c = DownTapOf(j, p.w);
-        const int64_t small = (f * h2 + i) * w2 + j, top = (f * p.h + r.first) * p.w, low = (f * p.h + r.second) * p.w;
+        const int64_t small = (f * h2 + i) * w2 + j, top = (f * p.h + r.first) * p.w,
+                      low = (f * p.h + r.second) * p.w;
         visit(top + c.first, small, (1 - r.t) * (1 - c.t));
         visit(top + c.second, small, (1 - r.t) * c.t);
         visit(low + c.first, small, r.t * (1 - c.t));

@@ -21,7 +21,9 @@ static inline Vf SwapPairs(Vf v) { return __builtin_shuffle(v, kSwap); }
 static inline Vf TwiceLow(Vf v) { return __builtin_shuffle(v, kTwiceLow); }
 static inline Vf TwiceHigh(Vf v) { return __builtin_shuffle(v, kTwiceLow + kLanes / 2); }
 // Sums of neighbours of the 2 kLanes values a, b.
-static inline Vf PairSums(Vf a, Vf b) { return __builtin_shuffle(a, b, kEven) + __builtin_shuffle(a, b, kEven + 1); }
+static inline Vf PairSums(Vf a, Vf b) {
+  return __builtin_shuffle(a, b, kEven) + __builtin_shuffle(a, b, kEven + 1);
+}
 
 // y[j] = factor * (the 2x2 block j of rows a and b), j < n.
 static inline void HalveRows(const float* a, const float* b, int64_t n, float factor, float* y) {
@@ -44,8 +46,10 @@ static inline void DoubleRow(const float* x, int64_t n, float factor, float* y) 
   for (; j < n; ++j) y[2 * j] = y[2 * j + 1] = factor * x[j];
 }
 
-// small = factor * (2x2 block sums of large), large [count, 2h, 2w]. Row pairs are tasks, long rows go in pieces.
-static inline void HalvePlanes(const PfView& large, const PfView& small, int64_t row_pairs, int64_t w, float factor) {
+// small = factor * (2x2 block sums of large), large [count, 2h, 2w]. Row pairs are tasks, long rows go in
+// pieces.
+static inline void HalvePlanes(const PfView& large, const PfView& small, int64_t row_pairs, int64_t w,
+                               float factor) {
   const int64_t group = w < 1024 ? 1024 / w : 1;
   ForTasks((row_pairs + group - 1) / group, row_pairs * w * 4, [&](int64_t task) {
     alignas(64) float top[kBlock], low[kBlock], out[kBlock / 2];
@@ -53,14 +57,16 @@ static inline void HalvePlanes(const PfView& large, const PfView& small, int64_t
       for (int64_t c = 0; c < w; c += kBlock / 2) {
         const int64_t n = MinOf(kBlock / 2, w - c), from = row * 4 * w + 2 * c, to = row * w + c;
         float* y = BeginWrite(small, to, out);
-        HalveRows(ReadBlock(large, from, 2 * n, top), ReadBlock(large, from + 2 * w, 2 * n, low), n, factor, y);
+        HalveRows(ReadBlock(large, from, 2 * n, top), ReadBlock(large, from + 2 * w, 2 * n, low), n, factor,
+                  y);
         EndWrite(small, to, n, y);
       }
     }
   });
 }
 // large = factor * small, every value repeated into its 2x2 block.
-static inline void DoublePlanes(const PfView& small, const PfView& large, int64_t row_pairs, int64_t w, float factor) {
+static inline void DoublePlanes(const PfView& small, const PfView& large, int64_t row_pairs, int64_t w,
+                                float factor) {
   const int64_t group = w < 1024 ? 1024 / w : 1;
   ForTasks((row_pairs + group - 1) / group, row_pairs * w * 4, [&](int64_t task) {
     alignas(64) float in[kBlock / 2], out[kBlock];

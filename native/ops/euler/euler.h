@@ -1,5 +1,5 @@
-// euler [x, v_cond, v_uncond?] -> [y]: y = x + delta_sigma v, one step of the flow, with classifier-free guidance
-// v = v_uncond + guidance (v_cond - v_uncond) when v_uncond is given. y may be the memory of x.
+// euler [x, v_cond, v_uncond?] -> [y]: y = x + delta_sigma v, one step of the flow, with classifier-free
+// guidance v = v_uncond + guidance (v_cond - v_uncond) when v_uncond is given. y may be the memory of x.
 #pragma once
 #include "ops/pointwise/shape_text.h"
 

@@ -1,5 +1,4 @@
 #include "ops/euler/euler.h"
-
 #include "ops/pointwise/blocks.h"
 
 int32_t pf_cpu_euler(const PfArgs* a) {

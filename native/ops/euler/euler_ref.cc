@@ -1,6 +1,5 @@
-#include "ops/euler/euler.h"
-
 #include "backends/ref/ref.h"
+#include "ops/euler/euler.h"
 
 int32_t pf_ref_euler(const PfArgs* a) {
   PF_TRY(CheckEuler(a));

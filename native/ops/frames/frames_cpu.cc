@@ -1,5 +1,4 @@
 #include "ops/frames/frames.h"
-
 #include "ops/pointwise/blocks.h"
 
 // A block of pixels of all three planes is converted in plane order and interleaved in cache.

@@ -1,6 +1,5 @@
-#include "ops/frames/frames.h"
-
 #include "backends/ref/ref.h"
+#include "ops/frames/frames.h"
 
 int32_t pf_ref_frames_encode(const PfArgs* a) {
   const PfView &x = a->in[0], &y = a->out[0];

@@ -1,5 +1,6 @@
 // grad_norm [g f32 [n]] -> [f32 [2]]: {norm, coefficient} with norm = |g|_2 and coefficient =
-// min(1, max_norm / (norm + 1e-6)); 1 when max_norm <= 0; NaN when the norm is not finite, which adamw takes as a skip.
+// min(1, max_norm / (norm + 1e-6)); 1 when max_norm <= 0; NaN when the norm is not finite, which adamw takes
+// as a skip.
 #pragma once
 #include <math.h>
 

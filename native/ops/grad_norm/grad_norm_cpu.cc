@@ -1,13 +1,14 @@
 #include "ops/grad_norm/grad_norm.h"
-
 #include "ops/pointwise/blocks.h"
 
 int32_t pf_cpu_grad_norm(const PfArgs* a) {
   PF_TRY(CheckGradNorm(a));
   const PfView &g = a->in[0], &y = a->out[0];
   PF_TRY(NeedFloat(a, "grad_norm", "g", g));
-  if (y.dtype != PF_F32) return Fail(a, PF_ERR_DTYPE, "grad_norm: expected an f32 output, received dtype %d", y.dtype);
-  // Squares in double neither overflow nor vanish; fixed lanes and blocks give the same bits on any number of threads.
+  if (y.dtype != PF_F32)
+    return Fail(a, PF_ERR_DTYPE, "grad_norm: expected an f32 output, received dtype %d", y.dtype);
+  // Squares in double neither overflow nor vanish; fixed lanes and blocks give the same bits on any number of
+  // threads.
   const int64_t n = PfCount(g), blocks = (n + kBlock - 1) / kBlock;
   double* partial = static_cast<double*>(a->context->scratch(a->context, (blocks + 1) * sizeof(double)));
   if (!partial) return Fail(a, PF_ERR_MEMORY, "grad_norm: no scratch memory");

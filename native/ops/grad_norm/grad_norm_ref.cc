@@ -1,6 +1,5 @@
-#include "ops/grad_norm/grad_norm.h"
-
 #include "backends/ref/ref.h"
+#include "ops/grad_norm/grad_norm.h"
 
 int32_t pf_ref_grad_norm(const PfArgs* a) {
   PF_TRY(CheckGradNorm(a));

@@ -1,4 +1,5 @@
-// mix [a?, b?, sigma f32 [B]] -> [y [B, ..]]: y[b] = sigma_b a[b] + (1 - sigma_b) b[b]; an absent operand counts as 0.
+// mix [a?, b?, sigma f32 [B]] -> [y [B, ..]]: y[b] = sigma_b a[b] + (1 - sigma_b) b[b]; an absent operand
+// counts as 0.
 #pragma once
 #include "ops/pointwise/shape_text.h"
 

@@ -1,5 +1,4 @@
 #include "ops/mix/mix.h"
-
 #include "ops/pointwise/blocks.h"
 
 int32_t pf_cpu_mix(const PfArgs* args) {
@@ -8,7 +7,8 @@ int32_t pf_cpu_mix(const PfArgs* args) {
   PF_TRY(NeedFloat(args, "mix", "a", a));
   PF_TRY(NeedFloat(args, "mix", "b", b));
   PF_TRY(NeedFloat(args, "mix", "y", y));
-  if (sigma.dtype != PF_F32) return Fail(args, PF_ERR_DTYPE, "mix: expected sigma f32, received dtype %d", sigma.dtype);
+  if (sigma.dtype != PF_F32)
+    return Fail(args, PF_ERR_DTYPE, "mix: expected sigma f32, received dtype %d", sigma.dtype);
   const int64_t n = PfProduct(y, 1, y.rank), blocks = (n + kBlock - 1) / kBlock;
   const bool has_a = PfPresent(a), has_b = PfPresent(b);
   ForTasks(y.dims[0] * blocks, PfCount(y), [&](int64_t task) {
@@ -17,7 +17,8 @@ int32_t pf_cpu_mix(const PfArgs* args) {
     const float s = PfData<float>(sigma)[task / blocks], rest = 1.0f - s;
     float* out = BeginWrite(y, at, by);
     if (has_a && has_b)
-      Map(m, ReadBlock(a, at, m, ba), ReadBlock(b, at, m, bb), out, [=](Vf u, Vf v) { return s * u + rest * v; });
+      Map(m, ReadBlock(a, at, m, ba), ReadBlock(b, at, m, bb), out,
+          [=](Vf u, Vf v) { return s * u + rest * v; });
     else if (has_a)
       Map(m, ReadBlock(a, at, m, ba), out, [=](Vf u) { return s * u; });
     else if (has_b)

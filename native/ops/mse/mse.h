@@ -7,7 +7,7 @@ static inline int32_t CheckMse(const PfArgs* a, const char* op, const PfView& pe
   const PfView& pred = a->in[0];
   PF_TRY(NeedSameDims(a, op, "target", pred, a->in[1]));
   if (pred.rank < 1 || PfCount(per_batch) != pred.dims[0])
-    return Fail(a, PF_ERR_SHAPE, "%s: expected one loss for each of pred %s, received %s", op, ShapeText(pred).text,
-                ShapeText(per_batch).text);
+    return Fail(a, PF_ERR_SHAPE, "%s: expected one loss for each of pred %s, received %s", op,
+                ShapeText(pred).text, ShapeText(per_batch).text);
   return PF_OK;
 }

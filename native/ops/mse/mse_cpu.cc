@@ -1,5 +1,4 @@
 #include "ops/mse/mse.h"
-
 #include "ops/pointwise/blocks.h"
 
 int32_t pf_cpu_mse(const PfArgs* a) {
@@ -7,10 +6,12 @@ int32_t pf_cpu_mse(const PfArgs* a) {
   PF_TRY(CheckMse(a, "mse", loss));
   PF_TRY(NeedFloat(a, "mse", "pred", pred));
   PF_TRY(NeedFloat(a, "mse", "target", target));
-  if (loss.dtype != PF_F32) return Fail(a, PF_ERR_DTYPE, "mse: expected loss f32, received dtype %d", loss.dtype);
+  if (loss.dtype != PF_F32)
+    return Fail(a, PF_ERR_DTYPE, "mse: expected loss f32, received dtype %d", loss.dtype);
   // Partial sums of fixed blocks, added in order: the loss does not depend on the number of threads.
   const int64_t batch = pred.dims[0], n = PfProduct(pred, 1, pred.rank), blocks = (n + kBlock - 1) / kBlock;
-  double* partial = static_cast<double*>(a->context->scratch(a->context, (batch * blocks + 1) * sizeof(double)));
+  double* partial =
+      static_cast<double*>(a->context->scratch(a->context, (batch * blocks + 1) * sizeof(double)));
   if (!partial) return Fail(a, PF_ERR_MEMORY, "mse: no scratch memory");
   ForTasks(batch * blocks, PfCount(pred), [&](int64_t task) {
     alignas(64) float bp[kBlock], bt[kBlock];

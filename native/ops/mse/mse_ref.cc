@@ -1,6 +1,5 @@
-#include "ops/mse/mse.h"
-
 #include "backends/ref/ref.h"
+#include "ops/mse/mse.h"
 
 int32_t pf_ref_mse(const PfArgs* a) {
   PF_TRY(CheckMse(a, "mse", a->out[0]));

@@ -24,9 +24,15 @@ static inline int32_t MakePatches(const PfArgs* a, const char* op, const PfView&
   const PatchifyParams& params = PfParams<PatchifyParams>(a);
   const int64_t* d = latent.dims;
   if (latent.rank != 5 || rows.rank < 2 || d[3] % 2 || d[4] % 2 || rows.dims[rows.rank - 1] != 4 * d[1])
-    return Fail(a, PF_ERR_SHAPE, "%s: expected [B, C, T, H, W] with even H, W and [N, 4 C], received %s and %s", op,
+    return Fail(a, PF_ERR_SHAPE,
+                "%s: expected [B, C, T, H, W] with even H, W and [N, 4 C], received %s and %s", op,
                 ShapeText(latent).text, ShapeText(rows).text);
-  *p = {d[0], d[1], d[2], d[3] / 2, d[4] / 2, static_cast<int64_t>(params.row_offset),
+  *p = {d[0],
+        d[1],
+        d[2],
+        d[3] / 2,
+        d[4] / 2,
+        static_cast<int64_t>(params.row_offset),
         static_cast<int64_t>(params.row_stride)};
   const int64_t count = p->t * p->h * p->w, n = PfProduct(rows, 0, rows.rank - 1);
   const int64_t last = p->row_offset + (p->b - 1) * p->row_stride + count;

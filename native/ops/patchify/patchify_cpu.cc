@@ -1,9 +1,9 @@
 #include "ops/patchify/patchify.h"
-
 #include "ops/pointwise/blocks.h"
 
-// One image row of tokens is a task: it touches 2 latent rows of every channel and a run of whole token rows, which
-// stay in cache whichever of the two sides is walked with a stride. Latents are small; no further blocking pays.
+// One image row of tokens is a task: it touches 2 latent rows of every channel and a run of whole token rows,
+// which stay in cache whichever of the two sides is walked with a stride. Latents are small; no further
+// blocking pays.
 
 namespace {
 

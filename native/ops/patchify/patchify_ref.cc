@@ -1,6 +1,5 @@
-#include "ops/patchify/patchify.h"
-
 #include "backends/ref/ref.h"
+#include "ops/patchify/patchify.h"
 
 namespace {
 

@@ -1,8 +1,12 @@
 #include "core/op_test.h"
 
 PF_CASES(patchify) {
-  struct { int64_t b, c, t, h, w, offset, stride, n; } shapes[] = {
-      {1, 1, 1, 2, 2, 0, 0, 1}, {2, 3, 2, 4, 6, 5, 20, 40}, {1, 16, 3, 24, 40, 0, 0, 720}, {2, 16, 1, 6, 10, 0, 15, 30}};
+  struct {
+    int64_t b, c, t, h, w, offset, stride, n;
+  } shapes[] = {{1, 1, 1, 2, 2, 0, 0, 1},
+                {2, 3, 2, 4, 6, 5, 20, 40},
+                {1, 16, 3, 24, 40, 0, 0, 720},
+                {2, 16, 1, 6, 10, 0, 15, 30}};
   for (auto& s : shapes) {
     const op_test::Dims latent{s.b, s.c, s.t, s.h, s.w}, rows{s.n, 4 * s.c};
     const std::vector<double> p{double(s.offset), double(s.stride)};

@@ -1,5 +1,5 @@
-// Element-wise work in blocks that stay in the first-level cache. Any mix of f32 and bf16 operands passes through
-// small float buffers, so each formula is compiled once and not once per combination of dtypes.
+// Element-wise work in blocks that stay in the first-level cache. Any mix of f32 and bf16 operands passes
+// through small float buffers, so each formula is compiled once and not once per combination of dtypes.
 #pragma once
 #include "backends/cpu/simd.h"
 #include "ops/pointwise/shape_text.h"

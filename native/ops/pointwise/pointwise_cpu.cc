@@ -1,6 +1,5 @@
-#include "ops/pointwise/pointwise.h"
-
 #include "ops/pointwise/blocks.h"
+#include "ops/pointwise/pointwise.h"
 
 namespace {
 
@@ -84,8 +83,8 @@ const float* ReadBroadcast(const PfView& b, const Broadcast& shape, int64_t at, 
   return buffer;
 }
 
-// Walking down columns leaves a page with every row, where the hardware's own prefetching stops. Addresses past the
-// end are harmless: a prefetch does not fault.
+// Walking down columns leaves a page with every row, where the hardware's own prefetching stops. Addresses
+// past the end are harmless: a prefetch does not fault.
 void Prefetch(const PfView& v, int64_t at, int64_t n) {
   const int64_t size = PfSize(v.dtype);
   const uintptr_t from = reinterpret_cast<uintptr_t>(v.data) + at * size;
@@ -220,8 +219,8 @@ int32_t pf_cpu_gated_add_backward(const PfArgs* a) {
   }
   if (!PfPresent(dgate)) return PF_OK;
   PF_TRY(NeedSameDims(a, "gated_add_backward", "dgate", gate, dgate));
-  // Threads own columns, so every sum has one order. Runs of equal rows are added up on their own first: long sums
-  // then lose few bits.
+  // Threads own columns, so every sum has one order. Runs of equal rows are added up on their own first: long
+  // sums then lose few bits.
   constexpr int64_t kColumns = 128, kRun = 64;
   float* total = static_cast<float*>(a->context->scratch(a->context, groups * d * sizeof(float)));
   if (!total && groups * d > 0) return Fail(a, PF_ERR_MEMORY, "gated_add_backward: no scratch memory");

@@ -1,6 +1,5 @@
-#include "ops/pointwise/pointwise.h"
-
 #include "backends/ref/ref.h"
+#include "ops/pointwise/pointwise.h"
 
 namespace {
 

@@ -7,7 +7,8 @@ struct ShapeText {
   explicit ShapeText(const PfView& v) {
     int used = snprintf(text, sizeof(text), v.rank < 0 ? "nothing" : "[");
     for (int i = 0; i < v.rank; ++i)
-      used += snprintf(text + used, sizeof(text) - used, i ? ", %lld" : "%lld", static_cast<long long>(v.dims[i]));
+      used += snprintf(text + used, sizeof(text) - used, i ? ", %lld" : "%lld",
+                       static_cast<long long>(v.dims[i]));
     if (v.rank >= 0) snprintf(text + used, sizeof(text) - used, "]");
   }
 };
@@ -24,8 +25,8 @@ static inline int32_t NeedFloat(const PfArgs* a, const char* op, const char* nam
   if (!PfPresent(v) || PfIsFloat(v) || PfCount(v) == 0) return PF_OK;
   return Fail(a, PF_ERR_DTYPE, "%s: expected %s to be f32 or bf16, received dtype %d", op, name, v.dtype);
 }
-#define PF_TRY(check)                            \
-  do {                                           \
-    const int32_t pf_status = (check);           \
-    if (pf_status != PF_OK) return pf_status;    \
+#define PF_TRY(check)                         \
+  do {                                        \
+    const int32_t pf_status = (check);        \
+    if (pf_status != PF_OK) return pf_status; \
   } while (0)

@@ -1,6 +1,6 @@
 // random_normal [] -> [y]: mean + std z; random_uniform [] -> [y]: low + (high - low) u in [low, high).
-// Element i takes word i mod 4 of Philox block i / 4 (core/philox.h), so the numbers depend on seed, stream and
-// position only. f32 results have the same bits everywhere; bf16 results are those, rounded.
+// Element i takes word i mod 4 of Philox block i / 4 (core/philox.h), so the numbers depend on seed, stream
+// and position only. f32 results have the same bits everywhere; bf16 results are those, rounded.
 #pragma once
 #include "core/philox.h"
 #include "ops/pointwise/shape_text.h"

@@ -1,6 +1,5 @@
-#include "ops/random/random.h"
-
 #include "ops/pointwise/blocks.h"
+#include "ops/random/random.h"
 #include "ops/random/random_simd.h"
 
 int32_t pf_cpu_random_normal(const PfArgs* a) {

@@ -1,6 +1,5 @@
-#include "ops/random/random.h"
-
 #include "backends/ref/ref.h"
+#include "ops/random/random.h"
 
 // Floats on purpose: this op promises bits, and the arithmetic of philox.h is what it promises.
 int32_t pf_ref_random_normal(const PfArgs* a) {

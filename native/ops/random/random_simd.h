@@ -76,8 +76,8 @@ struct UniformNumbers {
   }
 };
 
-// Blocks first .. first + kLanes - 1. Lane 4l + r takes block r * kLanes / 4 + l: after the transpose inside groups of
-// four, register r then holds its blocks in order and is stored as it is.
+// Blocks first .. first + kLanes - 1. Lane 4l + r takes block r * kLanes / 4 + l: after the transpose inside
+// groups of four, register r then holds its blocks in order and is stored as it is.
 template <class Numbers>
 static inline void RandomGroup(const PhiloxKey& key, uint64_t first, float* out) {
   Vu lane;

@@ -15,9 +15,10 @@ void Expect(bool holds, const char* what, double value) {
 }
 
 void KnownAnswers() {
-  struct { uint32_t counter, k0, k1, words[4]; } known[] = {
-      {0, 0, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
-      {0xffffffff, 0xffffffff, 0xffffffff, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}};
+  struct {
+    uint32_t counter, k0, k1, words[4];
+  } known[] = {{0, 0, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+               {0xffffffff, 0xffffffff, 0xffffffff, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}};
   for (auto& k : known) {
     uint32_t c[4] = {k.counter, k.counter, k.counter, k.counter};
     PhiloxRounds<ScalarLanes>(c, k.k0, k.k1);
@@ -38,7 +39,8 @@ void Accuracy() {
     Expect(std::fabs(z0 - r * std::cos(angle)) < 1e-6, "cosine", angle);
     Expect(std::fabs(z1 - r * std::sin(angle)) < 1e-6, "sine", angle);
   }
-  Expect(NormalRadius<ScalarLanes>(0xffffffff) == 0, "radius of u = 1", NormalRadius<ScalarLanes>(0xffffffff));
+  Expect(NormalRadius<ScalarLanes>(0xffffffff) == 0, "radius of u = 1",
+         NormalRadius<ScalarLanes>(0xffffffff));
 }
 
 // 2^21 samples: mean, variance, fourth moment, neighbours and streams within four standard errors.
@@ -78,9 +80,17 @@ PF_CASES(random) {
   // Equal bits of vectors and threads with the scalar loop of the reference.
   for (int64_t n : {1, 3, 4, 63, 64, 65, 2049, 300001}) {
     test.Case("random_normal").Out({n}).Scalars({0, 1, 42, 0, 1, 2}).Tolerance(0, 4e-3).Run();
-    test.Case("random_normal").Out({n}).Scalars({0.5, 2.5, 4294967295, 4294967295, 4294967295, 77}).Tolerance(0, 4e-3).Run();
+    test.Case("random_normal")
+        .Out({n})
+        .Scalars({0.5, 2.5, 4294967295, 4294967295, 4294967295, 77})
+        .Tolerance(0, 4e-3)
+        .Run();
     test.Case("random_uniform").Out({n}).Scalars({0, 1, 42, 0, 1, 2}).Tolerance(0, 4e-3).Run();
     test.Case("random_uniform").Out({n}).Scalars({-3, 5, 9, 8, 7, 6}).Tolerance(0, 4e-3).Run();
-    test.Case("random_uniform").Out({n}).Scalars({1, 1.0000001192092896, 9, 8, 7, 6}).Tolerance(0, 4e-3).Run();
+    test.Case("random_uniform")
+        .Out({n})
+        .Scalars({1, 1.0000001192092896, 9, 8, 7, 6})
+        .Tolerance(0, 4e-3)
+        .Run();
   }
 }

@@ -1,6 +1,5 @@
-#include "ops/reduce/reduce.h"
-
 #include "ops/pointwise/blocks.h"
+#include "ops/reduce/reduce.h"
 
 namespace {
 
@@ -31,16 +30,19 @@ int32_t pf_cpu_sum(const PfArgs* a) {
   const SumParams& p = PfParams<SumParams>(a);
   const int64_t outer = p.outer, count = p.count, inner = p.inner;
   if (outer * inner == 0) return PF_OK;
-  // Chunks of rows whose partial sums are combined in order: their size depends on the shape alone, never on threads.
-  // Wide columns, because hardware prefetching ends at a page.
+  // Chunks of rows whose partial sums are combined in order: their size depends on the shape alone, never on
+  // threads. Wide columns, because hardware prefetching ends at a page.
   constexpr int64_t kColumns = 2048;
   const int64_t rows = inner == 1 ? 1 << 15 : MinOf(1024, 32 + (1 << 16) / inner);
   const int64_t chunks = count ? (count + rows - 1) / rows : 1, columns = (inner + kColumns - 1) / kColumns;
-  double* partial = static_cast<double*>(a->context->scratch(a->context, outer * chunks * inner * sizeof(double)));
+  double* partial =
+      static_cast<double*>(a->context->scratch(a->context, outer * chunks * inner * sizeof(double)));
   if (!partial) return Fail(a, PF_ERR_MEMORY, "sum: no scratch memory");
   ForTasks(outer * chunks * columns, PfCount(x), [&](int64_t task) {
-    const int64_t column = task % columns * kColumns, chunk = task / columns % chunks, o = task / columns / chunks;
-    const int64_t first = chunk * rows, last = MinOf(count, first + rows), n = MinOf(kColumns, inner - column);
+    const int64_t column = task % columns * kColumns, chunk = task / columns % chunks,
+                  o = task / columns / chunks;
+    const int64_t first = chunk * rows, last = MinOf(count, first + rows),
+                  n = MinOf(kColumns, inner - column);
     double* out = partial + (o * chunks + chunk) * inner + column;
     if (inner == 1) {
       *out = SumRun(x, o * count + first, last - first);

@@ -1,6 +1,5 @@
-#include "ops/reduce/reduce.h"
-
 #include "backends/ref/ref.h"
+#include "ops/reduce/reduce.h"
 
 int32_t pf_ref_sum(const PfArgs* a) {
   PF_TRY(CheckSum(a));

@@ -1,6 +1,6 @@
-// renoise [x? [.., h, w], noise? [.., 2h, 2w]] -> [y [.., 2h, 2w]]: y = alpha Up2(x) + beta n', the stage jump of
-// method.md (20). Without noise, n' is correlated block noise (25): z are the numbers random_normal (mean 0, std 1)
-// gives y's shape for the same seed and stream, m the mean of z over a 2x2 block,
+// renoise [x? [.., h, w], noise? [.., 2h, 2w]] -> [y [.., 2h, 2w]]: y = alpha Up2(x) + beta n', the stage
+// jump of method.md (20). Without noise, n' is correlated block noise (25): z are the numbers random_normal
+// (mean 0, std 1) gives y's shape for the same seed and stream, m the mean of z over a 2x2 block,
 //   n' = sqrt(1 + gamma) (z - m) + sqrt(1 - 3 gamma) m.
 // Without x only the noise is written.
 #pragma once

@@ -1,12 +1,11 @@
-#include "ops/renoise/renoise.h"
-
 #include "ops/downsample/pairs.h"
 #include "ops/random/random_simd.h"
+#include "ops/renoise/renoise.h"
 
 namespace {
 
-// Both rows of n blocks: z is replaced by n'. A pair sum is the same float in both of its lanes, so the block mean
-// needs no gathering: it is computed where it is used.
+// Both rows of n blocks: z is replaced by n'. A pair sum is the same float in both of its lanes, so the block
+// mean needs no gathering: it is computed where it is used.
 void BlockNoiseRows(const BlockCovariance& covariance, int64_t n, float* top, float* low) {
   int64_t j = 0;
   for (; j + kLanes <= 2 * n; j += kLanes) {

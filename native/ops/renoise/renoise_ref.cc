@@ -1,6 +1,5 @@
-#include "ops/renoise/renoise.h"
-
 #include "backends/ref/ref.h"
+#include "ops/renoise/renoise.h"
 
 int32_t pf_ref_renoise(const PfArgs* a) {
   PF_TRY(CheckRenoise(a));

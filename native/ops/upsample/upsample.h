@@ -7,7 +7,8 @@ struct UpsampleBackwardParams {
   double scale;
 };
 
-static inline int32_t CheckUpsample(const PfArgs* a, const char* op, const PfView& small, const PfView& large) {
+static inline int32_t CheckUpsample(const PfArgs* a, const char* op, const PfView& small,
+                                    const PfView& large) {
   const int r = small.rank;
   bool fits = r >= 2 && large.rank == r && large.dims[r - 1] == 2 * small.dims[r - 1] &&
               large.dims[r - 2] == 2 * small.dims[r - 2];

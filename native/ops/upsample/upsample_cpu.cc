@@ -1,6 +1,5 @@
-#include "ops/upsample/upsample.h"
-
 #include "ops/downsample/pairs.h"
+#include "ops/upsample/upsample.h"
 
 int32_t pf_cpu_upsample(const PfArgs* a) {
   const PfView &x = a->in[0], &y = a->out[0];

@@ -1,6 +1,5 @@
-#include "ops/upsample/upsample.h"
-
 #include "backends/ref/ref.h"
+#include "ops/upsample/upsample.h"
 
 int32_t pf_ref_upsample(const PfArgs* a) {
   const PfView &x = a->in[0], &y = a->out[0];

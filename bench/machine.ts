@@ -1,0 +1,39 @@
+import { availableParallelism, cpus, totalmem } from 'node:os'
+import { engine } from '../lib/engine/engine.ts'
+import { ceiling } from './harness.ts'
+
+/** What a figure was measured on. */
+export interface Machine {
+  cpu: string
+  cores: number
+  memoryBytes: number
+  /** The backend in use, which names the instruction level. */
+  backend: string
+  threads: number
+  node: string
+  platform: string
+  /** Of the loaded library, null without it. */
+  onednn: string | null
+}
+
+export async function describeMachine(): Promise<Machine> {
+  const { backend, threads } = engine.device
+  const version = await ceiling('onednn').catch(() => null)
+  const part = (unit: number): number => Math.floor((version ?? 0) / unit) % 100
+  return {
+    cpu: cpus()[0]?.model.trim() ?? 'unknown',
+    cores: availableParallelism(),
+    memoryBytes: totalmem(),
+    backend,
+    threads,
+    node: process.version,
+    platform: `${process.platform}-${process.arch}`,
+    onednn: version === null ? null : `${part(10_000)}.${part(100)}.${part(1)}`,
+  }
+}
+
+/** File name of a machine's results, e.g. `amd-epyc-2-cores`. */
+export function slugOf({ cpu, cores }: Machine): string {
+  const name = cpu.toLowerCase().replace(/\((r|tm)\)/g, '').replace(/[^a-z0-9]+/g, '-')
+  return `${name}-${cores}-cores`.replace(/-+/g, '-').replace(/^-/, '')
+}

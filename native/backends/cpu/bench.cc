@@ -1,0 +1,141 @@
+// What this machine can do without pyraflow: the ceilings that `npm run bench` compares the engine with. They
+// go round the door of onednn.h on purpose: the ceiling is oneDNN as its manual says to use it, one primitive
+// for the whole problem with all threads, its own choice of weight layout, packed before the clock starts.
+#include <omp.h>
+#include <oneapi/dnnl/dnnl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <chrono>
+#include <memory>
+
+#include "core/op.h"
+
+namespace {
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct FreeMemory {
+  void operator()(void* p) const { free(p); }
+};
+using Block = std::unique_ptr<void, FreeMemory>;
+
+Block Allocate(size_t bytes) { return Block(aligned_alloc(64, (bytes + 63) / 64 * 64)); }
+
+// Destroys whatever was made, in any order the function ends.
+struct Product {
+  dnnl_engine_t engine = nullptr;
+  dnnl_stream_t stream = nullptr;
+  dnnl_primitive_desc_t description = nullptr;
+  dnnl_primitive_t primitive = nullptr;
+  dnnl_memory_t a = nullptr, b = nullptr, c = nullptr;
+  ~Product() {
+    for (dnnl_memory_t memory : {a, b, c})
+      if (memory) dnnl_memory_destroy(memory);
+    if (primitive) dnnl_primitive_destroy(primitive);
+    if (description) dnnl_primitive_desc_destroy(description);
+    if (stream) dnnl_stream_destroy(stream);
+    if (engine) dnnl_engine_destroy(engine);
+  }
+};
+
+// count values in (-1, 1); zeros would let some processors clock higher than real data does.
+void FillValues(void* data, int64_t count, bool bf16, uint32_t seed) {
+  for (int64_t i = 0; i < count; ++i) {
+    seed = seed * 1664525u + 1013904223u;
+    const float x = static_cast<float>(seed >> 8) / 8388608.0f - 1;
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (bf16)
+      static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(bits >> 16);
+    else
+      static_cast<float*>(data)[i] = x;
+  }
+}
+
+// Runs body until `seconds` have passed, after one untimed run; the mean time of a run.
+template <class Body>
+double SecondsPerRun(double seconds, const Body& body) {
+  body();
+  const double begin = Now();
+  int64_t runs = 0;
+  double end;
+  do {
+    body();
+    ++runs;
+    end = Now();
+  } while (end - begin < seconds);
+  return (end - begin) / static_cast<double>(runs);
+}
+
+}  // namespace
+
+// GFLOP/s of y[m, n] = x[m, k] w[n, k]^T with x, w and y of one dtype (f32 or bf16); negative when oneDNN
+// refuses.
+PF_EXPORT double pf_bench_matmul(int64_t m, int64_t n, int64_t k, int32_t dtype, double seconds) {
+  const bool bf16 = dtype == PF_BF16;
+  const size_t size = bf16 ? 2 : 4;
+  const dnnl_data_type_t type = bf16 ? dnnl_bf16 : dnnl_f32;
+  Product p;
+  if (dnnl_engine_create(&p.engine, dnnl_cpu, 0) != dnnl_success) return -1;
+  if (dnnl_stream_create(&p.stream, p.engine, dnnl_stream_default_flags) != dnnl_success) return -1;
+
+  dnnl_memory_desc_t a, b, c;
+  const dnnl_dims_t a_dims = {m, k}, b_dims = {k, n}, c_dims = {m, n};
+  dnnl_memory_desc_init_by_tag(&a, 2, a_dims, type, dnnl_ab);
+  dnnl_memory_desc_init_by_tag(&b, 2, b_dims, type, dnnl_format_tag_any);
+  dnnl_memory_desc_init_by_tag(&c, 2, c_dims, type, dnnl_ab);
+  dnnl_matmul_desc_t desc;
+  if (dnnl_matmul_desc_init(&desc, &a, &b, nullptr, &c) != dnnl_success) return -1;
+  if (dnnl_primitive_desc_create(&p.description, &desc, nullptr, p.engine, nullptr) != dnnl_success)
+    return -1;
+  if (dnnl_primitive_create(&p.primitive, p.description) != dnnl_success) return -1;
+  const dnnl_memory_desc_t packed = *dnnl_primitive_desc_query_md(p.description, dnnl_query_weights_md, 0);
+
+  // The layout only orders the weights, so the packed buffer can be filled as it is.
+  const size_t packed_bytes = dnnl_memory_desc_get_size(&packed);
+  const Block x = Allocate(m * k * size), w = Allocate(packed_bytes), y = Allocate(m * n * size);
+  if (!x || !w || !y) return -1;
+  FillValues(x.get(), m * k, bf16, 1);
+  FillValues(w.get(), static_cast<int64_t>(packed_bytes / size), bf16, 2);
+  memset(y.get(), 0, m * n * size);
+  if (dnnl_memory_create(&p.a, &a, p.engine, x.get()) != dnnl_success) return -1;
+  if (dnnl_memory_create(&p.b, &packed, p.engine, w.get()) != dnnl_success) return -1;
+  if (dnnl_memory_create(&p.c, &c, p.engine, y.get()) != dnnl_success) return -1;
+  const dnnl_exec_arg_t arguments[] = {{DNNL_ARG_SRC, p.a}, {DNNL_ARG_WEIGHTS, p.b}, {DNNL_ARG_DST, p.c}};
+  bool sound = true;
+  const double each = SecondsPerRun(seconds, [&] {
+    sound &= dnnl_primitive_execute(p.primitive, p.stream, 3, arguments) == dnnl_success;
+    dnnl_stream_wait(p.stream);
+  });
+  return sound ? 2e-9 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) / each : -1;
+}
+
+// GB/s (read plus written) of memcpy, one contiguous share a thread.
+PF_EXPORT double pf_bench_copy(int64_t bytes, double seconds) {
+  const Block from = Allocate(bytes), to = Allocate(bytes);
+  if (!from || !to || bytes <= 0) return -1;
+  memset(from.get(), 1, bytes);
+  memset(to.get(), 2, bytes);
+  const char* source = static_cast<const char*>(from.get());
+  char* target = static_cast<char*>(to.get());
+  const double each = SecondsPerRun(seconds, [&] {
+#pragma omp parallel
+    {
+      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+      const int64_t begin = bytes * thread / threads / 64 * 64;
+      const int64_t end = thread + 1 == threads ? bytes : bytes * (thread + 1) / threads / 64 * 64;
+      memcpy(target + begin, source + begin, end - begin);
+    }
+  });
+  return 2e-9 * static_cast<double>(bytes) / each;
+}
+
+// Version of the oneDNN that was loaded, as major·10000 + minor·100 + patch.
+PF_EXPORT int32_t pf_bench_onednn_version() {
+  const dnnl_version_t* v = dnnl_version();
+  return v->major * 10000 + v->minor * 100 + v->patch;
+}

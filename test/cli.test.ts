@@ -1,0 +1,219 @@
+import { spawn, spawnSync } from 'node:child_process'
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { makeProgress } from '../lib/cli/progress.ts'
+import { goldenFolder } from './golden.ts'
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)))
+const built = join(root, 'out/test-dist')
+const main = join(built, 'lib/cli/main.js')
+const folder = mkdtempSync(join(tmpdir(), 'pyraflow-cli-'))
+afterAll(() => rmSync(folder, { recursive: true, force: true }))
+
+// The program runs as users run it: as JavaScript in a process of its own, made from the sources under test.
+beforeAll(() => {
+  const tsc = join(root, 'node_modules/typescript/bin/tsc')
+  const args = [
+    '-p',
+    'tsconfig.json',
+    '--noCheck',
+    '--declaration',
+    'false',
+    '--isolatedDeclarations',
+    'false',
+  ]
+  const made = spawnSync(process.execPath, [tsc, ...args, '--outDir', built], { cwd: root, encoding: 'utf8' })
+  if (made.status !== 0) throw new Error(made.stdout)
+}, 120_000)
+
+function run(args: string[], env: Record<string, string> = {}) {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [main, ...args], {
+    encoding: 'utf8',
+    cwd: folder,
+    env: { ...process.env, ...env },
+  })
+  return { status, stdout, stderr }
+}
+
+describe('the command line', () => {
+  it('explains itself on stdout', () => {
+    const { status, stdout, stderr } = run(['--help'])
+    expect(status).toBe(0)
+    expect(stderr).toBe('')
+    for (const name of ['generate', 'train', 'encode', 'verify', 'info']) expect(stdout).toContain(name)
+    expect(run(['generate', '--help']).stdout).toContain('--prompt')
+    expect(run(['--version']).stdout.trim()).toBe(
+      JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')).version,
+    )
+  })
+
+  it.each([
+    [['verfy'], /Did you mean verify/],
+    [['verify', 'x', '--filtr', 'y'], /Did you mean --filter/],
+    [['verify'], /missing required argument/],
+    [['verify', 'x', '--dtype', 'f64'], /f32, bf16/],
+    [['generate', '--width', 'wide'], /whole number/],
+    [['generate', '--model', 'x'], /missing --prompt/],
+    [['generate', '--model', 'x', '--prompt', 'y', '--out', 'z.mov'], /\.webp/],
+    [['train', '--width', '64'], /--width is not a setting of task dit/],
+    [['train', '--data', 'x', '--out', 'y', '--steps', '1', '--batch-size', '1', '--dtype', 'f16'], /dtype/],
+    [['train', '--config', 'missing.json'], /missing\.json/],
+    [['encode', 'clips'], /missing --vae/],
+  ])('ends %j with exit code 2 and says why on stderr', (args, why) => {
+    const { status, stdout, stderr } = run(args)
+    expect(stderr).toMatch(why)
+    expect(stderr).not.toMatch(/\n\s+at /)
+    expect(stdout).toBe('')
+    expect(status).toBe(2)
+  })
+
+  it('reports a failure in one line with exit code 1, and the stack only when asked', () => {
+    const args = ['generate', '--model', 'nowhere', '--prompt', 'a circle']
+    const { status, stderr } = run(args)
+    expect(status).toBe(1)
+    expect(stderr.trim().split('\n').length).toBe(1)
+    expect(stderr).toContain('nowhere')
+    expect(run(args, { PYRAFLOW_DEBUG: '1' }).stderr).toMatch(/\n\s+at /)
+  })
+})
+
+describe('settings', () => {
+  const settings = { data: 'cache', out: 'run', steps: 10, batchSize: 4, learningRate: 1e-3, seed: 5 }
+  const config = join(folder, 'train.json')
+
+  it('come from flags, then variables, then the file, then defaults', () => {
+    writeFileSync(config, JSON.stringify(settings))
+    const env = { PYRAFLOW_SEED: '6', PYRAFLOW_STEPS: '20' }
+    const { status, stdout } = run(['train', '--config', config, '--dry-run', '--steps', '30'], env)
+    expect(status).toBe(0)
+    expect(JSON.parse(stdout)).toMatchObject({
+      steps: 30,
+      seed: 6,
+      learningRate: 1e-3,
+      captionDrop: 0.1,
+      task: 'dit',
+    })
+  })
+
+  it.each([
+    [{ lerningRate: 1 }, /unknown setting "lerningRate"; did you mean "learningRate"/],
+    [{ optimizer: { weigthDecay: 1 } }, /"optimizer\.weigthDecay"; did you mean "weightDecay"/],
+    [{ network: { num_layer: 1 } }, /"network\.num_layer"; did you mean "num_layers"/],
+    [{ steps: 0 }, /steps/],
+    [{ task: 'vae' }, /missing --width/],
+  ])('%o in the file is a usage error', (extra, why) => {
+    writeFileSync(config, JSON.stringify({ ...settings, ...extra }))
+    const { status, stderr } = run(['train', '--config', config, '--dry-run'])
+    expect(stderr).toMatch(why)
+    expect(status).toBe(2)
+  })
+})
+
+describe('info', () => {
+  it('is one JSON object with --json', () => {
+    const { status, stdout } = run(['info', '--json'], { PYRAFLOW_THREADS: '1' })
+    expect(status).toBe(0)
+    const info = JSON.parse(stdout)
+    expect(info.device.threads).toBe(1)
+    expect(info.backends.map((b: { name: string }) => b.name)).toContain(info.device.backend)
+    expect(info.versions.node).toBe(process.version)
+    expect(typeof info.ffmpeg.found).toBe('boolean')
+  })
+
+  it('says why backends are not used', () => {
+    const { stdout } = run(['info', '--backend', 'base'])
+    expect(stdout).toMatch(/cpu_base: in use/)
+    expect(stdout).toMatch(/cuda: not usable \(.+\)/)
+  })
+})
+
+describe('verify', () => {
+  it('prints a line a case and exits 0 when all pass', () => {
+    const { status, stdout, stderr } = run(['verify', goldenFolder, '--filter', 'history', '--device', 'cpu'])
+    expect(status).toBe(0)
+    const lines = stdout.trim().split('\n')
+    expect(lines.length).toBe(4)
+    for (const line of lines) expect(line).toMatch(/^ok +history_\S+ +[\d.e-]+ ≤ [\d.e-]+/)
+    expect(stderr).toMatch(/4 passed, 0 failed/)
+  })
+
+  it('exits 1 when a case fails, and writes the numbers as JSON', () => {
+    const cases = join(folder, 'cases')
+    const copy = spawnSync('cp', ['-r', join(goldenFolder, 'train_stage_lengths'), `${cases}/`])
+    if (copy.status !== 0) spawnSync('cp', ['-r', join(goldenFolder, 'train_stage_lengths'), cases])
+    const path = existsSync(join(cases, 'case.json')) ? dirname(cases) : cases
+    const file = join(path, path === cases ? 'train_stage_lengths' : 'cases', 'case.json')
+    const json = JSON.parse(readFileSync(file, 'utf8'))
+    json.table[0].first_four_calls[0][0]++
+    writeFileSync(file, JSON.stringify(json))
+    const report = join(folder, 'report.json')
+    const { status, stdout } = run(['verify', path, '--json', report])
+    expect(status).toBe(1)
+    expect(stdout).toMatch(/^FAILED/)
+    expect(JSON.parse(readFileSync(report, 'utf8'))).toMatchObject({
+      failed: 1,
+      cases: [{ status: 'failed' }],
+    })
+  })
+
+  it('exits 1 for a filter that matches nothing and for an unknown device', () => {
+    expect(run(['verify', goldenFolder, '--filter', 'no such case']).status).toBe(1)
+    const { status, stderr } = run(['verify', goldenFolder, '--device', 'abacus'])
+    expect(status).toBe(1)
+    expect(stderr).toContain('abacus')
+  })
+
+  it('puts only JSON on stdout with a bare --json', () => {
+    const { stdout } = run(['verify', goldenFolder, '--filter', 'scheduler_0', '--json'])
+    expect(JSON.parse(stdout)).toMatchObject({ passed: 1, dtype: 'f32' })
+  })
+
+  it.each([1, 2])('ends with exit code 130 after %i interrupts', async (times) => {
+    const child = spawn(process.execPath, [main, 'verify', goldenFolder], { cwd: folder })
+    let errors = ''
+    child.stderr.on('data', (data) => {
+      errors += data
+      if (times === 2 && /press Ctrl-C again/.test(errors)) child.kill('SIGINT')
+    })
+    child.stdout.once('data', () => child.kill('SIGINT'))
+    const code = await new Promise((resolve) => child.on('exit', resolve))
+    expect(code).toBe(130)
+    expect(errors).toMatch(/press Ctrl-C again/)
+  })
+})
+
+describe('progress', () => {
+  function written(mode: 'auto' | 'plain' | 'json' | 'none', isTTY: boolean): string {
+    let text = ''
+    const write = (piece: string): boolean => {
+      text += piece
+      return true
+    }
+    const progress = makeProgress(mode, { isTTY, columns: 80, write } as unknown as NodeJS.WriteStream)
+    for (let done = 1; done <= 100; done++) progress.update({ label: 'step', done, total: 100, etaMs: 1000 })
+    progress.end()
+    return text
+  }
+
+  it('redraws a bar on a terminal only', () => {
+    expect(written('auto', true)).toContain('█')
+    expect(written('auto', true)).toContain('\r')
+    expect(written('auto', false)).toBe('step 1/100 · 1 s left\nstep 100/100\n')
+    expect(written('plain', true)).toBe(written('auto', false))
+  })
+
+  it('writes one JSON object a line, or nothing', () => {
+    const lines = written('json', true).trim().split('\n')
+    expect(JSON.parse(lines[99] as string)).toEqual({
+      type: 'progress',
+      label: 'step',
+      done: 100,
+      total: 100,
+      etaMs: 1000,
+    })
+    expect(written('none', true)).toBe('')
+  })
+})

@@ -1,0 +1,346 @@
+import { cpSync, mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import sharp from 'sharp'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { engine } from '../lib/engine/engine.ts'
+import { coupleCoefficients } from '../lib/flow/couple.ts'
+import { jumpCoefficients } from '../lib/flow/jump.ts'
+import { makeStages, stageSteps } from '../lib/flow/stages.ts'
+import { type GenerateEvent, Pipeline } from '../lib/generate.ts'
+import { openSafetensors, writeSafetensors } from '../lib/io/safetensors.ts'
+import type { PyramidFluxTransformer, TransformerInputs } from '../lib/models/dit-flux.ts'
+import { euler } from '../lib/ops/euler.ts'
+import { axpby } from '../lib/ops/pointwise.ts'
+import { renoise } from '../lib/ops/renoise.ts'
+import { upsample } from '../lib/ops/upsample.ts'
+import { sampleLatents, seededNoise } from '../lib/sample.ts'
+import { Generator } from '../lib/tensor/generator.ts'
+import { keep, scope } from '../lib/tensor/scope.ts'
+import { Tensor } from '../lib/tensor/tensor.ts'
+import { runChild } from './fixtures/compiled.ts'
+import { numbers, tinyText, writePipeline } from './fixtures/tiny.ts'
+import { relativeL2 } from './golden.ts'
+
+const folder = mkdtempSync(join(tmpdir(), 'generate-'))
+const model = join(folder, 'model')
+const PROMPT = 'a red circle'
+let pipe: Pipeline
+
+beforeAll(async () => {
+  await writePipeline(model)
+  pipe = await Pipeline.load(model)
+})
+afterAll(() => {
+  pipe.dispose()
+  rmSync(folder, { recursive: true, force: true })
+})
+
+async function live(): Promise<number> {
+  await engine.idle()
+  return engine.memory().live
+}
+
+describe('a generation', () => {
+  test('is the same to the last bit with one and with two threads, and so is every op', async () => {
+    const one = await runChild('child-generate', [model], { env: { PYRAFLOW_THREADS: '1' } })
+    const two = await runChild('child-generate', [model], { env: { PYRAFLOW_THREADS: '2' } })
+    expect(one.length).toBeGreaterThan(80)
+    const different = one.filter((line, i) => line !== two[i]).map((line) => line.split(' ')[0])
+    expect(different, 'ops whose bits depend on the thread count').toEqual([])
+  })
+
+  test('depends on its seed and its prompt alone', async () => {
+    const frames = async (options: { seed: number; prompt?: string }): Promise<Uint8Array> =>
+      (await pipe.generate({ prompt: PROMPT, frames: 9, ...options }).result()).frames
+    const first = await frames({ seed: 1 })
+    expect(await frames({ seed: 1 })).toEqual(first)
+    expect(await frames({ seed: 2 })).not.toEqual(first)
+    expect(await frames({ seed: 1, prompt: 'a blue square' })).not.toEqual(first)
+  })
+
+  test('tells of every step in order, then gives the frames, and frees all it made', async () => {
+    const before = await live()
+    const events: GenerateEvent[] = []
+    const run = pipe.generate({ prompt: PROMPT, frames: 17, seed: 3 })
+    for await (const event of run) events.push(event)
+    const progress = events.flatMap((event) => (event.type === 'progress' ? [event] : []))
+    // Unit 0 takes 2 steps in each of 3 stages, units 1 and 2 one.
+    const order = [0, 1, 2].flatMap((unit) => [0, 1, 2].flatMap((stage) => (unit ? [[unit, stage]] : [[unit, stage], [unit, stage]])))
+    expect(progress.map(({ unit, stage }) => [unit, stage])).toEqual(order)
+    expect(progress.map(({ done }) => done)).toEqual(order.map((_, i) => i + 1))
+    expect(progress.every(({ total, etaMs }) => total === order.length && etaMs >= 0)).toBe(true)
+    expect(progress.at(-1)!.etaMs).toBe(0)
+    const frames = events.flatMap((event) => (event.type === 'frames' ? [event] : []))
+    expect(events.indexOf(frames[0]!)).toBe(progress.length)
+    expect(frames.reduce((n, { count }) => n + count, 0)).toBe(17)
+    const video = await run.result()
+    expect(video).toMatchObject({ count: 17, width: 64, height: 64, fps: 8 })
+    expect(video.frames).toHaveLength(17 * 64 * 64 * 3)
+    expect(await live()).toBe(before)
+  })
+
+  test('continues from a picture', async () => {
+    const image = join(folder, 'first.png')
+    const pixels = Uint8Array.from(numbers(80 * 100 * 3, 9, 127), (v) => 128 + v)
+    await sharp(pixels, { raw: { width: 100, height: 80, channels: 3 } }).png().toFile(image)
+    const before = await live()
+    const events: GenerateEvent[] = []
+    const run = pipe.generate({ prompt: PROMPT, image, frames: 17, seed: 3 })
+    for await (const event of run) events.push(event)
+    const progress = events.flatMap((event) => (event.type === 'progress' ? [event] : []))
+    expect([...new Set(progress.map(({ unit }) => unit))]).toEqual([1, 2])
+    expect(progress).toHaveLength(2 * 6)
+    const video = await run.result()
+    expect(video.count).toBe(17)
+    expect(video.recipe.image).toBe(image)
+    expect(video.frames).not.toEqual((await pipe.generate({ prompt: PROMPT, frames: 17, seed: 3 }).result()).frames)
+    expect(await live()).toBe(before)
+    await expect(pipe.generate({ prompt: PROMPT, image: join(folder, 'none.png') }).result()).rejects.toMatchObject({
+      code: 'ERR_IO',
+      message: expect.stringContaining('none.png'),
+    })
+    expect(await live()).toBe(before)
+  })
+
+  test('takes its length as seconds or as frames, rounded to whole latent frames', () => {
+    const frames = (options: { seconds?: number; frames?: number }): number => pipe.resolve({ prompt: '', ...options }).frames
+    expect(frames({})).toBe(9)
+    expect(frames({ seconds: 2 })).toBe(17)
+    expect(frames({ seconds: 0.1 })).toBe(1)
+    expect(frames({ frames: 1 })).toBe(1)
+    expect(frames({ frames: 2 })).toBe(9)
+    expect(frames({ frames: 17 })).toBe(17)
+    for (const wrong of [{ seconds: 0 }, { seconds: -1 }, { frames: 2.5 }, { seconds: Number.NaN }]) {
+      expect(() => frames(wrong)).toThrow(expect.objectContaining({ code: 'ERR_OPTION' }))
+    }
+  })
+
+  test('saves a webp and, beside it, the recipe that makes it again', async () => {
+    const path = join(folder, 'out', 'clip.webp')
+    const video = await pipe.generate({ prompt: PROMPT, negativePrompt: 'blue', frames: 9, seed: 5 }).save(path)
+    const recipe = JSON.parse(readFileSync(`${path}.json`, 'utf8'))
+    expect(recipe).toEqual({
+      prompt: PROMPT,
+      negativePrompt: 'blue',
+      width: 64,
+      height: 64,
+      frames: 9,
+      fps: 8,
+      seed: 5,
+      steps: [2, 2, 2],
+      videoSteps: [1, 1, 1],
+      guidanceScale: 3,
+      videoGuidanceScale: 2,
+      dtype: 'f32',
+    })
+    expect(await sharp(path, { animated: true }).metadata()).toMatchObject({ width: 64, pages: 9, pageHeight: 64 })
+    expect((await pipe.generate(recipe).result()).frames).toEqual(video.frames)
+  })
+
+  test('refuses options that do not fit, before anything runs', async () => {
+    const wrong: [object, RegExp][] = [
+      [{ width: 128, height: 128 }, /size: expected 64×64, received 128×128.*allowUntrained/],
+      [{ steps: [1, 1] }, /steps: expected 3/],
+      [{ videoSteps: [1, 0, 1] }, /videoSteps/],
+      [{ prompt: undefined }, /prompt/],
+    ]
+    for (const [options, message] of wrong) {
+      expect(() => pipe.generate({ prompt: PROMPT, ...options })).toThrow(
+        expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringMatching(message) }),
+      )
+    }
+    const before = await live()
+    const odd = pipe.generate({ prompt: PROMPT, width: 72, height: 64, allowUntrained: true })
+    await expect(odd.result()).rejects.toMatchObject({ code: 'ERR_OPTION' })
+    await expect(pipe.generate({ prompt: 'a green circle' }).result()).rejects.toMatchObject({ code: 'ERR_OPTION' })
+    const other = await pipe.generate({ prompt: PROMPT, width: 128, height: 64, frames: 1, allowUntrained: true }).result()
+    expect(other.frames).toHaveLength(128 * 64 * 3)
+    expect(await live()).toBe(before)
+  })
+
+  test('ends within 200 ms of an abort, wherever it is, and leaves no memory behind', async () => {
+    const before = await live()
+    for (const at of [0, 1, 4, 9]) {
+      const stop = new AbortController()
+      if (at === 0) stop.abort()
+      let done = 0
+      let aborted = performance.now()
+      const run = async (): Promise<void> => {
+        for await (const event of pipe.generate({ prompt: PROMPT, frames: 9, signal: stop.signal })) {
+          if (event.type === 'progress' && ++done === at) {
+            // Either at once or while the engine is at work (for the last step: while frames are decoded).
+            setTimeout(() => {
+              aborted = performance.now()
+              stop.abort(new Error('enough'))
+            }, at % 2)
+          }
+        }
+      }
+      await expect(run()).rejects.toMatchObject({ code: 'ERR_ABORTED' })
+      expect(performance.now() - aborted, `after step ${at}`).toBeLessThan(200)
+      expect(await live(), `after step ${at}`).toBe(before)
+    }
+    expect((await pipe.generate({ prompt: PROMPT, frames: 1 }).result()).count).toBe(1)
+  })
+
+  test('may be left early by its reader', async () => {
+    const before = await live()
+    for await (const event of pipe.generate({ prompt: PROMPT, frames: 9 })) {
+      if (event.type === 'progress' && event.done === 3) break
+    }
+    expect(await live()).toBe(before)
+  })
+})
+
+describe('a model folder', () => {
+  const weights = (part: string): string => join(part, 'diffusion_pytorch_model.safetensors')
+  const dit = weights('diffusion_transformer')
+  const vae = weights('causal_video_vae')
+  type Content = Map<string, { shape: number[]; data: Float32Array }>
+  async function rewrite(path: string, change: (tensors: Content) => void): Promise<void> {
+    const file = openSafetensors(path)
+    const tensors: Content = new Map()
+    for (const [name, { shape }] of file.entries) tensors.set(name, { shape: [...shape], data: file.readFloats(name) })
+    change(tensors)
+    await writeSafetensors(path, Array.from(tensors, ([name, t]) => ({ name, dtype: 'F32' as const, ...t })))
+  }
+  const cases: [string, (dir: string) => Promise<void> | void, RegExp][] = [
+    ['without a transformer', (d) => rmSync(join(d, 'diffusion_transformer'), { recursive: true }), /diffusion_transformer/],
+    ['without a VAE', (d) => rmSync(join(d, 'causal_video_vae'), { recursive: true }), /causal_video_vae/],
+    ['without a config', (d) => rmSync(join(d, 'diffusion_transformer', 'config.json')), /transformer.config\.json/],
+    ['without weights', (d) => rmSync(join(d, vae)), /causal_video_vae/],
+    ['without a text encoder', (d) => rmSync(join(d, 'text_encoder'), { recursive: true }), /text_encoder/],
+    ['with another text encoder', (d) => writeFileSync(join(d, 'text_encoder', 'config.json'), '{"_class_name":"X"}'), /X/],
+    ['with an incomplete text encoder', (d) => writeFileSync(join(d, 'text_encoder', 'config.json'), '{"_class_name":"WordEncoder"}'), /vocabulary/],
+    ['whose pyraflow.json is not JSON', (d) => writeFileSync(join(d, 'pyraflow.json'), '{'), /pyraflow\.json/],
+    ['with a NaN in the transformer', (d) => rewrite(join(d, dit), (t) => t.get('proj_out.weight')!.data.fill(Number.NaN, 3, 4)), /proj_out\.weight/],
+    ['with a NaN in the VAE', (d) => rewrite(join(d, vae), (t) => t.get('decoder.conv_in.conv.bias')!.data.fill(Number.NaN, 0, 1)), /decoder\.conv_in\.conv\.bias/],
+    ['with a missing key', (d) => rewrite(join(d, vae), (t) => t.delete('encoder.conv_in.conv.weight')), /encoder\.conv_in\.conv\.weight.*\[8, 3, 3, 3, 3\]/],
+    ['with an extra key', (d) => rewrite(join(d, dit), (t) => t.set('more', { shape: [1], data: new Float32Array(1) })), /more/],
+    ['with truncated weights', (d) => truncateSync(join(d, dit), 5000), /diffusion_pytorch_model/],
+    ['with empty weights', (d) => truncateSync(join(d, vae), 0), /diffusion_pytorch_model/],
+  ]
+  for (const [name, change, message] of cases) {
+    test(`${name} is refused and leaves no memory behind`, async () => {
+      const dir = join(folder, name.replaceAll(' ', '-'))
+      cpSync(model, dir, { recursive: true })
+      await change(dir)
+      const before = await live()
+      await expect(Pipeline.load(dir)).rejects.toMatchObject({
+        name: 'PyraflowError',
+        code: expect.stringMatching(/^ERR_(CHECKPOINT|IO)$/),
+        message: expect.stringMatching(message),
+      })
+      expect(await live()).toBe(before)
+    })
+  }
+
+  test('that is not there, or lacks the variant asked for, is named', async () => {
+    await expect(Pipeline.load(join(folder, 'nowhere'))).rejects.toMatchObject({
+      code: 'ERR_CHECKPOINT',
+      message: expect.stringContaining('nowhere'),
+    })
+    await expect(Pipeline.load(model, { variant: 'diffusion_transformer_768p' })).rejects.toMatchObject({
+      code: 'ERR_CHECKPOINT',
+      message: expect.stringContaining('diffusion_transformer_768p'),
+    })
+  })
+})
+
+describe('the flow', () => {
+  const stages = makeStages()
+
+  test('lands exactly on the end of a stage with an oracle, in any number of steps', async () => {
+    const generator = new Generator(1)
+    for (let k = 0; k < 3; k++) {
+      const q = coupleCoefficients(stages, k)
+      const [noise, data, low] = [[1, 4, 2, 8, 8], [1, 4, 2, 8, 8], [1, 4, 2, 4, 4]].map((s) => keep(generator.normal(s)))
+      const start = keep(scope(() => (k === 0 ? noise!.view(noise!.shape) : axpby(noise!, upsample(low!), q.startNoise, q.startData))))
+      const end = keep(axpby(noise!, data!, q.endNoise, q.endData))
+      const velocity = keep(axpby(start, end, 1, -1)) // (17)
+      for (const steps of [1, 2, 7, 20]) {
+        const { sigmas } = stageSteps(stages, k, steps)
+        const x = scope(() => {
+          let latent = start
+          for (let n = 0; n < steps; n++) {
+            latent = euler(latent, velocity, null, { deltaSigma: sigmas[n + 1]! - sigmas[n]!, guidance: 1 }) // (28)
+          }
+          return latent
+        })
+        expect(relativeL2(await x.floats(), await end.floats()), `stage ${k}, ${steps} steps`).toBeLessThan(1e-6)
+      }
+    }
+  })
+
+  test('jumps to where the next stage begins: mean and 2×2 covariance', async () => {
+    const side = 512
+    for (const k of [1, 2]) {
+      const low = 0.7
+      const before = coupleCoefficients(stages, k - 1)
+      const { alpha, beta, gamma } = jumpCoefficients(stages, k)
+      const x = scope(() => {
+        const noise = new Generator(k).normal([side, side])
+        const end = axpby(noise, Tensor.full([side, side], low), before.endNoise, before.endData) // (15)
+        return renoise(end, { alpha, beta, gamma, seed: 9, stream: k }) // (20)
+      })
+      const values = await x.floats()
+      const after = coupleCoefficients(stages, k)
+      const covariance = Array.from({ length: 16 }, () => 0)
+      let total = 0
+      const width = 2 * side
+      for (let y = 0; y < width; y += 2) {
+        for (let c = 0; c < width; c += 2) {
+          const block = [0, 1, width, width + 1].map((o) => values[y * width + c + o]! - after.startData * low)
+          for (let i = 0; i < 4; i++) {
+            total += block[i]!
+            for (let j = 0; j < 4; j++) covariance[4 * i + j]! += block[i]! * block[j]!
+          }
+        }
+      }
+      const blocks = side * side
+      expect(Math.abs(total / (4 * blocks))).toBeLessThan(0.01)
+      const variance = after.startNoise ** 2
+      covariance.forEach((sum, at) => {
+        const expected = at % 5 === 0 ? variance : 0
+        expect(Math.abs(sum / blocks - expected) / variance, `stage ${k}, entry ${at}`).toBeLessThan(0.01)
+      })
+    }
+  })
+
+  // A network that knows the answer: it remembers where each stage began and points from there to `target`.
+  function oracle(target: (shape: readonly number[]) => Tensor): PyramidFluxTransformer {
+    let start: Tensor | undefined
+    const forward = ({ columns }: TransformerInputs): Tensor[] => {
+      const x = columns[0]!.at(-1)!
+      if (!start || start.shape.join() !== x.shape.join()) start = keep(axpby(x, null as never, 1, 0))
+      return [axpby(start, target(x.shape), 1, -1)]
+    }
+    return { config: { in_channels: 64 }, forward, layout: () => undefined } as unknown as PyramidFluxTransformer
+  }
+
+  test('sampled with an oracle ends each stage on the target, with guidance and without', async () => {
+    const text = tinyText().encode([PROMPT])
+    for (const guided of [true, false]) {
+      const found: number[] = []
+      for await (const event of sampleLatents(oracle((shape) => Tensor.full(shape, 0.25)), {
+        stages,
+        frames: 1,
+        height: 8,
+        width: 8,
+        text,
+        negative: guided ? tinyText().encode(['']) : undefined,
+        steps: [3, 2, 1],
+        videoSteps: [1, 1, 1],
+        guidance: { guidanceScale: 4, videoGuidanceScale: 2, mode: 't2v' },
+        noise: seededNoise(new Generator(1)),
+      })) {
+        if (event.type !== 'stage') continue
+        const values = await event.latent.floats()
+        found.push(event.latent.shape[4] as number)
+        expect(relativeL2(values, new Float32Array(values.length).fill(0.25))).toBeLessThan(1e-5)
+      }
+      expect(found).toEqual([2, 4, 8])
+    }
+  })
+})

@@ -1,0 +1,143 @@
+import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { sampleIndices } from '../lib/golden/compare.ts'
+import { type CaseResult, verifyFolder } from '../lib/golden/verify.ts'
+import { goldenFolder } from './golden.ts'
+
+const folder = mkdtempSync(join(tmpdir(), 'pyraflow-verify-'))
+afterAll(() => rmSync(folder, { recursive: true, force: true }))
+
+const recorded = readdirSync(goldenFolder).filter((name) => name !== 'models')
+
+describe('the recorded cases', () => {
+  let f32: CaseResult[]
+  let bf16: CaseResult[]
+  beforeAll(async () => {
+    f32 = await verifyFolder(goldenFolder)
+    bf16 = await verifyFolder(goldenFolder, { dtype: 'bf16' })
+  }, 300_000)
+
+  it('are all found', () => {
+    expect(f32.map((c) => c.name)).toEqual(recorded.sort())
+    expect(f32.length).toBeGreaterThanOrEqual(36)
+  })
+
+  it.each(recorded)('pass in f32: %s', (name) => {
+    const found = f32.find((c) => c.name === name)
+    expect(found, found?.worst).toMatchObject({ status: 'passed' })
+    expect(found?.checks.length).toBeGreaterThan(0)
+  })
+
+  it('pass in bf16 where bf16 numbers are recorded', () => {
+    const bad = bf16.filter((c) => c.status !== 'passed' && c.status !== 'f32-only')
+    expect(bad.map((c) => `${c.name}: ${c.worst}`)).toEqual([])
+    const passed = bf16.filter((c) => c.status === 'passed').map((c) => c.name)
+    for (const start of [
+      'dit_flux_a',
+      'dit_flux_b',
+      'vae_a_encode',
+      'vae_a_decode',
+      'history',
+      'stage_jump',
+    ]) {
+      expect(passed.some((name) => name.startsWith(start))).toBe(true)
+    }
+  })
+})
+
+// One number of a copied case is moved by as much as an implementation error would move it.
+function corruptedCopy(name: string, tensor: string): string {
+  const root = mkdtempSync(join(folder, 'copy-'))
+  cpSync(join(goldenFolder, 'models'), join(root, 'models'), { recursive: true })
+  cpSync(join(goldenFolder, name), join(root, `renamed_${name}`), { recursive: true })
+  const path = join(root, `renamed_${name}`, 'tensors.safetensors')
+  const bytes = readFileSync(path)
+  const length = Number(bytes.readBigUInt64LE(0))
+  const header = JSON.parse(bytes.toString('utf8', 8, 8 + length)) as Record<
+    string,
+    { data_offsets: [number, number] }
+  >
+  const at = 8 + length + (header[tensor]?.data_offsets[0] as number)
+  bytes.writeFloatLE(bytes.readFloatLE(at) * 1.01 + 0.01, at)
+  writeFileSync(path, bytes)
+  return root
+}
+
+describe('a corrupted case', () => {
+  it.each([
+    ['history_t2v_0', 'unit1.stage1.piece0'],
+    ['stage_jump', '0.renoised.1'],
+    ['train_noise_1', 'targets.2'],
+    ['vae_a_decode', 'image.sample'],
+    ['dit_flux_b_single', 'output.0'],
+    ['e2e_flux_t2i', 'final_latents'],
+  ])('fails, under any folder name: %s', async (name, tensor) => {
+    const [result] = await verifyFolder(corruptedCopy(name, tensor))
+    expect(result).toMatchObject({ status: 'failed' })
+    expect(result?.error).toBeGreaterThan(result?.tolerance as number)
+    expect(result?.checks.filter((check) => !(check.error <= check.tolerance)).length).toBe(1)
+  })
+
+  it('fails when its JSON or its tensors cannot be read, and the others still run', async () => {
+    const root = mkdtempSync(join(folder, 'broken-'))
+    for (const name of ['scheduler_0', 'scheduler_1', 'stage_jump']) {
+      cpSync(join(goldenFolder, name), join(root, name), { recursive: true })
+    }
+    writeFileSync(join(root, 'scheduler_0', 'case.json'), '{"case": ')
+    writeFileSync(join(root, 'stage_jump', 'tensors.safetensors'), 'short')
+    const results = await verifyFolder(root)
+    expect(results.map((c) => c.status)).toEqual(['failed', 'passed', 'failed'])
+    expect(results[2]?.worst).toMatch(/tensors\.safetensors/)
+  })
+})
+
+describe('verifying a folder', () => {
+  it('names kinds it cannot run yet instead of failing them', async () => {
+    const root = mkdtempSync(join(folder, 'later-'))
+    const kinds = {
+      dit_mmdit_z: { what: 'PyramidDiffusionMMDiT forward', model: 'models/mmdit_z' },
+      text_z: { what: 'SD3-style text conditioning from given token ids' },
+      loss_z: { what: 'LPIPS perceptual distance' },
+      other: { what: 'something new' },
+    }
+    for (const [name, json] of Object.entries(kinds)) {
+      cpSync(join(goldenFolder, 'scheduler_0'), join(root, name), { recursive: true })
+      writeFileSync(join(root, name, 'case.json'), JSON.stringify({ case: name, ...json }))
+    }
+    const results = await verifyFolder(root)
+    expect(results.map((c) => [c.status, c.kind])).toEqual([
+      ['unsupported', 'MMDiT'],
+      ['unsupported', 'LPIPS and GAN losses'],
+      ['unsupported', 'unknown'],
+      ['unsupported', 'text encoders'],
+    ])
+  })
+
+  it('filters by name, and stops between cases when asked to', async () => {
+    const seen: string[] = []
+    const controller = new AbortController()
+    const onCase = (c: CaseResult): void => {
+      seen.push(c.name)
+      controller.abort()
+    }
+    const options = { filter: 'scheduler', signal: controller.signal, onCase }
+    await expect(verifyFolder(goldenFolder, options)).rejects.toMatchObject({ code: 'ERR_ABORTED' })
+    expect(seen).toEqual(['scheduler_0'])
+  })
+
+  it('refuses a folder that does not exist or holds no case', async () => {
+    await expect(verifyFolder(join(folder, 'nothing'))).rejects.toMatchObject({ code: 'ERR_IO' })
+    await expect(verifyFolder(join(goldenFolder, 'scheduler_0'))).rejects.toThrow(/case\.json/)
+  })
+})
+
+describe('sample positions', () => {
+  it('round half to even, as the recordings do', () => {
+    expect(sampleIndices(5, 10)).toEqual([0, 1, 2, 3, 4])
+    expect(sampleIndices(6, 3)).toEqual([0, 2, 5])
+    expect(sampleIndices(8, 3)).toEqual([0, 4, 7])
+    expect(sampleIndices(1, 4)).toEqual([0])
+  })
+})
