@@ -20,6 +20,8 @@ export interface Row {
   /** This rate over the rate of `against`. */
   ratio?: number
   against?: string
+  /** This part of the whole that the group measured, 0 to 1. */
+  share?: number
   required?: Required
 }
 
@@ -121,21 +123,21 @@ export async function interleave(
   return { ours: median(a), theirs: median(b), ratio: median(a.map((x, i) => x / (b[i] as number))) }
 }
 
-/** Rows of the time per op since `engine.profile(true)`, most first; the small rest is one row. */
-export function breakdown(prefix: string, most = 10): Omit<Row, 'group'>[] {
+/** Kernel time per op since `engine.profile(true)`, most first, for one of `runs`; the small rest is one row. */
+export function breakdown(prefix: string, runs = 1, most = 10): Omit<Row, 'group'>[] {
   const ops = engine.profileRead()
-  const total = ops.reduce((n, { seconds }) => n + seconds, 0)
-  const rows = ops.slice(0, most).map(({ op, calls, seconds }) => ({
-    name: `${prefix}: ${op} ×${calls}`,
-    value: (100 * seconds) / total,
-    unit: '% of kernel time',
-  }))
+  const sum = (list: typeof ops): number => list.reduce((n, { seconds }) => n + seconds, 0)
+  const row = (name: string, seconds: number): Omit<Row, 'group'> => ({
+    name: `${prefix}: ${name}`,
+    value: (1000 * seconds) / runs,
+    unit: 'ms',
+    share: seconds / sum(ops),
+  })
   const rest = ops.slice(most)
-  if (rest.length > 0) {
-    const seconds = rest.reduce((n, op) => n + op.seconds, 0)
-    rows.push({ name: `${prefix}: ${rest.length} more ops`, value: (100 * seconds) / total, unit: '% of kernel time' })
-  }
-  return rows
+  return [
+    ...ops.slice(0, most).map(({ op, calls, seconds }) => row(`${op} ×${calls / runs}`, seconds)),
+    ...(rest.length > 0 ? [row(`${rest.length} more`, sum(rest))] : []),
+  ]
 }
 
 export function meets({ value, ratio, required }: Row): boolean {

@@ -34,6 +34,9 @@ export async function describeMachine(): Promise<Machine> {
 
 /** File name of a machine's results, e.g. `amd-epyc-2-cores`. */
 export function slugOf({ cpu, cores }: Machine): string {
-  const name = cpu.toLowerCase().replace(/\((r|tm)\)/g, '').replace(/[^a-z0-9]+/g, '-')
+  const name = cpu
+    .toLowerCase()
+    .replace(/\((r|tm)\)/g, '')
+    .replace(/[^a-z0-9]+/g, '-')
   return `${name}-${cores}-cores`.replace(/-+/g, '-').replace(/^-/, '')
 }

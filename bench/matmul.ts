@@ -1,6 +1,14 @@
 import { linear, packWeight } from '../lib/ops/matmul.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import { bareMatmul, countFor, type Effort, engineSeconds, interleave, type Required, type Row } from './harness.ts'
+import {
+  bareMatmul,
+  countFor,
+  type Effort,
+  engineSeconds,
+  interleave,
+  type Required,
+  type Row,
+} from './harness.ts'
 
 // [M, K, N]: an MLP of the published transformer over one 384p unit, and its square projections over two.
 const SHAPES: [number, number, number, Required | undefined][] = [

@@ -7,7 +7,16 @@ import { blockNoise, renoise } from '../lib/ops/renoise.ts'
 import { upsample } from '../lib/ops/upsample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
-import { bareCopy, countFor, type Effort, engineSeconds, interleave, median, type Required, type Row } from './harness.ts'
+import {
+  bareCopy,
+  countFor,
+  type Effort,
+  engineSeconds,
+  interleave,
+  median,
+  type Required,
+  type Row,
+} from './harness.ts'
 import { naiveBlockNoise } from './naive-noise.ts'
 
 type Unnamed = Omit<Row, 'group'>
@@ -61,7 +70,10 @@ function makeCases(dtype: DType, channels: number, h: number, w: number): { case
   const small = draw([channels, h / 2, w / 2])
   const sigma = generator.uniform([channels])
   const clip = x.view([1, channels, 1, h, w])
-  const tokens = { latentTokens: (h * w) / 4, columns: [{ clips: [{ rowOffset: 0, rowStride: (h * w) / 4 }] }] }
+  const tokens = {
+    latentTokens: (h * w) / 4,
+    columns: [{ clips: [{ rowOffset: 0, rowStride: (h * w) / 4 }] }],
+  }
   const bytes = x.bytes
   const noise = { alpha: 1, beta: 0.5, gamma: GAMMA, seed: 1, stream: 2 }
   const required: Required = { of: 'ratio', atLeast: 0.6 }
@@ -72,7 +84,11 @@ function makeCases(dtype: DType, channels: number, h: number, w: number): { case
       { name: 'renoise, noise drawn', moved: 1.25 * bytes, op: () => renoise(small, noise) },
       { name: 'renoise, noise given', moved: 2.25 * bytes, op: () => renoise(small, { ...noise, noise: v }) },
       { name: 'mix', moved: 3 * bytes, op: () => mix(x, v, sigma) },
-      { name: 'euler with guidance', moved: 4 * bytes, op: () => euler(x, v, u, { deltaSigma: -0.1, guidance: 7 }) },
+      {
+        name: 'euler with guidance',
+        moved: 4 * bytes,
+        op: () => euler(x, v, u, { deltaSigma: -0.1, guidance: 7 }),
+      },
       { name: 'patchify', moved: 2 * bytes, op: () => packTokens([[clip]], tokens) },
     ],
     owned: [...full, small, sigma, clip],

@@ -95,13 +95,18 @@ export class Generation implements AsyncIterable<GenerateEvent> {
   }
 
   async *[Symbol.asyncIterator](): AsyncGenerator<GenerateEvent> {
-    for (;;) {
-      const { value, done } = await this.#events.next()
-      if (done) {
-        this.#video ??= value
-        return
+    try {
+      for (;;) {
+        const { value, done } = await this.#events.next()
+        if (done) {
+          this.#video ??= value
+          return
+        }
+        yield value
       }
-      yield value
+    } finally {
+      // A reader that leaves early ends the generation, which frees what it holds.
+      await this.#events.return(undefined as never)
     }
   }
 

@@ -1,5 +1,5 @@
 import { spawn, spawnSync } from 'node:child_process'
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -132,25 +132,30 @@ describe('info', () => {
 
 describe('verify', () => {
   it('prints a line a case and exits 0 when all pass', () => {
-    const { status, stdout, stderr } = run(['verify', goldenFolder, '--filter', 'history', '--device', 'cpu'])
+    const { status, stdout, stderr } = run([
+      'verify',
+      goldenFolder,
+      '--filter',
+      'scheduler',
+      '--device',
+      'cpu',
+    ])
     expect(status).toBe(0)
     const lines = stdout.trim().split('\n')
     expect(lines.length).toBe(4)
-    for (const line of lines) expect(line).toMatch(/^ok +history_\S+ +[\d.e-]+ ≤ [\d.e-]+/)
+    for (const line of lines) expect(line).toMatch(/^ok +scheduler_\S+ +[\d.e-]+ ≤ [\d.e-]+/)
     expect(stderr).toMatch(/4 passed, 0 failed/)
   })
 
   it('exits 1 when a case fails, and writes the numbers as JSON', () => {
     const cases = join(folder, 'cases')
-    const copy = spawnSync('cp', ['-r', join(goldenFolder, 'train_stage_lengths'), `${cases}/`])
-    if (copy.status !== 0) spawnSync('cp', ['-r', join(goldenFolder, 'train_stage_lengths'), cases])
-    const path = existsSync(join(cases, 'case.json')) ? dirname(cases) : cases
-    const file = join(path, path === cases ? 'train_stage_lengths' : 'cases', 'case.json')
+    cpSync(join(goldenFolder, 'train_stage_lengths'), join(cases, 'lengths'), { recursive: true })
+    const file = join(cases, 'lengths', 'case.json')
     const json = JSON.parse(readFileSync(file, 'utf8'))
     json.table[0].first_four_calls[0][0]++
     writeFileSync(file, JSON.stringify(json))
     const report = join(folder, 'report.json')
-    const { status, stdout } = run(['verify', path, '--json', report])
+    const { status, stdout } = run(['verify', cases, '--json', report])
     expect(status).toBe(1)
     expect(stdout).toMatch(/^FAILED/)
     expect(JSON.parse(readFileSync(report, 'utf8'))).toMatchObject({

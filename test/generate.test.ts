@@ -66,7 +66,16 @@ describe('a generation', () => {
     for await (const event of run) events.push(event)
     const progress = events.flatMap((event) => (event.type === 'progress' ? [event] : []))
     // Unit 0 takes 2 steps in each of 3 stages, units 1 and 2 one.
-    const order = [0, 1, 2].flatMap((unit) => [0, 1, 2].flatMap((stage) => (unit ? [[unit, stage]] : [[unit, stage], [unit, stage]])))
+    const order = [0, 1, 2].flatMap((unit) =>
+      [0, 1, 2].flatMap((stage) =>
+        unit
+          ? [[unit, stage]]
+          : [
+              [unit, stage],
+              [unit, stage],
+            ],
+      ),
+    )
     expect(progress.map(({ unit, stage }) => [unit, stage])).toEqual(order)
     expect(progress.map(({ done }) => done)).toEqual(order.map((_, i) => i + 1))
     expect(progress.every(({ total, etaMs }) => total === order.length && etaMs >= 0)).toBe(true)
@@ -83,7 +92,9 @@ describe('a generation', () => {
   test('continues from a picture', async () => {
     const image = join(folder, 'first.png')
     const pixels = Uint8Array.from(numbers(80 * 100 * 3, 9, 127), (v) => 128 + v)
-    await sharp(pixels, { raw: { width: 100, height: 80, channels: 3 } }).png().toFile(image)
+    await sharp(pixels, { raw: { width: 100, height: 80, channels: 3 } })
+      .png()
+      .toFile(image)
     const before = await live()
     const events: GenerateEvent[] = []
     const run = pipe.generate({ prompt: PROMPT, image, frames: 17, seed: 3 })
@@ -94,9 +105,13 @@ describe('a generation', () => {
     const video = await run.result()
     expect(video.count).toBe(17)
     expect(video.recipe.image).toBe(image)
-    expect(video.frames).not.toEqual((await pipe.generate({ prompt: PROMPT, frames: 17, seed: 3 }).result()).frames)
+    expect(video.frames).not.toEqual(
+      (await pipe.generate({ prompt: PROMPT, frames: 17, seed: 3 }).result()).frames,
+    )
     expect(await live()).toBe(before)
-    await expect(pipe.generate({ prompt: PROMPT, image: join(folder, 'none.png') }).result()).rejects.toMatchObject({
+    await expect(
+      pipe.generate({ prompt: PROMPT, image: join(folder, 'none.png') }).result(),
+    ).rejects.toMatchObject({
       code: 'ERR_IO',
       message: expect.stringContaining('none.png'),
     })
@@ -104,7 +119,8 @@ describe('a generation', () => {
   })
 
   test('takes its length as seconds or as frames, rounded to whole latent frames', () => {
-    const frames = (options: { seconds?: number; frames?: number }): number => pipe.resolve({ prompt: '', ...options }).frames
+    const frames = (options: { seconds?: number; frames?: number }): number =>
+      pipe.resolve({ prompt: '', ...options }).frames
     expect(frames({})).toBe(9)
     expect(frames({ seconds: 2 })).toBe(17)
     expect(frames({ seconds: 0.1 })).toBe(1)
@@ -118,7 +134,9 @@ describe('a generation', () => {
 
   test('saves a webp and, beside it, the recipe that makes it again', async () => {
     const path = join(folder, 'out', 'clip.webp')
-    const video = await pipe.generate({ prompt: PROMPT, negativePrompt: 'blue', frames: 9, seed: 5 }).save(path)
+    const video = await pipe
+      .generate({ prompt: PROMPT, negativePrompt: 'blue', frames: 9, seed: 5 })
+      .save(path)
     const recipe = JSON.parse(readFileSync(`${path}.json`, 'utf8'))
     expect(recipe).toEqual({
       prompt: PROMPT,
@@ -134,7 +152,11 @@ describe('a generation', () => {
       videoGuidanceScale: 2,
       dtype: 'f32',
     })
-    expect(await sharp(path, { animated: true }).metadata()).toMatchObject({ width: 64, pages: 9, pageHeight: 64 })
+    expect(await sharp(path, { animated: true }).metadata()).toMatchObject({
+      width: 64,
+      pages: 9,
+      pageHeight: 64,
+    })
     expect((await pipe.generate(recipe).result()).frames).toEqual(video.frames)
   })
 
@@ -153,8 +175,12 @@ describe('a generation', () => {
     const before = await live()
     const odd = pipe.generate({ prompt: PROMPT, width: 72, height: 64, allowUntrained: true })
     await expect(odd.result()).rejects.toMatchObject({ code: 'ERR_OPTION' })
-    await expect(pipe.generate({ prompt: 'a green circle' }).result()).rejects.toMatchObject({ code: 'ERR_OPTION' })
-    const other = await pipe.generate({ prompt: PROMPT, width: 128, height: 64, frames: 1, allowUntrained: true }).result()
+    await expect(pipe.generate({ prompt: 'a green circle' }).result()).rejects.toMatchObject({
+      code: 'ERR_OPTION',
+    })
+    const other = await pipe
+      .generate({ prompt: PROMPT, width: 128, height: 64, frames: 1, allowUntrained: true })
+      .result()
     expect(other.frames).toHaveLength(128 * 64 * 3)
     expect(await live()).toBe(before)
   })
@@ -201,23 +227,63 @@ describe('a model folder', () => {
   async function rewrite(path: string, change: (tensors: Content) => void): Promise<void> {
     const file = openSafetensors(path)
     const tensors: Content = new Map()
-    for (const [name, { shape }] of file.entries) tensors.set(name, { shape: [...shape], data: file.readFloats(name) })
+    for (const [name, { shape }] of file.entries)
+      tensors.set(name, { shape: [...shape], data: file.readFloats(name) })
     change(tensors)
-    await writeSafetensors(path, Array.from(tensors, ([name, t]) => ({ name, dtype: 'F32' as const, ...t })))
+    await writeSafetensors(
+      path,
+      Array.from(tensors, ([name, t]) => ({ name, dtype: 'F32' as const, ...t })),
+    )
   }
   const cases: [string, (dir: string) => Promise<void> | void, RegExp][] = [
-    ['without a transformer', (d) => rmSync(join(d, 'diffusion_transformer'), { recursive: true }), /diffusion_transformer/],
+    [
+      'without a transformer',
+      (d) => rmSync(join(d, 'diffusion_transformer'), { recursive: true }),
+      /diffusion_transformer/,
+    ],
     ['without a VAE', (d) => rmSync(join(d, 'causal_video_vae'), { recursive: true }), /causal_video_vae/],
-    ['without a config', (d) => rmSync(join(d, 'diffusion_transformer', 'config.json')), /transformer.config\.json/],
+    [
+      'without a config',
+      (d) => rmSync(join(d, 'diffusion_transformer', 'config.json')),
+      /transformer.config\.json/,
+    ],
     ['without weights', (d) => rmSync(join(d, vae)), /causal_video_vae/],
     ['without a text encoder', (d) => rmSync(join(d, 'text_encoder'), { recursive: true }), /text_encoder/],
-    ['with another text encoder', (d) => writeFileSync(join(d, 'text_encoder', 'config.json'), '{"_class_name":"X"}'), /X/],
-    ['with an incomplete text encoder', (d) => writeFileSync(join(d, 'text_encoder', 'config.json'), '{"_class_name":"WordEncoder"}'), /vocabulary/],
-    ['whose pyraflow.json is not JSON', (d) => writeFileSync(join(d, 'pyraflow.json'), '{'), /pyraflow\.json/],
-    ['with a NaN in the transformer', (d) => rewrite(join(d, dit), (t) => t.get('proj_out.weight')!.data.fill(Number.NaN, 3, 4)), /proj_out\.weight/],
-    ['with a NaN in the VAE', (d) => rewrite(join(d, vae), (t) => t.get('decoder.conv_in.conv.bias')!.data.fill(Number.NaN, 0, 1)), /decoder\.conv_in\.conv\.bias/],
-    ['with a missing key', (d) => rewrite(join(d, vae), (t) => t.delete('encoder.conv_in.conv.weight')), /encoder\.conv_in\.conv\.weight.*\[8, 3, 3, 3, 3\]/],
-    ['with an extra key', (d) => rewrite(join(d, dit), (t) => t.set('more', { shape: [1], data: new Float32Array(1) })), /more/],
+    [
+      'with another text encoder',
+      (d) => writeFileSync(join(d, 'text_encoder', 'config.json'), '{"_class_name":"X"}'),
+      /X/,
+    ],
+    [
+      'with an incomplete text encoder',
+      (d) => writeFileSync(join(d, 'text_encoder', 'config.json'), '{"_class_name":"WordEncoder"}'),
+      /vocabulary/,
+    ],
+    [
+      'whose pyraflow.json is not JSON',
+      (d) => writeFileSync(join(d, 'pyraflow.json'), '{'),
+      /pyraflow\.json/,
+    ],
+    [
+      'with a NaN in the transformer',
+      (d) => rewrite(join(d, dit), (t) => t.get('proj_out.weight')!.data.fill(Number.NaN, 3, 4)),
+      /proj_out\.weight/,
+    ],
+    [
+      'with a NaN in the VAE',
+      (d) => rewrite(join(d, vae), (t) => t.get('decoder.conv_in.conv.bias')!.data.fill(Number.NaN, 0, 1)),
+      /decoder\.conv_in\.conv\.bias/,
+    ],
+    [
+      'with a missing key',
+      (d) => rewrite(join(d, vae), (t) => t.delete('encoder.conv_in.conv.weight')),
+      /encoder\.conv_in\.conv\.weight.*\[8, 3, 3, 3, 3\]/,
+    ],
+    [
+      'with an extra key',
+      (d) => rewrite(join(d, dit), (t) => t.set('more', { shape: [1], data: new Float32Array(1) })),
+      /more/,
+    ],
     ['with truncated weights', (d) => truncateSync(join(d, dit), 5000), /diffusion_pytorch_model/],
     ['with empty weights', (d) => truncateSync(join(d, vae), 0), /diffusion_pytorch_model/],
   ]
@@ -255,8 +321,16 @@ describe('the flow', () => {
     const generator = new Generator(1)
     for (let k = 0; k < 3; k++) {
       const q = coupleCoefficients(stages, k)
-      const [noise, data, low] = [[1, 4, 2, 8, 8], [1, 4, 2, 8, 8], [1, 4, 2, 4, 4]].map((s) => keep(generator.normal(s)))
-      const start = keep(scope(() => (k === 0 ? noise!.view(noise!.shape) : axpby(noise!, upsample(low!), q.startNoise, q.startData))))
+      const [noise, data, low] = [
+        [1, 4, 2, 8, 8],
+        [1, 4, 2, 8, 8],
+        [1, 4, 2, 4, 4],
+      ].map((s) => keep(generator.normal(s)))
+      const start = keep(
+        scope(() =>
+          k === 0 ? noise!.view(noise!.shape) : axpby(noise!, upsample(low!), q.startNoise, q.startData),
+        ),
+      )
       const end = keep(axpby(noise!, data!, q.endNoise, q.endData))
       const velocity = keep(axpby(start, end, 1, -1)) // (17)
       for (const steps of [1, 2, 7, 20]) {
@@ -268,7 +342,9 @@ describe('the flow', () => {
           }
           return latent
         })
-        expect(relativeL2(await x.floats(), await end.floats()), `stage ${k}, ${steps} steps`).toBeLessThan(1e-6)
+        expect(relativeL2(await x.floats(), await end.floats()), `stage ${k}, ${steps} steps`).toBeLessThan(
+          1e-6,
+        )
       }
     }
   })
@@ -291,7 +367,9 @@ describe('the flow', () => {
       const width = 2 * side
       for (let y = 0; y < width; y += 2) {
         for (let c = 0; c < width; c += 2) {
-          const block = [0, 1, width, width + 1].map((o) => values[y * width + c + o]! - after.startData * low)
+          const block = [0, 1, width, width + 1].map(
+            (o) => values[y * width + c + o]! - after.startData * low,
+          )
           for (let i = 0; i < 4; i++) {
             total += block[i]!
             for (let j = 0; j < 4; j++) covariance[4 * i + j]! += block[i]! * block[j]!
@@ -313,28 +391,35 @@ describe('the flow', () => {
     let start: Tensor | undefined
     const forward = ({ columns }: TransformerInputs): Tensor[] => {
       const x = columns[0]!.at(-1)!
-      if (!start || start.shape.join() !== x.shape.join()) start = keep(axpby(x, null as never, 1, 0))
+      if (!start || start.shape.join() !== x.shape.join()) start = keep(axpby(x, x, 1, 0))
       return [axpby(start, target(x.shape), 1, -1)]
     }
-    return { config: { in_channels: 64 }, forward, layout: () => undefined } as unknown as PyramidFluxTransformer
+    return {
+      config: { in_channels: 64 },
+      forward,
+      layout: () => undefined,
+    } as unknown as PyramidFluxTransformer
   }
 
   test('sampled with an oracle ends each stage on the target, with guidance and without', async () => {
     const text = tinyText().encode([PROMPT])
     for (const guided of [true, false]) {
       const found: number[] = []
-      for await (const event of sampleLatents(oracle((shape) => Tensor.full(shape, 0.25)), {
-        stages,
-        frames: 1,
-        height: 8,
-        width: 8,
-        text,
-        negative: guided ? tinyText().encode(['']) : undefined,
-        steps: [3, 2, 1],
-        videoSteps: [1, 1, 1],
-        guidance: { guidanceScale: 4, videoGuidanceScale: 2, mode: 't2v' },
-        noise: seededNoise(new Generator(1)),
-      })) {
+      for await (const event of sampleLatents(
+        oracle((shape) => Tensor.full(shape, 0.25)),
+        {
+          stages,
+          frames: 1,
+          height: 8,
+          width: 8,
+          text,
+          negative: guided ? tinyText().encode(['']) : undefined,
+          steps: [3, 2, 1],
+          videoSteps: [1, 1, 1],
+          guidance: { guidanceScale: 4, videoGuidanceScale: 2, mode: 't2v' },
+          noise: seededNoise(new Generator(1)),
+        },
+      )) {
         if (event.type !== 'stage') continue
         const values = await event.latent.floats()
         found.push(event.latent.shape[4] as number)

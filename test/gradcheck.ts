@@ -1,7 +1,10 @@
 import { spawn } from 'node:child_process'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import { expect } from 'vitest'
+import { engine } from '../lib/engine/engine.ts'
 import { add, mul } from '../lib/ops/pointwise.ts'
 import { sum } from '../lib/ops/reduce.ts'
 import { scope } from '../lib/tensor/scope.ts'
@@ -134,6 +137,20 @@ export function worst(a: ArrayLike<number>, b: ArrayLike<number>): number {
     size = Math.max(size, Math.abs(b[i] as number))
   }
   return difference / size
+}
+
+setFlagsFromString('--expose-gc')
+const collectGarbage: () => void = runInNewContext('gc')
+
+/** Bytes in tensors that someone still holds: tensors forgotten by earlier tests are collected first. */
+export async function live(): Promise<number> {
+  for (let i = 0; i < 2; i++) {
+    collectGarbage()
+    // Finalizers are tasks of their own.
+    await new Promise((resolve) => setTimeout(resolve, 1))
+  }
+  await engine.idle()
+  return engine.memory().live
 }
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))

@@ -8,14 +8,9 @@ import { linear } from '../lib/ops/matmul.ts'
 import { add, scale, silu } from '../lib/ops/pointwise.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
-import { child } from './gradcheck.ts'
+import { child, live } from './gradcheck.ts'
 
 const bytesOf = (array: ArrayBufferView) => Buffer.from(array.buffer, array.byteOffset, array.byteLength)
-const live = async () => {
-  await engine.idle()
-  return engine.memory().live
-}
-
 describe('tensors', () => {
   it('carry numbers in and out in every dtype', async () => {
     expect(await Tensor.from([1, 2.5, -3], [3]).read()).toEqual(Float32Array.of(1, 2.5, -3))
@@ -167,8 +162,7 @@ describe('memory', () => {
   })
 
   it('counts the peak since it was reset', async () => {
-    await engine.idle()
-    const before = engine.memory().live
+    const before = await live()
     engine.resetPeak()
     scope(() => void Tensor.zeros([1000]))
     await engine.idle()

@@ -34,10 +34,10 @@ const size = { width: 128, height: 128, frames: 25 }
 const vaeConfig = {
   encoder_block_out_channels: [16, 16, 32, 48],
   encoder_layers_per_block: [1, 1, 1, 1],
-  encoder_norm_num_groups: 8,
+  encoder_norm_num_groups: 2,
   decoder_block_out_channels: [16, 16, 32, 48],
   decoder_layers_per_block: [1, 1, 1, 1],
-  decoder_norm_num_groups: 8,
+  decoder_norm_num_groups: 2,
 }
 
 const ditConfig = {
@@ -71,7 +71,7 @@ async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise
 }
 
 async function trainVae(): Promise<void> {
-  const data = await openDataset(clips, { ...size, limit: 400, cacheBytes: 1e9 })
+  const data = await openDataset(clips, { ...size, limit: 240, cacheBytes: 1e9 })
   const generator = new Generator(seed).stream('vae')
   const model = CausalVideoVAE.create(vaeConfig, { generator, dtype, train: true, initialLogvar: -5 })
   const trainer = new VaeTrainer({
@@ -82,7 +82,7 @@ async function trainVae(): Promise<void> {
     batchSize: 4,
     seed,
     crop: { size: 64, frames: 9 },
-    learningRate: 2e-3,
+    learningRate: 1.5e-3,
     minLearningRate: 1e-4,
     warmupSteps: 50,
     klWeight: 1e-6,

@@ -131,7 +131,11 @@ async function runFull(
   const checks = compareLayout(r, layout)
   const activations = new Map<string, Promise<Float32Array>>()
   const capture = (name: string, tensor: Tensor): void => {
-    if (r.has(`act.${name}`)) activations.set(name, tensor.floats())
+    if (!r.has(`act.${name}`)) return
+    const values = tensor.floats()
+    // Awaited below; until then a failed queue must not look unhandled.
+    values.catch(() => undefined)
+    activations.set(name, values)
   }
   const made = scope(() => {
     const outputs = model.forward({ ...inputs, layout, capture })

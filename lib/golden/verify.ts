@@ -97,6 +97,15 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
     is: (json, name) => name.startsWith('train_lr') || json.what === 'learning-rate tables',
     load: async () => (await import('./cases-train.ts')).runLearningRates,
   },
+  {
+    name: 'text encoders',
+    is: (json, name) => name.startsWith('text') || /text conditioning/.test(json.what),
+  },
+  {
+    name: 'LPIPS and GAN losses',
+    is: (json, name) => name.startsWith('loss') || /LPIPS|Discriminator|adversarial/.test(json.what),
+  },
+  // Everything below has a form of its own for each network family.
   { name: 'MMDiT', is: isMmdit },
   {
     name: 'training objective',
@@ -136,14 +145,6 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
     name: 'generation',
     is: (json, name) => name.startsWith('e2e') || /^end-to-end/.test(json.what),
     load: async () => (await import('./cases-e2e.ts')).runGeneration,
-  },
-  {
-    name: 'text encoders',
-    is: (json, name) => name.startsWith('text') || /text conditioning/.test(json.what),
-  },
-  {
-    name: 'LPIPS and GAN losses',
-    is: (json, name) => name.startsWith('loss') || /LPIPS|Discriminator|adversarial/.test(json.what),
   },
 ]
 

@@ -44,8 +44,19 @@ export class WordEncoder implements TextEncoder {
     return this.config.maxLength
   }
 
+  /** @throws ERR_IO, ERR_CHECKPOINT for a config.json that lacks a field. */
   static fromPretrained(dir: string): WordEncoder {
-    return new WordEncoder(readConfig(dir) as unknown as WordEncoderConfig)
+    const config = readConfig(dir) as unknown as WordEncoderConfig
+    const { vocabulary, dim, maxLength, seed } = config
+    const whole = [dim, maxLength, seed].every((n) => Number.isSafeInteger(n) && n >= 0)
+    if (!whole || !Array.isArray(vocabulary) || !vocabulary.every((word) => typeof word === 'string')) {
+      throw new PyraflowError('ERR_CHECKPOINT', {
+        what: `text encoder ${dir}: config.json`,
+        expected: 'vocabulary (a list of words), dim, maxLength and seed (whole numbers)',
+        received: JSON.stringify({ vocabulary: typeof vocabulary, dim, maxLength, seed }),
+      })
+    }
+    return new WordEncoder(config)
   }
 
   async save(dir: string): Promise<void> {

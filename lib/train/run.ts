@@ -61,8 +61,11 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
   }
   await removeRemains(out)
   const metrics = createWriteStream(join(out, 'metrics.jsonl'), { flags: 'a' })
-  // Every write reports its own failure; without a listener the stream's would end the process.
-  metrics.on('error', () => undefined)
+  // Writes after the first failure only report that the stream is gone; the first says why.
+  let broken: unknown
+  metrics.on('error', (error) => {
+    broken ??= error
+  })
   let bad = 0
   let before = performance.now()
   let prepared = first < steps ? options.prepare(first) : undefined
@@ -118,7 +121,7 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
         try {
           await note(metrics, event)
         } catch (error) {
-          throw ioError(error, 'write metrics', join(out, 'metrics.jsonl'))
+          throw ioError(broken ?? error, 'write metrics', join(out, 'metrics.jsonl'))
         }
         yield event
       }

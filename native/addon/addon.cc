@@ -277,19 +277,21 @@ class Addon : public Napi::Addon<Addon> {
     void* library = dladdr(table, &where) ? dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
     void* symbol = library ? dlsym(library, name) : nullptr;
     if (library) dlclose(library);  // the count of this dlopen only; the backend stays
-    if (!symbol) Throw(env, "ERR_DEVICE", std::string(name) + " is not available on " + Running(env).backend()->name);
+    if (!symbol)
+      Throw(env, "ERR_DEVICE", std::string(name) + " is not available on " + Running(env).backend()->name);
     return symbol;
   }
 
-  // benchCeiling(kind, job): what the machine does without pyraflow, measured on the engine thread in the queue's
-  // order. job holds the parameters and receives the result in job[0].
+  // benchCeiling(kind, job): what the machine does without pyraflow, measured on the engine thread in the
+  // queue's order. job holds the parameters and receives the result in job[0].
   Napi::Value BenchCeiling(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
     Engine& engine = Running(env);
     const std::string kind = info[0].ToString();
     const Bytes bytes = ViewOf(info[1]);
     double* job = reinterpret_cast<double*>(bytes.data);
-    if (bytes.size < 5 * sizeof(double)) Throw(env, "ERR_OPTION", "benchCeiling: expected a job of 5 numbers");
+    if (bytes.size < 5 * sizeof(double))
+      Throw(env, "ERR_OPTION", "benchCeiling: expected a job of 5 numbers");
     std::function<double()> measure;
     if (kind == "clock") {
       measure = [] {
@@ -314,7 +316,8 @@ class Addon : public Napi::Addon<Addon> {
     auto pending = std::make_unique<Pending>(env);
     pending->target = Napi::Persistent(info[1].As<Napi::Object>());
     const Napi::Promise promise = pending->deferred.Promise();
-    // A fence's callback is the one place where foreign work may run on the engine thread, between two commands.
+    // A fence's callback is the one place where foreign work may run on the engine thread, between two
+    // commands.
     Command command;
     command.kind = CommandKind::kFence;
     command.done = [measure, job, settle = Settler(env, std::move(pending))](std::string error) {

@@ -17,21 +17,18 @@ struct ScalarLanes {
   typedef float F;
   typedef uint32_t U;
   typedef int32_t I;
+  // nvcc would contract a * b + c into one rounding; it never merges the _rn intrinsics.
 #if defined(__CUDA_ARCH__)
-  // nvcc would contract a * b + c; the _rn intrinsics are never merged.
-  __device__ static F Mul(F a, F b) { return __fmul_rn(a, b); }
-  __device__ static F Add(F a, F b) { return __fadd_rn(a, b); }
-  __device__ static F Sub(F a, F b) { return __fadd_rn(a, -b); }
-  __device__ static F Sqrt(F a) { return __fsqrt_rn(a); }
-  __device__ static F FromInt(I a) { return __int2float_rn(a); }
-  __device__ static U Bits(F a) { return __float_as_uint(a); }
-  __device__ static F Float(U a) { return __uint_as_float(a); }
+#define PF_DEVICE_OR_HOST(device, host) device
 #else
-  PF_HD static F Mul(F a, F b) { return a * b; }
-  PF_HD static F Add(F a, F b) { return a + b; }
-  PF_HD static F Sub(F a, F b) { return a - b; }
-  PF_HD static F Sqrt(F a) { return sqrtf(a); }
-  PF_HD static F FromInt(I a) { return static_cast<float>(a); }
+#define PF_DEVICE_OR_HOST(device, host) host
+#endif
+  PF_HD static F Mul(F a, F b) { return PF_DEVICE_OR_HOST(__fmul_rn(a, b), a * b); }
+  PF_HD static F Add(F a, F b) { return PF_DEVICE_OR_HOST(__fadd_rn(a, b), a + b); }
+  PF_HD static F Sub(F a, F b) { return PF_DEVICE_OR_HOST(__fadd_rn(a, -b), a - b); }
+  PF_HD static F Sqrt(F a) { return PF_DEVICE_OR_HOST(__fsqrt_rn(a), sqrtf(a)); }
+  PF_HD static F FromInt(I a) { return PF_DEVICE_OR_HOST(__int2float_rn(a), static_cast<float>(a)); }
+#undef PF_DEVICE_OR_HOST
   PF_HD static U Bits(F a) {
     U u;
     memcpy(&u, &a, 4);
@@ -42,7 +39,6 @@ struct ScalarLanes {
     memcpy(&f, &a, 4);
     return f;
   }
-#endif
   PF_HD static F Splat(float a) { return a; }
   PF_HD static void MulWide(U a, uint32_t m, U* high, U* low) {
     const uint64_t product = static_cast<uint64_t>(a) * m;

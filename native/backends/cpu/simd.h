@@ -71,7 +71,8 @@ static inline Vf Max(Vf a, Vf b) { return a > b ? a : b; }
 static inline Vf Min(Vf a, Vf b) { return a < b ? a : b; }
 static inline Vf Sqrt(Vf x) {
 #if defined(__AVX512F__)
-  return (Vf)_mm512_sqrt_ps((__m512)x);
+  // GCC 12 warns of an uninitialised operand inside the unmasked form.
+  return (Vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
 #elif defined(__AVX2__)
   return (Vf)_mm256_sqrt_ps((__m256)x);
 #else

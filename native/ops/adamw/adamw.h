@@ -1,5 +1,5 @@
-// adamw [grad f32 [n], clip f32 [2]?] -> [+param f32 [n], +m f32 [n], +v f32 [n], +shadow bf16 [n]?], g =
-// clip[1] grad:
+// adamw [grad f32 [n], clip f32 [2]?] -> [+param f32 [n], +m f32 [n], +v f32 [n], +shadow bf16 [n]?],
+// with g = clip[1] grad:
 //   param -= lr weight_decay param (decoupled); m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
 //   param -= lr (m / bias_correction1) / (sqrt(v / bias_correction2) + eps); shadow = param rounded to bf16.
 // If clip[1], grad_norm's coefficient, is not finite, nothing changes.

@@ -1,0 +1,78 @@
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import { engine } from '../lib/engine/engine.ts'
+import { Pipeline } from '../lib/generate.ts'
+import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
+import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
+import { Generator } from '../lib/tensor/generator.ts'
+import { breakdown, type Effort, type Row } from './harness.ts'
+import { DIT_CONFIG, NORMALISATION, PROMPT, VAE_CONFIG, wordEncoder } from './toy.ts'
+
+type Unnamed = Omit<Row, 'group'>
+
+/** One toy generation: how long its phases take and which ops they consist of. */
+export async function generate(effort: Effort): Promise<Unnamed[]> {
+  const model = join('examples', 'shapes', 'model')
+  const trained = existsSync(join(model, 'pyraflow.json'))
+  const pipeline = trained ? await Pipeline.load(model, { dtype: 'bf16' }) : randomPipeline()
+  const short = { frames: 9, steps: [1, 1, 1], videoSteps: [1, 1, 1] }
+  const options = { prompt: PROMPT, seed: 1, ...(effort.quick && short) }
+  try {
+    // Kernels are built and weights paged in by a first, short run.
+    await pipeline.generate({ ...options, ...short }).result()
+    const rows: Unnamed[] = []
+    engine.profile(true)
+    const begin = performance.now()
+    let denoised = begin
+    let frames = 0
+    for await (const event of pipeline.generate(options)) {
+      if (event.type === 'frames') frames += event.count
+      else if (event.type === 'progress' && event.done === event.total) {
+        await engine.idle()
+        denoised = performance.now()
+        rows.push(...breakdown('denoise'))
+        engine.profile(true)
+      }
+    }
+    const end = performance.now()
+    rows.push(...breakdown('decode'))
+    const weights = trained ? 'examples/shapes/model' : 'random weights'
+    const { width, height } = pipeline.resolve(options)
+    const seconds = (ms: number): number => ms / 1000
+    return [
+      {
+        name: `${frames} frames of ${width}×${height}, ${weights}, bf16`,
+        value: seconds(end - begin),
+        unit: 's',
+      },
+      { name: 'per frame', value: seconds(end - begin) / frames, unit: 's' },
+      { name: 'denoise', value: seconds(denoised - begin), unit: 's' },
+      { name: 'decode', value: seconds(end - denoised), unit: 's' },
+      ...rows,
+    ]
+  } finally {
+    engine.profile(false)
+    pipeline.dispose()
+    await engine.idle()
+  }
+}
+
+function randomPipeline(): Pipeline {
+  const generator = new Generator(1)
+  return new Pipeline({
+    transformer: PyramidFluxTransformer.create(DIT_CONFIG, { seed: 1, dtype: 'bf16' }),
+    vae: CausalVideoVAE.create(VAE_CONFIG, { generator: generator.stream('vae'), dtype: 'bf16' }),
+    text: wordEncoder(),
+    config: {
+      normalisation: NORMALISATION,
+      sizes: [[128, 128]],
+      fps: 24,
+      seconds: 1,
+      steps: [8, 8, 8],
+      videoSteps: [6, 6, 6],
+      guidanceScale: 3,
+      videoGuidanceScale: 2.5,
+    },
+    dtype: 'bf16',
+  })
+}

@@ -1,0 +1,68 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { VOCABULARY } from '../examples/shapes/world.ts'
+import { writeSafetensors } from '../lib/io/safetensors.ts'
+import { WordEncoder } from '../lib/text/word-encoder.ts'
+import { LatentDataset } from '../lib/train/latents.ts'
+
+/** Sizes of the networks of examples/shapes (its recipe.ts). */
+export const VAE_CONFIG = {
+  encoder_block_out_channels: [16, 16, 32, 48],
+  encoder_layers_per_block: [1, 1, 1, 1],
+  encoder_norm_num_groups: 8,
+  decoder_block_out_channels: [16, 16, 32, 48],
+  decoder_layers_per_block: [1, 1, 1, 1],
+  decoder_norm_num_groups: 8,
+}
+
+export const DIT_CONFIG = {
+  num_layers: 2,
+  num_single_layers: 4,
+  attention_head_dim: 32,
+  num_attention_heads: 5,
+  joint_attention_dim: 64,
+  pooled_projection_dim: 64,
+  axes_dims_rope: [8, 12, 12] as [number, number, number],
+}
+
+export const PROMPT = 'a red circle moving right on a black background'
+
+export const NORMALISATION = { image: { shift: 0, scale: 1 }, video: { shift: 0, scale: 1 } }
+
+export function wordEncoder(): WordEncoder {
+  return new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 })
+}
+
+/** A latent cache of `count` 25-frame 128×128 clips of noise, for `use` only. */
+export async function withRandomLatents<T>(
+  count: number,
+  use: (data: LatentDataset) => Promise<T>,
+): Promise<T> {
+  const dir = await mkdtemp(join(tmpdir(), 'pyraflow-bench-'))
+  try {
+    const shape = [16, 4, 16, 16]
+    const size = count * shape.reduce((a, b) => a * b, 1)
+    // Between −1 and 1, in bf16: sign and fraction at random, exponent of 1/2 or 1/4.
+    const mean = Uint16Array.from({ length: size }, (_, i) => {
+      const bits = Math.imul(i + 1, 0x9e3779b1) >>> 16
+      return (bits & 0x80ff) | 0x3e80
+    })
+    const logvar = new Uint16Array(size).fill(0xc0a0)
+    const dims = [count, ...shape]
+    await writeSafetensors(join(dir, 'latents.safetensors'), [
+      { name: 'mean', dtype: 'BF16', shape: dims, data: mean },
+      { name: 'logvar', dtype: 'BF16', shape: dims, data: logvar },
+    ])
+    const index = { shape, captions: new Array<string>(count).fill(PROMPT), normalisation: NORMALISATION }
+    await writeFile(join(dir, 'index.json'), JSON.stringify(index))
+    const data = await LatentDataset.open(dir)
+    try {
+      return await use(data)
+    } finally {
+      data.dispose()
+    }
+  } finally {
+    await rm(dir, { recursive: true, force: true })
+  }
+}

@@ -1,0 +1,334 @@
+import { execFileSync } from 'node:child_process'
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { engine } from '../lib/engine/engine.ts'
+import { hasFfmpeg } from '../lib/io/video.ts'
+import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
+import { mean } from '../lib/ops/reduce.ts'
+import { Tensor } from '../lib/tensor/tensor.ts'
+import { openDataset } from '../lib/train/dataset.ts'
+import { latestCheckpoint, runTraining, type TrainEvent } from '../lib/train/run.ts'
+import { VaeTrainer } from '../lib/train/vae-trainer.ts'
+import { startChild } from './fixtures/compiled.ts'
+import { FakeVideo, fakeClips, tinyLatents, tinyTrainer, tinyVae } from './fixtures/tiny.ts'
+
+const folder = mkdtempSync(join(tmpdir(), 'faults-'))
+afterAll(() => rmSync(folder, { recursive: true, force: true }))
+
+type Parts = ReturnType<typeof tinyTrainer>
+const dispose = ({ trainer, model }: Parts): void => {
+  trainer.dispose()
+  model.dispose()
+}
+async function follow(events: AsyncIterable<TrainEvent>, seen: TrainEvent[] = []): Promise<TrainEvent[]> {
+  for await (const event of events) seen.push(event)
+  return seen
+}
+const losses = (events: readonly TrainEvent[]): number[] => events.flatMap((e) => (e.type === 'step' ? [e.loss] : []))
+
+const mounted: string[] = []
+function mount(name: string, size: string): string | undefined {
+  const path = join(folder, name)
+  mkdirSync(path)
+  try {
+    execFileSync('mount', ['-t', 'tmpfs', '-o', `size=${size}`, 'tmpfs', path], { stdio: 'pipe' })
+  } catch (error) {
+    console.log(`not run: a small file system could not be mounted (${String(error).split('\n')[0]})`)
+    return undefined
+  }
+  mounted.push(path)
+  return path
+}
+const remount = (path: string, options: string): void => {
+  execFileSync('mount', ['-o', `remount,${options}`, path])
+}
+afterEach(() => {
+  for (const path of mounted.splice(0)) execFileSync('umount', ['-l', path])
+})
+
+/** Losses of a run of `steps` that nothing disturbs, with the data of the given folder. */
+async function undisturbed(data: string, steps: number, count = 9): Promise<number[]> {
+  const cache = await tinyLatents(data, { count })
+  const parts = tinyTrainer({ data: cache, out: `${data}-undisturbed`, steps })
+  const found = losses(await follow(parts.trainer.run()))
+  dispose(parts)
+  cache.dispose()
+  return found
+}
+
+describe('the output folder', () => {
+  test('that fills up while a checkpoint is saved: the older one stays, nothing is half-written, saving works later', async (context) => {
+    const disk = mount('full', '2500k')
+    if (!disk) return context.skip()
+    const out = join(disk, 'run')
+    const data = await tinyLatents(join(folder, 'full-data'), { count: 9 })
+    const first = tinyTrainer({ data, out, steps: 8, checkpointEvery: 1 })
+    const seen: TrainEvent[] = []
+    await expect(follow(first.trainer.run(), seen)).rejects.toMatchObject({
+      name: 'PyraflowError',
+      code: 'ERR_IO',
+      message: expect.stringMatching(/ENOSPC.*(free|space)/s),
+    })
+    const saved = seen.flatMap((e) => (e.type === 'checkpoint' ? [e.step] : []))
+    expect(saved.length).toBeGreaterThan(0)
+    const entries = readdirSync(out).filter((name) => name !== 'metrics.jsonl')
+    expect(entries).toEqual([`checkpoint-${saved.at(-1)}`])
+    const model = await PyramidFluxTransformer.fromPretrained(join(out, entries[0]!, 'diffusion_transformer'))
+    model.dispose()
+    dispose(first)
+
+    remount(disk, 'size=50m')
+    const second = tinyTrainer({ data, out, steps: 8, checkpointEvery: 1 })
+    const again = await follow(second.trainer.run({ resume: true }))
+    expect(again[0]).toEqual({ type: 'resume', step: saved.at(-1) })
+    dispose(second)
+    data.dispose()
+    const whole = await undisturbed(join(folder, 'full-data'), 8)
+    expect(losses(again)).toEqual(whole.slice(saved.at(-1)))
+  })
+
+  test('that fills up while metrics are written ends the run with ERR_IO', async (context) => {
+    if (!existsSync('/dev/full')) return context.skip()
+    const data = await tinyLatents(join(folder, 'metrics-data'))
+    const out = join(folder, 'metrics')
+    mkdirSync(out)
+    execFileSync('ln', ['-s', '/dev/full', join(out, 'metrics.jsonl')])
+    const parts = tinyTrainer({ data, out, steps: 8 })
+    await expect(follow(parts.trainer.run())).rejects.toMatchObject({
+      code: 'ERR_IO',
+      message: expect.stringMatching(/metrics\.jsonl.*ENOSPC/),
+    })
+    dispose(parts)
+    data.dispose()
+  })
+
+  test('that cannot be made or written is named', async () => {
+    const data = await tinyLatents(join(folder, 'unwritable-data'))
+    const file = join(folder, 'a-file')
+    writeFileSync(file, '')
+    const blocked = join(folder, 'blocked')
+    mkdirSync(join(blocked, 'metrics.jsonl'), { recursive: true })
+    const places: [string, RegExp][] = [
+      [join(file, 'run'), /a-file/],
+      [blocked, /metrics\.jsonl.*EISDIR/],
+    ]
+    const disk = mount('read-only', '1m')
+    if (disk) {
+      remount(disk, 'ro')
+      places.push([join(disk, 'run'), /read-only.*EROFS/], [disk, /EROFS/])
+    }
+    for (const [out, message] of places) {
+      const parts = tinyTrainer({ data, out, steps: 2 })
+      await expect(follow(parts.trainer.run()), out).rejects.toMatchObject({
+        name: 'PyraflowError',
+        code: 'ERR_IO',
+        message: expect.stringMatching(message),
+      })
+      dispose(parts)
+    }
+    data.dispose()
+    await engine.idle()
+    expect(engine.memory().live).toBe(0)
+  })
+})
+
+describe('a training run', () => {
+  const STEPS = 40
+
+  test('killed at any of 12 moments resumes and ends with the losses of an undisturbed one', async () => {
+    const data = join(folder, 'kill-data')
+    const out = join(folder, 'kill')
+    const whole = await undisturbed(data, STEPS)
+    const found = new Map<number, number>()
+    let resumed = 0
+    const note = (lines: readonly string[]): void => {
+      for (const line of lines) {
+        const [type, step, loss] = line.split(' ')
+        if (type === 'resume') resumed++
+        if (type !== 'step') continue
+        // A step that is repeated after a kill must come out the same.
+        if (found.has(Number(step))) expect(Number(loss)).toBe(found.get(Number(step)))
+        found.set(Number(step), Number(loss))
+      }
+    }
+    let seed = 9
+    for (let kill = 0; kill < 12; kill++) {
+      seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0
+      const child = startChild('child-train', [data, out, String(STEPS)])
+      await child.line((line) => line.startsWith('step') || line === 'finished')
+      await new Promise((resolve) => setTimeout(resolve, (seed / 2 ** 32) * 60))
+      child.process.kill('SIGKILL')
+      await child.exit
+      note(child.lines)
+      for (const name of readdirSync(out)) {
+        if (!/^checkpoint-\d+$/.test(name)) continue
+        for (const part of ['state.json', 'optimizer.safetensors', 'diffusion_transformer/config.json']) {
+          expect(existsSync(join(out, name, part)), `${name}/${part}`).toBe(true)
+        }
+      }
+    }
+    const last = startChild('child-train', [data, out, String(STEPS)])
+    expect((await last.exit).code).toBe(0)
+    note(last.lines)
+    expect(last.lines.at(-1)).toBe('finished')
+    expect(resumed).toBeGreaterThan(8)
+    expect(whole.map((_, i) => found.get(i + 1))).toEqual(whole)
+    expect(readdirSync(out).sort()).toEqual([`checkpoint-${STEPS - 1}`, `checkpoint-${STEPS}`, 'metrics.jsonl'])
+  })
+
+  test('saves on the first interrupt; a second one during saving leaves no half checkpoint', async () => {
+    const data = join(folder, 'signal-data')
+    const gentle = startChild('child-train', [data, join(folder, 'signal-once'), '1000'])
+    await gentle.line((line) => line.startsWith('step 3'))
+    gentle.process.kill('SIGINT')
+    expect((await gentle.exit).code).toBe(0)
+    expect(gentle.lines.at(-1)).toBe('ended ERR_ABORTED')
+    const step = Number(gentle.lines.findLast((line) => line.startsWith('step'))!.split(' ')[1])
+    expect((await latestCheckpoint(join(folder, 'signal-once')))?.step).toBe(step)
+
+    const out = join(folder, 'signal-twice')
+    const hasty = startChild('child-train', [data, out, '1000'])
+    await hasty.line((line) => line.startsWith('step 3'))
+    hasty.process.kill('SIGINT')
+    await hasty.line((line) => line === 'stopping')
+    hasty.process.kill('SIGINT')
+    const { code } = await hasty.exit
+    expect([0, 130]).toContain(code)
+    const found = await latestCheckpoint(out)
+    expect(found!.step).toBeGreaterThanOrEqual(2)
+    const model = await PyramidFluxTransformer.fromPretrained(join(found!.path, 'diffusion_transformer'))
+    model.dispose()
+  })
+
+  test('skips steps without a finite loss, leaves the weights alone, and gives up after five', async () => {
+    const data = await tinyLatents(join(folder, 'nan-data'), { value: Number.NaN })
+    const parts = tinyTrainer({ data, out: join(folder, 'nan'), steps: 20 })
+    const key = 'proj_out.bias'
+    const before = await parts.model.parameters.get(key)!.floats()
+    const seen: TrainEvent[] = []
+    await expect(follow(parts.trainer.run(), seen)).rejects.toMatchObject({
+      code: 'ERR_NUMERICS',
+      message: expect.stringMatching(/step 5.*5 times.*learning rate/),
+    })
+    expect(seen.map(({ type, step }) => [type, step])).toEqual([1, 2, 3, 4].map((step) => ['skipped', step]))
+    expect(await parts.model.parameters.get(key)!.floats()).toEqual(before)
+    dispose(parts)
+    data.dispose()
+    await engine.idle()
+    expect(engine.memory().live).toBe(0)
+  })
+
+  test('goes on after a few bad steps', async () => {
+    const data = await tinyLatents(join(folder, 'heal-data'))
+    const parts = tinyTrainer({ data, out: join(folder, 'heal'), steps: 1 })
+    const seen = await follow(
+      runTraining({
+        out: join(folder, 'heal'),
+        steps: 9,
+        learningRates: new Float64Array(9).fill(1e-3),
+        optimizer: parts.trainer.optimizer,
+        prepare: async () => parts.trainer.indices(0),
+        forward: (step, indices: number[]) =>
+          step % 8 > 1 && step % 8 < 6
+            ? { loss: mean(Tensor.full([2], Number.NaN)) }
+            : parts.trainer.forward(step, indices),
+        saveModel: async () => undefined,
+      } as Parameters<typeof runTraining>[0]),
+    )
+    expect(seen.map((e) => e.type)).toEqual([
+      ...['step', 'step', 'skipped', 'skipped', 'skipped', 'skipped', 'step', 'step', 'step', 'checkpoint'],
+    ])
+    dispose(parts)
+    data.dispose()
+  })
+
+  test('passes on an error of the engine once and frees what the step held', async () => {
+    const data = await tinyLatents(join(folder, 'native-data'))
+    const parts = tinyTrainer({ data, out: join(folder, 'native'), steps: 4 })
+    await engine.idle()
+    const before = engine.memory().live
+    const events = parts.trainer.run()
+    await events.next()
+    engine.run('binary', [parts.model.parameters.get('proj_out.bias')!, null], [null], [0])
+    await expect(events.next()).rejects.toMatchObject({ name: 'PyraflowError' })
+    await engine.idle()
+    expect(engine.memory().live).toBe(before)
+    dispose(parts)
+    data.dispose()
+  })
+})
+
+describe('clips and captions', () => {
+  const size = { width: 32, height: 32, frames: 9 }
+  const captions = (name: string, lines: readonly string[]): string => {
+    const dir = join(folder, name)
+    mkdirSync(dir)
+    for (const clip of ['0.mp4', '1.mp4', 'broken.mp4']) writeFileSync(join(dir, clip), 'no film')
+    writeFileSync(join(dir, 'captions.jsonl'), lines.join('\n'))
+    return dir
+  }
+  const good = ['0.mp4', '1.mp4'].map((video) => JSON.stringify({ video, text: 'a red circle' }))
+  async function train(data: Awaited<ReturnType<typeof openDataset>>): Promise<unknown> {
+    const model = tinyVae({ train: true })
+    const trainer = new VaeTrainer({ model, data, out: join(folder, 'clips-run'), steps: 3, batchSize: 1 })
+    try {
+      return await follow(trainer.run())
+    } finally {
+      trainer.dispose()
+      model.dispose()
+    }
+  }
+
+  test('a caption line that is not JSON is named by file and line', async () => {
+    const dir = captions('bad-line', [good[0]!, '', '{"video": "1.mp4", "text": ', good[1]!])
+    await expect(openDataset(dir, { ...size, backend: new FakeVideo(32, 9) })).rejects.toMatchObject({
+      code: 'ERR_IO',
+      message: expect.stringMatching(/captions\.jsonl:3.*not JSON/),
+    })
+  })
+
+  test('a clip that cannot be decoded ends training with its name', async () => {
+    const dir = captions('bad-clip', [good[0]!, JSON.stringify({ video: 'broken.mp4', text: 'a blue square' })])
+    const data = await openDataset(dir, { ...size, backend: new FakeVideo(32, 9) })
+    await expect(train(data)).rejects.toMatchObject({ code: 'ERR_IO', message: expect.stringContaining('broken.mp4') })
+  })
+
+  test('a file that is no film ends training with its name, with the real decoder too', async (context) => {
+    if (!(await hasFfmpeg())) return context.skip()
+    const data = await openDataset(captions('no-film', good), size)
+    await expect(train(data)).rejects.toMatchObject({
+      code: 'ERR_IO',
+      message: expect.stringMatching(/[01]\.mp4/),
+    })
+    await engine.idle()
+    expect(engine.memory().live).toBe(0)
+  })
+
+  test('an abort while the next clip is being decoded still saves a checkpoint', async () => {
+    const { data, backend } = fakeClips(['0.mp4', '1.mp4'])
+    const stop = new AbortController()
+    const decode = backend.decode.bind(backend)
+    // The third clip never comes; only the abort ends the wait.
+    backend.decode = (path, ...rest: unknown[]) => {
+      if (backend.decodes < 2) return decode(path)
+      const { signal } = rest[0] as { signal: AbortSignal }
+      return new Promise((_, reject) => {
+        const end = (): void => reject(Object.assign(new Error('stopped'), { name: 'AbortError' }))
+        if (signal.aborted) end()
+        signal.addEventListener('abort', end)
+        setTimeout(() => stop.abort(), 20)
+      })
+    }
+    const model = tinyVae({ train: true })
+    const out = join(folder, 'abort-decode')
+    const trainer = new VaeTrainer({ model, data, out, steps: 9, batchSize: 1, crop: { size: 16, frames: 1 } })
+    await expect(follow(trainer.run({ signal: stop.signal }))).rejects.toMatchObject({ code: 'ERR_ABORTED' })
+    const found = await latestCheckpoint(out)
+    expect(found?.step).toBe(2)
+    expect(JSON.parse(readFileSync(join(found!.path, 'state.json'), 'utf8'))).toEqual({ step: 2 })
+    trainer.dispose()
+    model.dispose()
+  })
+})
