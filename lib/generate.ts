@@ -64,7 +64,9 @@ export interface GenerateOptions {
 }
 
 /** What a result was made from; the same recipe gives the same video. */
-export type Recipe = Required<Omit<GenerateOptions, 'signal' | 'image' | 'frames' | 'seconds' | 'allowUntrained'>> & {
+export type Recipe = Required<
+  Omit<GenerateOptions, 'signal' | 'image' | 'frames' | 'seconds' | 'allowUntrained'>
+> & {
   frames: number
   fps: number
   image?: string
@@ -72,7 +74,15 @@ export type Recipe = Required<Omit<GenerateOptions, 'signal' | 'image' | 'frames
 }
 
 export type GenerateEvent =
-  | { type: 'progress'; phase: 'denoise' | 'decode'; unit: number; stage: number; done: number; total: number; etaMs: number }
+  | {
+      type: 'progress'
+      phase: 'denoise' | 'decode'
+      unit: number
+      stage: number
+      done: number
+      total: number
+      etaMs: number
+    }
   | { type: 'frames'; first: number; frames: Uint8Array; width: number; height: number; count: number }
 
 export interface Video {
@@ -190,9 +200,12 @@ export class Pipeline {
     const [width, height] = c.sizes?.[0] ?? [640, 384]
     const fps = c.fps ?? framesPerSecond
     const length =
-      options.frames === undefined ? { seconds: options.seconds ?? c.seconds ?? 5 } : { frames: options.frames }
+      options.frames === undefined
+        ? { seconds: options.seconds ?? c.seconds ?? 5 }
+        : { frames: options.frames }
     const perStage = (name: string, list: readonly number[]): number[] => {
-      if (list.length === this.stages.count && list.every((n) => Number.isInteger(n) && n > 0)) return [...list]
+      if (list.length === this.stages.count && list.every((n) => Number.isInteger(n) && n > 0))
+        return [...list]
       throw new PyraflowError('ERR_OPTION', {
         what: name,
         expected: `${this.stages.count} positive whole numbers, one a stage`,
@@ -200,7 +213,11 @@ export class Pipeline {
       })
     }
     if (typeof options.prompt !== 'string') {
-      throw new PyraflowError('ERR_OPTION', { what: 'prompt', expected: 'a string', received: typeof options.prompt })
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'prompt',
+        expected: 'a string',
+        received: typeof options.prompt,
+      })
     }
     const recipe: Recipe = {
       prompt: options.prompt,
@@ -218,7 +235,11 @@ export class Pipeline {
       ...(options.image === undefined ? {} : { image: options.image }),
     }
     const trained = c.sizes
-    if (trained && !options.allowUntrained && !trained.some(([w, h]) => w === recipe.width && h === recipe.height)) {
+    if (
+      trained &&
+      !options.allowUntrained &&
+      !trained.some(([w, h]) => w === recipe.width && h === recipe.height)
+    ) {
       throw new PyraflowError('ERR_OPTION', {
         what: 'size',
         expected: trained.map(([w, h]) => `${w}×${h}`).join(' or '),
@@ -241,7 +262,8 @@ export class Pipeline {
     const negative = this.text.encode([recipe.negativePrompt])
     const owned = [text.embeds, text.pooled, negative.embeds, negative.pooled].map(keep)
     try {
-      const first = recipe.image === undefined ? undefined : await this.encodeImage(recipe.image, recipe, generator)
+      const first =
+        recipe.image === undefined ? undefined : await this.encodeImage(recipe.image, recipe, generator)
       if (first) owned.push(first)
       const noise = seededNoise(generator)
       const latents = yield* this.#denoise({ recipe, text, negative, noise, first, signal, owned })
@@ -301,14 +323,20 @@ export class Pipeline {
   }
 
   /** A still image as the normalised latent of a first frame [1, C, 1, h, w] (spec/method.md §8.3). */
-  async encodeImage(path: string, size: { width: number; height: number }, generator: Generator): Promise<Tensor> {
+  async encodeImage(
+    path: string,
+    size: { width: number; height: number },
+    generator: Generator,
+  ): Promise<Tensor> {
     const pixels = await loadImage(path, size)
     return keep(
       noGrad(() =>
         scope(() => {
           const x = framesDecode(Tensor.from(pixels, [1, 1, size.height, size.width, 3]))
           const posterior = this.vae.encode(cast(x, this.dtype))
-          const noise = generator.stream('image').normal(posterior.mean.shape, { dtype: posterior.mean.dtype })
+          const noise = generator
+            .stream('image')
+            .normal(posterior.mean.shape, { dtype: posterior.mean.dtype })
           return normaliseLatents(cast(samplePosterior(posterior, noise), 'f32'), this.config.normalisation)
         }),
       ),
@@ -318,7 +346,11 @@ export class Pipeline {
   /** u8 RGB frames [T, H, W, 3] of normalised latents [1, C, t, h, w]. */
   async decode(latents: Tensor, signal?: AbortSignal): Promise<Uint8Array> {
     const bytes = noGrad(() =>
-      scope(() => framesEncode(this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)))),
+      scope(() =>
+        framesEncode(
+          this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)),
+        ),
+      ),
     )
     try {
       await abortable(engine.idle(), signal)
@@ -352,6 +384,7 @@ function loadTextEncoder(dir: string): TextEncoder {
     what: `text encoder ${dir}`,
     expected: 'WordEncoder',
     received: String(config['_class_name'] ?? config['model_type'] ?? 'unknown'),
-    remedy: 'This version reads the word encoder of toy models; pass text features to sampleLatents for others.',
+    remedy:
+      'This version reads the word encoder of toy models; pass text features to sampleLatents for others.',
   })
 }

@@ -1,7 +1,7 @@
 /** pyraflow: pyramidal flow matching for video. Training lives in `pyraflow/train`. */
-export { engine, type EngineOptions } from './engine/engine.ts'
+export { type EngineOptions, engine } from './engine/engine.ts'
 export { type ErrorCode, PyraflowError } from './engine/errors.ts'
-export { type LatentNormalisation } from './flow/normalise.ts'
+export type { LatentNormalisation } from './flow/normalise.ts'
 export { makeStages, type StageOptions, type Stages, stageSteps } from './flow/stages.ts'
 export {
   type GenerateEvent,
@@ -16,7 +16,13 @@ export {
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
-export { type NoiseSource, type SampleEvent, type SampleOptions, sampleLatents, seededNoise } from './sample.ts'
+export {
+  type NoiseSource,
+  type SampleEvent,
+  type SampleOptions,
+  sampleLatents,
+  seededNoise,
+} from './sample.ts'
 export { Generator } from './tensor/generator.ts'
 export { keep, scope } from './tensor/scope.ts'
 export { backward, checkpoint, noGrad } from './tensor/tape.ts'

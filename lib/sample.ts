@@ -112,7 +112,10 @@ const twice = (x: Tensor): Tensor => concat([x, x], 0)
  * yielded.
  * @throws ERR_ABORTED within one op of the signal; ERR_SHAPE and ERR_OPTION before anything is computed.
  */
-export async function* sampleLatents(model: PyramidFluxTransformer, options: SampleOptions): AsyncGenerator<SampleEvent> {
+export async function* sampleLatents(
+  model: PyramidFluxTransformer,
+  options: SampleOptions,
+): AsyncGenerator<SampleEvent> {
   const { stages, text, negative, framesPerUnit: f = 1, signal } = options
   const mode = options.firstFrame ? 'i2v' : 't2v'
   const units = unitsForFrames(options.frames, { framesPerUnit: f, mode }).filter((u) => !u.given)
@@ -120,7 +123,10 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
   const channels = model.config.in_channels / 4
   const k = stages.count
   checkSizes(options, batch)
-  const total = units.reduce((n, u) => n + sum(u.index === 0 || mode === 'i2v' ? options.steps : options.videoSteps), 0)
+  const total = units.reduce(
+    (n, u) => n + sum(u.index === 0 || mode === 'i2v' ? options.steps : options.videoSteps),
+    0,
+  )
 
   const history = new History(k)
   const owned: Tensor[] = []
@@ -130,7 +136,11 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
     const prompts = scope(() => bothHalves(text, negative))
     owned.push(keep(prompts.embeds), keep(prompts.pooled))
     if (options.firstFrame) history.append(options.firstFrame)
-    const start = keep(scope(() => reduced(options.noise.initial([batch, channels, options.frames, options.height, options.width]), k)))
+    const start = keep(
+      scope(() =>
+        reduced(options.noise.initial([batch, channels, options.frames, options.height, options.width]), k),
+      ),
+    )
     owned.push(start)
 
     for (const unit of units) {
@@ -145,7 +155,9 @@ export async function* sampleLatents(model: PyramidFluxTransformer, options: Sam
         const cond = guided ? prompts : text
         const inputs = { text: cond.embeds, textMask: cond.mask, pooled: cond.pooled }
         const now: Tensor = latent
-        const layout = scope(() => model.layout({ columns: [[...clips, guided ? twice(now) : now]], ...inputs }))
+        const layout = scope(() =>
+          model.layout({ columns: [[...clips, guided ? twice(now) : now]], ...inputs }),
+        )
         const { timesteps, sigmas } = stageSteps(stages, stage, steps[stage] as number)
         let running: Promise<void> | undefined
         try {
@@ -202,6 +214,9 @@ export async function abortable(work: Promise<void>, signal: AbortSignal | undef
   signal.addEventListener('abort', stop, { once: true })
   try {
     await work
+  } catch (error) {
+    throwIfAborted(signal, 'generation')
+    throw error
   } finally {
     signal.removeEventListener('abort', stop)
   }
@@ -215,7 +230,12 @@ function replace(before: Tensor, after: Tensor): Tensor {
 }
 
 function bothHalves(text: TextFeatures, negative: TextFeatures | undefined): TextFeatures {
-  if (!negative) return { ...text, embeds: text.embeds.view(text.embeds.shape), pooled: text.pooled.view(text.pooled.shape) }
+  if (!negative)
+    return {
+      ...text,
+      embeds: text.embeds.view(text.embeds.shape),
+      pooled: text.pooled.view(text.pooled.shape),
+    }
   return {
     embeds: concat([negative.embeds, text.embeds], 0),
     mask: [...negative.mask, ...text.mask],
@@ -233,10 +253,16 @@ function reduced(noise: Tensor, stages: number): Tensor {
 /** α·Up2(latent) + β·n' (spec/method.md §6). */
 function jump(latent: Tensor, unit: Unit, stage: number, options: SampleOptions): Tensor {
   const coefficients = jumpCoefficients(options.stages, stage)
-  const shape = [...latent.shape.slice(0, 3), 2 * (latent.shape[3] as number), 2 * (latent.shape[4] as number)]
+  const shape = [
+    ...latent.shape.slice(0, 3),
+    2 * (latent.shape[3] as number),
+    2 * (latent.shape[4] as number),
+  ]
   return scope(() => {
     const noise = options.noise.block(unit.index, stage, shape)
-    return 'seed' in noise ? renoise(latent, { ...coefficients, ...noise }) : renoise(latent, { ...coefficients, noise })
+    return 'seed' in noise
+      ? renoise(latent, { ...coefficients, ...noise })
+      : renoise(latent, { ...coefficients, noise })
   })
 }
 
@@ -252,9 +278,16 @@ function checkSizes(options: SampleOptions, batch: number): void {
       received: `${height} × ${width}`,
     })
   }
-  for (const [what, list] of [['steps', steps], ['videoSteps', videoSteps]] as const) {
+  for (const [what, list] of [
+    ['steps', steps],
+    ['videoSteps', videoSteps],
+  ] as const) {
     if (list.length !== stages.count) {
-      throw new PyraflowError('ERR_OPTION', { what, expected: `${stages.count} numbers, one a stage`, received: `[${list}]` })
+      throw new PyraflowError('ERR_OPTION', {
+        what,
+        expected: `${stages.count} numbers, one a stage`,
+        received: `[${list}]`,
+      })
     }
   }
   if (negative && negative.mask.length !== batch) {

@@ -44,7 +44,8 @@ describe('the event loop', { retry: 2 }, () => {
   test('answers within 10 ms while a video is generated', async () => {
     await writePipeline(join(folder, 'model'))
     const pipe = await Pipeline.load(join(folder, 'model'))
-    const generate = (): Promise<unknown> => pipe.generate({ prompt: 'a red circle', frames: 17, steps: [6, 6, 6] }).result()
+    const generate = (): Promise<unknown> =>
+      pipe.generate({ prompt: 'a red circle', frames: 17, steps: [6, 6, 6] }).result()
     await generate()
     const { p99, samples } = await delay(async () => {
       await generate()
@@ -119,7 +120,10 @@ describe('memory', () => {
 
   test('beyond maxMemory is refused with ERR_MEMORY, and what comes next works', async () => {
     const lines = (await runChild('child-engine', ['memory'])).map((line) => JSON.parse(line))
-    expect(lines[0]).toMatchObject({ code: 'ERR_MEMORY', message: expect.stringMatching(/67108864 bytes.*maxMemory/) })
+    expect(lines[0]).toMatchObject({
+      code: 'ERR_MEMORY',
+      message: expect.stringMatching(/67108864 bytes.*maxMemory/),
+    })
     expect(lines[1]).toEqual({ next: 0, live: true })
     expect(lines[2]).toEqual({ used: 2 })
   })
@@ -174,10 +178,29 @@ describe('a failed op', () => {
   })
 })
 
+test('a cancel tells those who wait for dropped work, and later work runs', async () => {
+  const x = Tensor.from(numbers(512 * 512, 1, 0.05), [512, 512])
+  const y = scope(() => {
+    let product = x
+    for (let i = 0; i < 200; i++) product = matmul(product, x)
+    return product
+  })
+  const read = y.read()
+  const told = expect(read).rejects.toMatchObject({ name: 'PyraflowError', code: 'ERR_ABORTED' })
+  await engine.cancel()
+  await told
+  expect(engine.memory().queued).toBe(0)
+  expect((await x.floats())[0]).toBe(numbers(1, 1, 0.05)[0])
+  x.dispose()
+  y.dispose()
+})
+
 test('a tensor used after dispose is refused at once', () => {
   const x = Tensor.zeros([2, 3])
   x.dispose()
-  expect(() => x.storage).toThrow(expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringContaining('[2,3]') }))
+  expect(() => x.storage).toThrow(
+    expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringContaining('[2,3]') }),
+  )
 })
 
 describe('ending', () => {

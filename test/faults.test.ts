@@ -26,7 +26,8 @@ async function follow(events: AsyncIterable<TrainEvent>, seen: TrainEvent[] = []
   for await (const event of events) seen.push(event)
   return seen
 }
-const losses = (events: readonly TrainEvent[]): number[] => events.flatMap((e) => (e.type === 'step' ? [e.loss] : []))
+const losses = (events: readonly TrainEvent[]): number[] =>
+  events.flatMap((e) => (e.type === 'step' ? [e.loss] : []))
 
 const mounted: string[] = []
 function mount(name: string, size: string): string | undefined {
@@ -117,7 +118,8 @@ describe('the output folder', () => {
     const disk = mount('read-only', '1m')
     if (disk) {
       remount(disk, 'ro')
-      places.push([join(disk, 'run'), /read-only.*EROFS/], [disk, /EROFS/])
+      // Node says ENOENT where it cannot make a folder on a read-only file system.
+      places.push([join(disk, 'run'), /read-only.run.*(EROFS|ENOENT)/], [disk, /metrics\.jsonl.*EROFS/])
     }
     for (const [out, message] of places) {
       const parts = tinyTrainer({ data, out, steps: 2 })
@@ -175,7 +177,11 @@ describe('a training run', () => {
     expect(last.lines.at(-1)).toBe('finished')
     expect(resumed).toBeGreaterThan(8)
     expect(whole.map((_, i) => found.get(i + 1))).toEqual(whole)
-    expect(readdirSync(out).sort()).toEqual([`checkpoint-${STEPS - 1}`, `checkpoint-${STEPS}`, 'metrics.jsonl'])
+    expect(readdirSync(out).sort()).toEqual([
+      `checkpoint-${STEPS - 1}`,
+      `checkpoint-${STEPS}`,
+      'metrics.jsonl',
+    ])
   })
 
   test('saves on the first interrupt; a second one during saving leaves no half checkpoint', async () => {
@@ -290,9 +296,15 @@ describe('clips and captions', () => {
   })
 
   test('a clip that cannot be decoded ends training with its name', async () => {
-    const dir = captions('bad-clip', [good[0]!, JSON.stringify({ video: 'broken.mp4', text: 'a blue square' })])
+    const dir = captions('bad-clip', [
+      good[0]!,
+      JSON.stringify({ video: 'broken.mp4', text: 'a blue square' }),
+    ])
     const data = await openDataset(dir, { ...size, backend: new FakeVideo(32, 9) })
-    await expect(train(data)).rejects.toMatchObject({ code: 'ERR_IO', message: expect.stringContaining('broken.mp4') })
+    await expect(train(data)).rejects.toMatchObject({
+      code: 'ERR_IO',
+      message: expect.stringContaining('broken.mp4'),
+    })
   })
 
   test('a file that is no film ends training with its name, with the real decoder too', async (context) => {
@@ -323,7 +335,14 @@ describe('clips and captions', () => {
     }
     const model = tinyVae({ train: true })
     const out = join(folder, 'abort-decode')
-    const trainer = new VaeTrainer({ model, data, out, steps: 9, batchSize: 1, crop: { size: 16, frames: 1 } })
+    const trainer = new VaeTrainer({
+      model,
+      data,
+      out,
+      steps: 9,
+      batchSize: 1,
+      crop: { size: 16, frames: 1 },
+    })
     await expect(follow(trainer.run({ signal: stop.signal }))).rejects.toMatchObject({ code: 'ERR_ABORTED' })
     const found = await latestCheckpoint(out)
     expect(found?.step).toBe(2)

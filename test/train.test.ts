@@ -206,11 +206,11 @@ describe('training the transformer', () => {
     const { trainer, model } = tinyTrainer({
       data,
       out: join(folder, 'fit'),
-      steps: 120,
+      steps: 80,
       optimizer: { emaDecay: 0.9 },
     })
     const found = losses(await collect(trainer.run()))
-    expect(found).toHaveLength(60)
+    expect(found).toHaveLength(80)
     const [first, last] = [average(found.slice(0, 8)), average(found.slice(-8))]
     expect(last, `${first} → ${last}`).toBeLessThan(0.7 * first)
     trainer.dispose()

@@ -1,9 +1,9 @@
 import { mkdirSync } from 'node:fs'
 import { join, resolve } from 'node:path'
+import { engine, Pipeline, type Video } from '../../lib/index.ts'
 import { contactSheet } from '../../lib/io/contact-sheet.ts'
 import { saveVideo } from '../../lib/io/image.ts'
 import { hasFfmpeg } from '../../lib/io/video.ts'
-import { engine, Pipeline, type Video } from '../../lib/index.ts'
 
 // Generates three short videos with the toy model that comes with the sources.
 const out = resolve(process.argv[2] ?? 'demo-out')
@@ -32,10 +32,11 @@ for (const job of jobs) {
   const video = await generation.save(join(out, `${name}.webp`))
   if (extension === 'mp4') await saveVideo(join(out, `${name}.mp4`), video.frames, video)
   const seconds = (performance.now() - began) / 1000
-  console.log(`"${job.prompt}" seed ${job.seed}: ${(seconds / video.count).toFixed(3)} s a frame → ${join(out, name)}.${extension}`)
+  console.log(
+    `"${job.prompt}" seed ${job.seed}: ${(seconds / video.count).toFixed(3)} s a frame → ${join(out, name)}.${extension}`,
+  )
   clips.push({ ...video, label: job.prompt })
 }
 await contactSheet(join(out, 'contact-sheet.png'), clips, { columns: 1, framesPerClip: 8, frameHeight: 128 })
 console.log(`contact sheet → ${join(out, 'contact-sheet.png')}`)
 pipeline.dispose()
-

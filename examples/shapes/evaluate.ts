@@ -47,12 +47,15 @@ for (const [i, prompt] of prompts.entries()) {
     group[name] = (group[name] ?? 0) + Number(right[k])
   })
   group['all'] = (group['all'] ?? 0) + Number(right[0] && right[1] && right[2])
-  console.error(`${right.map((ok) => (ok ? '+' : '-')).join('')} ${prompt.text}${prompt.heldOut ? ' (held out)' : ''}`)
+  console.error(
+    `${right.map((ok) => (ok ? '+' : '-')).join('')} ${prompt.text}${prompt.heldOut ? ' (held out)' : ''}`,
+  )
   if (sheet.length < 12) sheet.push({ ...video, label: prompt.text })
 }
 const seconds = (performance.now() - began) / 1000
 const total: Record<string, number> = {}
-for (const group of Object.values(counts)) for (const [k, v] of Object.entries(group)) total[k] = (total[k] ?? 0) + v
+for (const group of Object.values(counts))
+  for (const [k, v] of Object.entries(group)) total[k] = (total[k] ?? 0) + v
 const result = { ...counts, total, secondsPerVideo: seconds / prompts.length }
 await contactSheet(`${args.out}.png`, sheet, { columns: 1, framesPerClip: 6, frameHeight: 96 })
 await writeFileAtomically(join(`${args.out}.json`), `${JSON.stringify(result, null, 2)}\n`)

@@ -3,7 +3,14 @@ import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { CausalVideoVAE, Generator, PyramidFluxTransformer, WordEncoder } from '../../lib/index.ts'
 import { writeFileAtomically } from '../../lib/io/atomic.ts'
-import { encodeLatents, LatentDataset, openDataset, type TrainEvent, Trainer, VaeTrainer } from '../../lib/train/index.ts'
+import {
+  encodeLatents,
+  LatentDataset,
+  openDataset,
+  type TrainEvent,
+  Trainer,
+  VaeTrainer,
+} from '../../lib/train/index.ts'
 import { makeClips } from './make-clips.ts'
 import { VOCABULARY } from './world.ts'
 
@@ -14,7 +21,7 @@ const { values: args } = parseArgs({
     out: { type: 'string', default: 'runs/shapes' },
     model: { type: 'string', default: 'examples/shapes/model' },
     clips: { type: 'string', default: '1200' },
-    'vae-steps': { type: 'string', default: '1200' },
+    'vae-steps': { type: 'string', default: '2400' },
     steps: { type: 'string', default: '3000' },
     batch: { type: 'string', default: '64' },
     dtype: { type: 'string', default: 'bf16' },
@@ -57,7 +64,8 @@ async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise
       window.push({ loss: event.loss, seconds: event.seconds })
       if (window.length > 50) window.shift()
       if (event.step % 50 === 0 || event.step <= 3) {
-        const mean = (key: 'loss' | 'seconds'): number => window.reduce((n, w) => n + w[key], 0) / window.length
+        const mean = (key: 'loss' | 'seconds'): number =>
+          window.reduce((n, w) => n + w[key], 0) / window.length
         const { type, step, loss, seconds, learningRate, ...rest } = event
         console.error(
           `${label} ${step}: loss ${mean('loss').toFixed(5)} (${seconds.toFixed(2)} s, mean ${mean('seconds').toFixed(2)} s)`,
@@ -108,7 +116,11 @@ async function trainDit(): Promise<void> {
   const data = await LatentDataset.open(latents)
   const text = new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 })
   const generator = new Generator(seed).stream('dit')
-  const model = PyramidFluxTransformer.create(ditConfig, { seed: Number(generator.streamId >> 12n), dtype, train: true })
+  const model = PyramidFluxTransformer.create(ditConfig, {
+    seed: Number(generator.streamId >> 12n),
+    dtype,
+    train: true,
+  })
   const trainer = new Trainer({
     model,
     data,
@@ -131,7 +143,9 @@ async function trainDit(): Promise<void> {
 
 async function exportModel(): Promise<void> {
   const data = await LatentDataset.open(latents)
-  await new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 }).save(join(args.model, 'text_encoder'))
+  await new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 }).save(
+    join(args.model, 'text_encoder'),
+  )
   const config = {
     normalisation: data.normalisation,
     sizes: [[128, 128]],

@@ -114,7 +114,12 @@ export class Engine {
   }
 
   /** Queues one op. Missing optional operands are null. */
-  run(op: OpName, inputs: readonly (Operand | null)[], outputs: readonly (Operand | null)[], scalars: readonly number[]): void {
+  run(
+    op: OpName,
+    inputs: readonly (Operand | null)[],
+    outputs: readonly (Operand | null)[],
+    scalars: readonly number[],
+  ): void {
     const addon = this.#start()
     const c = this.#commands
     c[0] = OP_RUN
@@ -145,7 +150,10 @@ export class Engine {
     if (this.#native) await wrapAsync(this.#native.fence())
   }
 
-  /** Drops what is queued and not yet begun; the next `idle()` resolves when the running op is done. */
+  /**
+   * Drops what is queued and not yet begun, by whomever, and resolves when the running op is done. Waits that were
+   * already under way for dropped work reject with ERR_ABORTED.
+   */
   async cancel(): Promise<void> {
     if (!this.#native) return
     this.#native.cancel()
@@ -226,7 +234,11 @@ function putOperand(c: Float64Array, at: number, operand: Operand | null): numbe
   const { shape } = operand
   const rank = shape.length
   if (rank > MAX_RANK) {
-    throw new PyraflowError('ERR_SHAPE', { what: 'tensor', expected: 'at most 6 dimensions', received: `[${shape}]` })
+    throw new PyraflowError('ERR_SHAPE', {
+      what: 'tensor',
+      expected: 'at most 6 dimensions',
+      received: `[${shape}]`,
+    })
   }
   c[at] = operand.storage
   c[at + 1] = operand.byteOffset

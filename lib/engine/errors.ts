@@ -30,7 +30,8 @@ export class PyraflowError extends Error {
   constructor(code: ErrorCode, details: ErrorDetails) {
     let message = details.what
     if (details.expected !== undefined) message += `: expected ${details.expected}`
-    if (details.received !== undefined) message += `${details.expected === undefined ? ': ' : ', '}received ${details.received}`
+    if (details.received !== undefined)
+      message += `${details.expected === undefined ? ': ' : ', '}received ${details.received}`
     if (details.remedy !== undefined) message += `. ${details.remedy}`
     super(message, details.cause === undefined ? undefined : { cause: details.cause })
     this.name = 'PyraflowError'
@@ -43,5 +44,6 @@ export class PyraflowError extends Error {
 
 /** Throws ERR_ABORTED when the signal has fired; call it between steps of anything long. */
 export function throwIfAborted(signal: AbortSignal | undefined, what: string): void {
-  if (signal?.aborted) throw new PyraflowError('ERR_ABORTED', { what: `${what} was aborted`, cause: signal.reason })
+  if (signal?.aborted)
+    throw new PyraflowError('ERR_ABORTED', { what: `${what} was aborted`, cause: signal.reason })
 }

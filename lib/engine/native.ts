@@ -82,7 +82,8 @@ export function native(): NativeBinding {
   } catch (cause) {
     throw new PyraflowError('ERR_DEVICE', {
       what: `The native addon of pyraflow could not be loaded for ${process.platform}-${process.arch}`,
-      remedy: 'Build it with `npm run build:native` in the package folder; `npm run setup` installs what that needs.',
+      remedy:
+        'Build it with `npm run build:native` in the package folder; `npm run setup` installs what that needs.',
       cause,
     })
   }

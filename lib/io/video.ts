@@ -226,7 +226,20 @@ export async function decodeVideo(path: string, options: DecodeOptions = {}): Pr
   const { code, stderr } = await runChild(
     ffmpegCommand(),
     [
-      ...['-nostdin', '-hide_banner', '-v', 'error', '-threads', '1', '-i', `file:${path}`, '-map', '0:v:0', '-an', '-sn'],
+      ...[
+        '-nostdin',
+        '-hide_banner',
+        '-v',
+        'error',
+        '-threads',
+        '1',
+        '-i',
+        `file:${path}`,
+        '-map',
+        '0:v:0',
+        '-an',
+        '-sn',
+      ],
       ...['-vf', filters.join(','), ...(maxFrames ? ['-frames:v', String(maxFrames)] : [])],
       ...(fps ? [] : ['-vsync', 'passthrough']),
       ...['-f', 'rawvideo', '-pix_fmt', 'rgb24', 'pipe:1'],

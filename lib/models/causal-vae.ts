@@ -8,8 +8,8 @@ import { permute, slice } from '../ops/copy.ts'
 import { axpby, clamp, exp, mul, scale, square, sub } from '../ops/pointwise.ts'
 import { sum } from '../ops/reduce.ts'
 import type { Generator } from '../tensor/generator.ts'
-import { noGrad } from '../tensor/tape.ts'
 import { keep, scope } from '../tensor/scope.ts'
+import { noGrad } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { causalConv, frameNorm, type Layer, midBlock, resBlock, spatialUp, temporalUp } from './vae-blocks.ts'
 
@@ -142,7 +142,12 @@ export class CausalVideoVAE {
     const w = root.sub('encoder')
     const widths = c.encoder_block_out_channels
     const groups = c.encoder_norm_num_groups
-    const layers: Layer[] = [this.#named('encoder.conv_in', causalConv(w.sub('conv_in'), c.encoder_in_channels, widths[0] as number, 3))]
+    const layers: Layer[] = [
+      this.#named(
+        'encoder.conv_in',
+        causalConv(w.sub('conv_in'), c.encoder_in_channels, widths[0] as number, 3),
+      ),
+    ]
     let channels = widths[0] as number
     widths.forEach((width, i) => {
       const block = w.sub(`down_blocks.${i}`)
@@ -161,7 +166,9 @@ export class CausalVideoVAE {
     })
     layers.push(this.#middle('encoder.mid_block', w.sub('mid_block'), channels, groups))
     layers.push(frameNorm(w.sub('conv_norm_out'), channels, groups, true))
-    layers.push(this.#named('encoder', causalConv(w.sub('conv_out'), channels, 2 * c.encoder_out_channels, 3)))
+    layers.push(
+      this.#named('encoder', causalConv(w.sub('conv_out'), channels, 2 * c.encoder_out_channels, 3)),
+    )
     layers.push(causalConv(root.sub('quant_conv'), 2 * c.encoder_out_channels, 2 * c.encoder_out_channels, 1))
     return chain(layers)
   }
@@ -221,7 +228,13 @@ export class CausalVideoVAE {
     const f = this.spatialFactor
     const t = this.temporalFactor
     const [, c, frames, h, w] = x.shape
-    if (x.rank !== 5 || c !== this.config.encoder_in_channels || (frames as number) % t !== 1 % t || (h as number) % f || (w as number) % f) {
+    if (
+      x.rank !== 5 ||
+      c !== this.config.encoder_in_channels ||
+      (frames as number) % t !== 1 % t ||
+      (h as number) % f ||
+      (w as number) % f
+    ) {
       throw new PyraflowError('ERR_SHAPE', {
         what: 'CausalVideoVAE.encode',
         expected: `[B, ${this.config.encoder_in_channels}, 1 + ${t}m, H, W] with H and W multiples of ${f}`,
@@ -262,7 +275,11 @@ export class CausalVideoVAE {
 
   /** Writes config.json and weights as a diffusers-style folder; files appear whole or not at all. */
   async save(dir: string, dtype?: 'f32' | 'bf16'): Promise<void> {
-    await writePretrained(dir, { _class_name: 'CausalVideoVAE', ...this.config }, tensorsToWrite(this.parameters, dtype))
+    await writePretrained(
+      dir,
+      { _class_name: 'CausalVideoVAE', ...this.config },
+      tensorsToWrite(this.parameters, dtype),
+    )
   }
 
   dispose(): void {

@@ -12,10 +12,18 @@ export type Layer = (x: Tensor) => Tensor
 type Triple = readonly [number, number, number]
 
 // Published widths start from std 0.02 (spec/vae.md §8); narrow layers would fade out with it, so they get 1/√fan-in.
-const initFor = (fanIn: number): { truncNormal: number } => ({ truncNormal: Math.max(0.02, 1 / Math.sqrt(fanIn)) })
+const initFor = (fanIn: number): { truncNormal: number } => ({
+  truncNormal: Math.max(0.02, 1 / Math.sqrt(fanIn)),
+})
 
 /** Causal convolution: kt − 1 zero frames in front, k//2 zeros around (spec/vae.md (1)). */
-export function causalConv(w: Weights, cin: number, cout: number, kernel: number, stride: Triple = [1, 1, 1]): Layer {
+export function causalConv(
+  w: Weights,
+  cin: number,
+  cout: number,
+  kernel: number,
+  stride: Triple = [1, 1, 1],
+): Layer {
   const conv = w.sub('conv')
   const weight = conv.get('weight', [cout, cin, kernel, kernel, kernel], initFor(cin * kernel ** 3))
   const bias = conv.get('bias', [cout], 'zeros')

@@ -104,7 +104,8 @@ export class WordEncoder implements TextEncoder {
         const vector = this.#word(id)
         for (let j = 0; j < dim; j++) {
           const angle = s / 30 ** (Math.floor(j / 2) / (dim / 2))
-          embeds[(r * maxLength + s) * dim + j] = (vector[j] as number) + 0.5 * (j % 2 ? Math.cos(angle) : Math.sin(angle))
+          embeds[(r * maxLength + s) * dim + j] =
+            (vector[j] as number) + 0.5 * (j % 2 ? Math.cos(angle) : Math.sin(angle))
           pooled[r * dim + j] = (pooled[r * dim + j] as number) + (vector[j] as number) / 3
         }
       })

@@ -73,7 +73,10 @@ export async function encodeLatents(
   const index: CacheIndex = {
     shape,
     captions,
-    normalisation: { image: constants(sums.image), video: constants(sums.video[0] ? sums.video : sums.image) },
+    normalisation: {
+      image: constants(sums.image),
+      video: constants(sums.video[0] ? sums.video : sums.image),
+    },
   }
   await writeSafetensors(
     join(out, FILE),

@@ -66,7 +66,11 @@ export class AdamW {
     for (const [name, t] of ordered) {
       const offset = this.#offsets.get(name) as number
       if (bf16 && t.dtype !== 'bf16') {
-        throw new PyraflowError('ERR_DTYPE', { what: `parameter ${name}`, expected: 'bf16 like the others', received: t.dtype })
+        throw new PyraflowError('ERR_DTYPE', {
+          what: `parameter ${name}`,
+          expected: 'bf16 like the others',
+          received: t.dtype,
+        })
       }
       if (this.#shadow) {
         const place = this.#master.view(t.shape, offset)
@@ -86,7 +90,10 @@ export class AdamW {
 
   /** Bytes this optimizer holds besides the parameters' own. */
   get bytes(): number {
-    return [this.#master, this.#grad, this.#m, this.#v, this.#ema, this.#shadow].reduce((n, t) => n + (t?.bytes ?? 0), 0)
+    return [this.#master, this.#grad, this.#m, this.#v, this.#ema, this.#shadow].reduce(
+      (n, t) => n + (t?.bytes ?? 0),
+      0,
+    )
   }
 
   zeroGrad(): void {
@@ -112,15 +119,12 @@ export class AdamW {
       const part = (t: Tensor | null): Tensor | null => t?.view([count], offset) ?? null
       const views = [part(this.#grad), part(this.#master), part(this.#m), part(this.#v), part(this.#shadow)]
       const [g, p, m, v, s] = views as [Tensor, Tensor, Tensor, Tensor, Tensor | null]
-      engine.run('adamw', [g, clip], [p, m, v, s], [
-        learningRate,
-        betas[0],
-        betas[1],
-        eps,
-        decay,
-        1 - betas[0] ** n,
-        1 - betas[1] ** n,
-      ])
+      engine.run(
+        'adamw',
+        [g, clip],
+        [p, m, v, s],
+        [learningRate, betas[0], betas[1], eps, decay, 1 - betas[0] ** n, 1 - betas[1] ** n],
+      )
       for (const t of views) t?.dispose()
     }
     if (this.#ema) {
@@ -158,7 +162,10 @@ export class AdamW {
 
   #named(flat: Tensor): Map<string, Tensor> {
     return new Map(
-      Array.from(this.parameters, ([name, t]) => [name, keep(flat.view(t.shape, this.#offsets.get(name) as number))]),
+      Array.from(this.parameters, ([name, t]) => [
+        name,
+        keep(flat.view(t.shape, this.#offsets.get(name) as number)),
+      ]),
     )
   }
 

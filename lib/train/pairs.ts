@@ -1,4 +1,6 @@
 import { PyraflowError } from '../engine/errors.ts'
+import { coupleCoefficients, drawPosition } from '../flow/couple.ts'
+import type { Stages } from '../flow/stages.ts'
 import { concat, reshape, slice } from '../ops/copy.ts'
 import { downsample } from '../ops/downsample.ts'
 import { mix } from '../ops/mix.ts'
@@ -7,8 +9,6 @@ import { upsample } from '../ops/upsample.ts'
 import { planHistory } from '../pyramid/history.ts'
 import { unitsInClip } from '../pyramid/units.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import { coupleCoefficients, drawPosition } from '../flow/couple.ts'
-import type { Stages } from '../flow/stages.ts'
 
 /** Every random number of one training step, so that a recorded step can be replayed. */
 export interface PairDraws {

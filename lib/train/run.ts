@@ -5,14 +5,22 @@ import { engine } from '../engine/engine.ts'
 import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
 import { ioError, writeFileAtomically } from '../io/atomic.ts'
 import { writeSafetensors } from '../io/safetensors.ts'
-import { backward, clearTape } from '../tensor/tape.ts'
 import { keep, scope } from '../tensor/scope.ts'
+import { backward, clearTape } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { AdamW } from './optimizer.ts'
 
 export type TrainEvent =
   | { type: 'resume'; step: number }
-  | { type: 'step'; step: number; loss: number; gradNorm: number; learningRate: number; seconds: number; [metric: string]: number | string }
+  | {
+      type: 'step'
+      step: number
+      loss: number
+      gradNorm: number
+      learningRate: number
+      seconds: number
+      [metric: string]: number | string
+    }
   | { type: 'skipped'; step: number; loss: number }
   | { type: 'checkpoint'; step: number; path: string }
 
@@ -73,9 +81,11 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
   try {
     for (let step = first; step < steps; step++) {
       // An abort may also end the preparation early; either way the state is saved before the run ends.
-      const input = signal?.aborted ? undefined : await prepared?.catch((error: unknown) => {
-        if (!signal?.aborted) throw error
-      })
+      const input = signal?.aborted
+        ? undefined
+        : await prepared?.catch((error: unknown) => {
+            if (!signal?.aborted) throw error
+          })
       if (signal?.aborted) {
         yield await saved(options, step)
         throwIfAborted(signal, 'training')
@@ -117,7 +127,15 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
         yield { type: 'skipped', step: step + 1, loss }
       } else {
         bad = 0
-        const event: TrainEvent = { type: 'step', step: step + 1, loss, gradNorm, learningRate, seconds, ...extra }
+        const event: TrainEvent = {
+          type: 'step',
+          step: step + 1,
+          loss,
+          gradNorm,
+          learningRate,
+          seconds,
+          ...extra,
+        }
         try {
           await note(metrics, event)
         } catch (error) {

@@ -17,7 +17,13 @@ export interface ScheduleOptions {
  * @throws ERR_OPTION when the warm-up is longer than the run.
  */
 export function learningRates(options: ScheduleOptions): Float64Array {
-  const { learningRate: lr, warmupSteps: warmup, kind = 'constant', totalSteps, minLearningRate: min = 1e-5 } = options
+  const {
+    learningRate: lr,
+    warmupSteps: warmup,
+    kind = 'constant',
+    totalSteps,
+    minLearningRate: min = 1e-5,
+  } = options
   if (warmup > totalSteps || warmup < 0) {
     throw new PyraflowError('ERR_OPTION', {
       what: 'warmupSteps',

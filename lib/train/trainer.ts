@@ -57,7 +57,9 @@ export class Trainer {
   /** @throws ERR_OPTION when batch size and columns do not fit. */
   constructor(options: TrainerOptions) {
     this.stages = options.stages ?? makeStages()
-    const ratios = options.sampleRatios ?? (this.stages.count === 3 ? [1, 2, 1] : new Array<number>(this.stages.count).fill(1))
+    const ratios =
+      options.sampleRatios ??
+      (this.stages.count === 3 ? [1, 2, 1] : new Array<number>(this.stages.count).fill(1))
     this.columns = ratios.flatMap((n, k) => new Array<number>(n).fill(k))
     if (ratios.length !== this.stages.count || options.batchSize % this.columns.length !== 0) {
       throw new PyraflowError('ERR_OPTION', {
@@ -118,7 +120,9 @@ export class Trainer {
     const latents = normaliseLatents(samplePosterior(posterior, noise), data.normalisation)
 
     const drops = generator.stream('drop').hostUniform(indices.length)
-    const captions = indices.map((i, b) => ((drops[b] as number) <= captionDrop ? '' : (data.captions[i] as string)))
+    const captions = indices.map((i, b) =>
+      (drops[b] as number) <= captionDrop ? '' : (data.captions[i] as string),
+    )
     const features = text.encode(captions)
     const frames = data.shape[1] as number
     const unitsPerStage = stageLengths({

@@ -1,5 +1,8 @@
+import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
+import { writePretrained } from '../io/pretrained.ts'
 import { type CausalVideoVAE, klLoss, samplePosterior } from '../models/causal-vae.ts'
+import { tensorsToWrite } from '../nn/export.ts'
 import { cast } from '../ops/cast.ts'
 import { slice } from '../ops/copy.ts'
 import { framesDecode } from '../ops/frames.ts'
@@ -9,13 +12,10 @@ import { mean } from '../ops/reduce.ts'
 import { Generator } from '../tensor/generator.ts'
 import { uniformAt } from '../tensor/shuffle.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import { tensorsToWrite } from '../nn/export.ts'
-import { writePretrained } from '../io/pretrained.ts'
 import type { ClipBatch, Dataset } from './dataset.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { runTraining, type TrainEvent } from './run.ts'
 import { learningRates } from './schedule.ts'
-import { join } from 'node:path'
 
 export interface VaeTrainerOptions {
   model: CausalVideoVAE
@@ -85,7 +85,12 @@ export class VaeTrainer {
     })
   }
 
-  #forward(step: number, batch: ClipBatch, generator: Generator, seed: number): { loss: Tensor; metrics: Record<string, Tensor> } {
+  #forward(
+    step: number,
+    batch: ClipBatch,
+    generator: Generator,
+    seed: number,
+  ): { loss: Tensor; metrics: Record<string, Tensor> } {
     const { model, data, crop, klWeight = 1e-6 } = this.#options
     const { frames, height, width } = data.options
     const bytes = Tensor.from(batch.frames, [batch.text.length, frames, height, width, 3])
@@ -160,7 +165,8 @@ class BatchCursor {
     }
     this.#next = step + 1
     const { value, done } = await this.#stream.next()
-    if (done) throw new PyraflowError('ERR_OPTION', { what: 'data set', received: 'fewer batches than announced' })
+    if (done)
+      throw new PyraflowError('ERR_OPTION', { what: 'data set', received: 'fewer batches than announced' })
     return value
   }
 }

@@ -1,7 +1,6 @@
 // The JavaScript side of the engine: numbers in the shared buffer become commands, fences become promises.
-#include <napi.h>
-
 #include <dlfcn.h>
+#include <napi.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -31,22 +30,26 @@ struct Pending {
 class Addon : public Napi::Addon<Addon> {
  public:
   Addon(Napi::Env env, Napi::Object exports) {
-    DefineAddon(exports, {InstanceMethod("open", &Addon::Open), InstanceMethod("close", &Addon::Close),
-                          InstanceMethod("submit", &Addon::Submit), InstanceMethod("write", &Addon::Write),
-                          InstanceMethod("read", &Addon::Read), InstanceMethod("fence", &Addon::Fence),
-                          InstanceMethod("cancel", &Addon::Cancel), InstanceMethod("openFile", &Addon::OpenFile),
-                          InstanceMethod("closeFile", &Addon::CloseFile), InstanceMethod("memory", &Addon::Memory),
-                          InstanceMethod("resetPeak", &Addon::ResetPeak),
-                          InstanceMethod("packBytes", &Addon::PackBytes),
-                          InstanceMethod("profile", &Addon::Profile),
-                          InstanceMethod("profileRead", &Addon::ProfileRead), InstanceMethod("info", &Addon::Info),
-                          InstanceMethod("benchCeiling", &Addon::BenchCeiling)});
-    // Runs at process exit and worker termination, before the environment goes: the engine thread must be gone by then.
-    napi_add_env_cleanup_hook(env, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
+    DefineAddon(
+        exports,
+        {InstanceMethod("open", &Addon::Open), InstanceMethod("close", &Addon::Close),
+         InstanceMethod("submit", &Addon::Submit), InstanceMethod("write", &Addon::Write),
+         InstanceMethod("read", &Addon::Read), InstanceMethod("fence", &Addon::Fence),
+         InstanceMethod("cancel", &Addon::Cancel), InstanceMethod("openFile", &Addon::OpenFile),
+         InstanceMethod("closeFile", &Addon::CloseFile), InstanceMethod("memory", &Addon::Memory),
+         InstanceMethod("resetPeak", &Addon::ResetPeak), InstanceMethod("packBytes", &Addon::PackBytes),
+         InstanceMethod("profile", &Addon::Profile), InstanceMethod("profileRead", &Addon::ProfileRead),
+         InstanceMethod("info", &Addon::Info), InstanceMethod("benchCeiling", &Addon::BenchCeiling)});
+    // Runs at process exit and worker termination, before the environment goes: the engine thread must be
+    // gone by then.
+    napi_add_env_cleanup_hook(
+        env, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
     env_ = env;
   }
   ~Addon() {
-    if (!shut_down_) napi_remove_env_cleanup_hook(env_, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
+    if (!shut_down_)
+      napi_remove_env_cleanup_hook(
+          env_, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
     Shutdown();
   }
 
@@ -83,8 +86,8 @@ class Addon : public Napi::Addon<Addon> {
     commands_reference_ = Napi::Persistent(commands.As<Napi::Object>());
     commands_ = commands.Data();
     command_length_ = commands.ElementLength();
-    settle_ = Napi::ThreadSafeFunction::New(info.Env(), Napi::Function::New(info.Env(), [](const Napi::CallbackInfo&) {}),
-                                            "pyraflow", 0, 1);
+    settle_ = Napi::ThreadSafeFunction::New(
+        info.Env(), Napi::Function::New(info.Env(), [](const Napi::CallbackInfo&) {}), "pyraflow", 0, 1);
     settle_.Unref(info.Env());
     engine_ = std::make_unique<Engine>(backend.table, threads, limit);
     Napi::Object result = Napi::Object::New(info.Env());
@@ -246,8 +249,10 @@ class Addon : public Napi::Addon<Addon> {
   }
 
   Napi::Value PackBytes(const Napi::CallbackInfo& info) {
-    const size_t bytes = Running(info.Env()).backend()->pack_bytes(
-        info[0].ToNumber().Int64Value(), info[1].ToNumber().Int64Value(), info[2].ToNumber().Int32Value());
+    const size_t bytes = Running(info.Env())
+                             .backend()
+                             ->pack_bytes(info[0].ToNumber().Int64Value(), info[1].ToNumber().Int64Value(),
+                                          info[2].ToNumber().Int32Value());
     return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   }
 
@@ -346,7 +351,8 @@ class Addon : public Napi::Addon<Addon> {
       add(level.name, !level.unusable.empty() ? level.unusable : installed ? "" : "library is not installed");
     }
     const std::string cuda = directory + "/libpyraflow_cuda.so";
-    add("cuda", access(cuda.c_str(), R_OK) == 0 ? OpenBackend(directory, "cuda").reason : "library is not installed");
+    add("cuda",
+        access(cuda.c_str(), R_OK) == 0 ? OpenBackend(directory, "cuda").reason : "library is not installed");
     Napi::Object result = Napi::Object::New(env);
     result.Set("backends", backends);
     result.Set("cores", static_cast<double>(sysconf(_SC_NPROCESSORS_ONLN)));

@@ -1,4 +1,5 @@
-// A caching allocator with exact counters. Used by the engine thread only; the counters may be read from anywhere.
+// A caching allocator with exact counters. Used by the engine thread only; the counters may be read from
+// anywhere.
 #pragma once
 #include <atomic>
 #include <cstddef>

@@ -22,5 +22,6 @@ std::vector<CpuLevel> CpuLevels();
 // Opens <directory>/libpyraflow_<name>.so and checks its table. Never throws.
 Backend OpenBackend(const std::string& directory, const std::string& name);
 
-// The best usable level that is present; `wanted` ("ref", "cpu_avx2", "avx2" or empty) caps or replaces the choice.
+// The best usable level that is present; `wanted` ("ref", "cpu_avx2", "avx2" or empty) caps or replaces the
+// choice.
 Backend ChooseBackend(const std::string& directory, const std::string& wanted);

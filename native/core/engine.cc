@@ -55,12 +55,36 @@ double Now() {
 // Widens one element of a file; integers beyond 2^53 lose bits, which no checkpoint needs.
 double ReadElement(const char* p, int32_t dtype) {
   switch (dtype) {
-    case PF_F64: { double x; memcpy(&x, p, 8); return x; }
-    case PF_I64: { int64_t x; memcpy(&x, p, 8); return static_cast<double>(x); }
-    case PF_I32: { int32_t x; memcpy(&x, p, 4); return x; }
-    case PF_F32: { float x; memcpy(&x, p, 4); return x; }
-    case PF_BF16: { Bf16 x; memcpy(&x, p, 2); return ToFloat(x); }
-    case PF_F16: { uint16_t x; memcpy(&x, p, 2); return HalfToFloat(x); }
+    case PF_F64: {
+      double x;
+      memcpy(&x, p, 8);
+      return x;
+    }
+    case PF_I64: {
+      int64_t x;
+      memcpy(&x, p, 8);
+      return static_cast<double>(x);
+    }
+    case PF_I32: {
+      int32_t x;
+      memcpy(&x, p, 4);
+      return x;
+    }
+    case PF_F32: {
+      float x;
+      memcpy(&x, p, 4);
+      return x;
+    }
+    case PF_BF16: {
+      Bf16 x;
+      memcpy(&x, p, 2);
+      return ToFloat(x);
+    }
+    case PF_F16: {
+      uint16_t x;
+      memcpy(&x, p, 2);
+      return HalfToFloat(x);
+    }
     default: return static_cast<uint8_t>(*p);
   }
 }
@@ -136,7 +160,8 @@ void Engine::Submit(Command command) {
 void Engine::Cancel() {
   std::lock_guard lock(mutex_);
   for (Command& command : queue_)
-    if (command.kind == CommandKind::kRun || command.kind == CommandKind::kLoad) command.kind = CommandKind::kNothing;
+    if (command.kind == CommandKind::kRun || command.kind == CommandKind::kLoad)
+      command.kind = CommandKind::kDropped;
 }
 
 void Engine::Loop() {
@@ -222,7 +247,8 @@ void Engine::Execute(Command& command) {
     case CommandKind::kRead: {
       const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
       if (error_.empty()) {
-        if (id >= slots_.size() || (!slots_[id].data && command.bytes) || offset + command.bytes > slots_[id].bytes)
+        if (id >= slots_.size() || (!slots_[id].data && command.bytes) ||
+            offset + command.bytes > slots_[id].bytes)
           FailWith("ERR_SHAPE", "read: outside its tensor, or the tensor was lost to an earlier error");
         else if (command.bytes)
           memcpy(command.target, static_cast<const char*>(slots_[id].data) + offset, command.bytes);
@@ -239,7 +265,7 @@ void Engine::Execute(Command& command) {
       command.done(std::move(error));
       break;
     }
-    case CommandKind::kNothing: break;
+    case CommandKind::kDropped: FailWith("ERR_ABORTED", "work was dropped by engine.cancel()"); break;
   }
 }
 
@@ -265,7 +291,8 @@ void Engine::Run(const std::vector<double>& w) {
   const int op = static_cast<int>(w[0]), n_in = static_cast<int>(w[1]), n_out = static_cast<int>(w[2]),
             n_scalars = static_cast<int>(w[3]);
   constexpr int kMost = 16;
-  if (op < 0 || op >= PF_OP_COUNT || n_in > kMost || n_out > kMost) return FailWith("ERR_DEVICE", "bad command");
+  if (op < 0 || op >= PF_OP_COUNT || n_in > kMost || n_out > kMost)
+    return FailWith("ERR_DEVICE", "bad command");
   PfView in[kMost], out[kMost];
   size_t at = 4;
   bool sound = true;
@@ -279,7 +306,8 @@ void Engine::Run(const std::vector<double>& w) {
     return operands;
   };
   if (!sound)
-    return FailWith("ERR_DEVICE", std::string(kOpNames[op]) + describe() + ": an operand was lost to an earlier error");
+    return FailWith("ERR_DEVICE",
+                    std::string(kOpNames[op]) + describe() + ": an operand was lost to an earlier error");
   if (!backend_->kernels[op])
     return FailWith("ERR_DEVICE", std::string(kOpNames[op]) + ": not available on " + backend_->name);
 
@@ -299,19 +327,21 @@ void Engine::Run(const std::vector<double>& w) {
       profile_seconds_[op] += end - begin;
     }
     if (trace_)
-      std::fprintf(trace_, "{\"name\":\"%s\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":%.1f,\"dur\":%.1f},\n", kOpNames[op],
-                   begin * 1e6, (end - begin) * 1e6);
+      std::fprintf(trace_, "{\"name\":\"%s\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":%.1f,\"dur\":%.1f},\n",
+                   kOpNames[op], begin * 1e6, (end - begin) * 1e6);
   }
   for (const auto& [block, bytes] : context.blocks) allocator_.Free(block, bytes);
   if (status != PF_OK)
-    FailWith(CodeOf(status), (context.error[0] ? std::string(context.error) : std::string(kOpNames[op]) + " failed") +
-                                 " in " + kOpNames[op] + describe());
+    FailWith(CodeOf(status),
+             (context.error[0] ? std::string(context.error) : std::string(kOpNames[op]) + " failed") +
+                 " in " + kOpNames[op] + describe());
 }
 
 void Engine::Load(const Command& command) {
   size_t at = 3;
   PfView view;
-  if (!ReadOperand(command.words, &at, &view)) return FailWith("ERR_DEVICE", "load: the target tensor was lost");
+  if (!ReadOperand(command.words, &at, &view))
+    return FailWith("ERR_DEVICE", "load: the target tensor was lost");
   const int32_t from = static_cast<int32_t>(command.words[2]);
   size_t offset = static_cast<size_t>(command.words[1]);
   const int64_t n = PfCount(view), step = 1 << 20;
@@ -322,7 +352,8 @@ void Engine::Load(const Command& command) {
     buffer.resize(bytes);
     if (!command.file || !command.file->Read(offset, buffer.data(), bytes))
       return FailWith("ERR_IO", "a weight file ended early: it was truncated or replaced while loading");
-    ConvertElements(buffer.data(), from, static_cast<char*>(view.data) + i * PfSize(view.dtype), view.dtype, count);
+    ConvertElements(buffer.data(), from, static_cast<char*>(view.data) + i * PfSize(view.dtype), view.dtype,
+                    count);
     offset += bytes;
   }
 }

@@ -1,4 +1,5 @@
-// The engine thread: executes commands in order, owns all memory, keeps the first error until a fence takes it.
+// The engine thread: executes commands in order, owns all memory, keeps the first error until a fence takes
+// it.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -17,16 +18,26 @@
 #include "core/mapped_file.h"
 
 // First number of a command in the shared buffer; the same values stand in lib/engine/engine.ts.
-enum class CommandKind : int { kRun = 0, kAlloc = 1, kFree = 2, kLoad = 3, kMap = 4, kWrite = 5, kRead = 6, kFence = 7, kNothing = 8 };
+enum class CommandKind : int {
+  kRun = 0,
+  kAlloc = 1,
+  kFree = 2,
+  kLoad = 3,
+  kMap = 4,
+  kWrite = 5,
+  kRead = 6,
+  kFence = 7,
+  kDropped = 8
+};
 
 struct Command {
-  CommandKind kind = CommandKind::kNothing;
-  std::vector<double> words;               // as in the shared buffer, from word 1 on
-  std::vector<char> payload;               // kWrite
-  void* target = nullptr;                  // kRead
-  size_t bytes = 0;                        // kRead
-  std::shared_ptr<MappedFile> file;        // kLoad, kMap
-  std::function<void(std::string)> done;   // kRead, kFence: called on the engine thread with the error or ""
+  CommandKind kind = CommandKind::kDropped;
+  std::vector<double> words;              // as in the shared buffer, from word 1 on
+  std::vector<char> payload;              // kWrite
+  void* target = nullptr;                 // kRead
+  size_t bytes = 0;                       // kRead
+  std::shared_ptr<MappedFile> file;       // kLoad, kMap
+  std::function<void(std::string)> done;  // kRead, kFence: called on the engine thread with the error or ""
 };
 
 class Engine {
@@ -35,7 +46,7 @@ class Engine {
   ~Engine();  // drops the queue, waits for the running op
 
   void Submit(Command command);
-  // Turns queued ops into nothing; allocations, frees and fences stay.
+  // Drops queued ops; allocations, frees and fences stay, and whoever waits for a dropped op is told.
   void Cancel();
 
   const Allocator& allocator() const { return allocator_; }

@@ -1,5 +1,5 @@
-// The contract between the engine and a backend: plain C data, so that a backend is a shared library of its own,
-// built with its own instruction set and opened at run time.
+// The contract between the engine and a backend: plain C data, so that a backend is a shared library of its
+// own, built with its own instruction set and opened at run time.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -30,7 +30,8 @@ struct PfView {
 
 // What the engine lends a kernel for the time of one call.
 struct PfContext {
-  // 64-byte aligned memory, returned to the engine after the call; nullptr when there is none (return PF_ERR_MEMORY).
+  // 64-byte aligned memory, returned to the engine after the call; nullptr when there is none (return
+  // PF_ERR_MEMORY).
   void* (*scratch)(PfContext* self, size_t bytes);
   char error[256];  // filled by a kernel that returns something else than PF_OK
 };
@@ -55,7 +56,7 @@ enum PfOp : int32_t {
 struct PfBackendTable {
   uint32_t abi;
   int32_t op_count;
-  const char* name;     // "ref", "cpu_avx512", ...
+  const char* name;  // "ref", "cpu_avx512", ...
   const PfKernel* kernels;
   // Called once on the engine thread before the first kernel. Returns PF_OK or fills error (256 bytes).
   int32_t (*init)(int32_t threads, char* error);

@@ -27,13 +27,14 @@ class Case {
   // Inputs. Floats are standard normal, times scale.
   Case& In(Dims dims, double scale = 1.0);
   Case& InF32(Dims dims, double scale = 1.0);
-  Case& InValues(Dims dims, Values fn);      // float, swept dtype
-  Case& InInt(Dims dims, Values fn);         // i32
+  Case& InValues(Dims dims, Values fn);  // float, swept dtype
+  Case& InInt(Dims dims, Values fn);     // i32
   Case& InU8(Dims dims, Values fn);
   Case& Missing();
-  // An input computed by the reference: op on earlier inputs (index, -1 = missing), its outputs' dims, which output.
-  Case& FromRef(std::string op, std::vector<int> inputs, std::vector<double> scalars, std::vector<Dims> outputs,
-                int which, bool f32 = true);
+  // An input computed by the reference: op on earlier inputs (index, -1 = missing), its outputs' dims, which
+  // output.
+  Case& FromRef(std::string op, std::vector<int> inputs, std::vector<double> scalars,
+                std::vector<Dims> outputs, int which, bool f32 = true);
   // Outputs.
   Case& Out(Dims dims);
   Case& OutF32(Dims dims);
@@ -65,7 +66,9 @@ class Case {
 
 class Test {
  public:
-  class Case Case(const std::string& op) { return {op, ++seed_}; }
+  class Case Case(const std::string& op) {
+    return {op, ++seed_};
+  }
 
  private:
   uint64_t seed_ = 0;
@@ -77,7 +80,7 @@ struct Register {
 
 }  // namespace op_test
 
-#define PF_CASES(folder)                                                              \
-  static void PfCases_##folder(op_test::Test& test);                                  \
-  static const op_test::Register pf_register_##folder(#folder, &PfCases_##folder);    \
+#define PF_CASES(folder)                                                           \
+  static void PfCases_##folder(op_test::Test& test);                               \
+  static const op_test::Register pf_register_##folder(#folder, &PfCases_##folder); \
   static void PfCases_##folder([[maybe_unused]] op_test::Test& test)

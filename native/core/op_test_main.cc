@@ -1,4 +1,5 @@
-// Runs every op's cases: pf_op_test [--filter name] [--backends dir]. Prints one line per failure and a summary.
+// Runs every op's cases: pf_op_test [--filter name] [--backends dir]. Prints one line per failure and a
+// summary.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -6,11 +7,10 @@
 #include <map>
 #include <memory>
 
+#include "backends/ref/ref.h"
 #include "core/backend.h"
 #include "core/half.h"
 #include "core/op_test.h"
-
-#include "backends/ref/ref.h"
 
 namespace op_test {
 namespace {
@@ -111,7 +111,8 @@ std::vector<double> Case::Normal(int64_t n, double scale) {
     state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
     return static_cast<double>((state_ >> 11) + 1) / 9007199254740993.0;
   };
-  for (double& v : values) v = scale * std::sqrt(-2 * std::log(uniform())) * std::cos(6.283185307179586 * uniform());
+  for (double& v : values)
+    v = scale * std::sqrt(-2 * std::log(uniform())) * std::cos(6.283185307179586 * uniform());
   return values;
 }
 
@@ -182,13 +183,18 @@ Case& Case::F32Only() {
   return *this;
 }
 
-static int32_t Call(const PfBackendTable* table, int op, const std::vector<PfView>& in, const std::vector<PfView>& out,
-                    const std::vector<double>& scalars, std::string* error) {
+static int32_t Call(const PfBackendTable* table, int op, const std::vector<PfView>& in,
+                    const std::vector<PfView>& out, const std::vector<double>& scalars, std::string* error) {
   Context context;
   context.scratch = Scratch;
   context.error[0] = 0;
-  PfArgs args{in.data(), out.data(), scalars.data(), static_cast<int32_t>(in.size()),
-              static_cast<int32_t>(out.size()), static_cast<int32_t>(scalars.size()), &context};
+  PfArgs args{in.data(),
+              out.data(),
+              scalars.data(),
+              static_cast<int32_t>(in.size()),
+              static_cast<int32_t>(out.size()),
+              static_cast<int32_t>(scalars.size()),
+              &context};
   if (!table->kernels[op]) {
     *error = "no kernel";
     return PF_ERR_DEVICE;
@@ -198,8 +204,8 @@ static int32_t Call(const PfBackendTable* table, int op, const std::vector<PfVie
   return status;
 }
 
-Case& Case::FromRef(std::string op, std::vector<int> inputs, std::vector<double> scalars, std::vector<Dims> outputs,
-                    int which, bool f32) {
+Case& Case::FromRef(std::string op, std::vector<int> inputs, std::vector<double> scalars,
+                    std::vector<Dims> outputs, int which, bool f32) {
   std::vector<Buffer> in(inputs.size()), out(outputs.size());
   std::vector<PfView> in_views, out_views;
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -276,7 +282,8 @@ void Case::RunOne(const PfBackendTable* backend, bool bf16, bool unaligned, int3
     ++g_passed;
     return;
   }
-  if (Call(g_ref, op_index_, ref_in_v, ref_out_v, scalars_, &error) != PF_OK) return fail("reference: " + error);
+  if (Call(g_ref, op_index_, ref_in_v, ref_out_v, scalars_, &error) != PF_OK)
+    return fail("reference: " + error);
   const double tolerance = bf16 ? tolerance_bf16_ : tolerance_f32_;
   for (size_t i = 0; i < out_.size(); ++i) {
     if (out_[i].kind == Kind::kMissing) continue;
@@ -298,8 +305,9 @@ void Case::RunOne(const PfBackendTable* backend, bool bf16, bool unaligned, int3
     const double relative = std::sqrt(difference) / (std::sqrt(norm) + 1e-30);
     if (relative > tolerance) {
       char text[200];
-      std::snprintf(text, sizeof(text), "output %zu relative %.3g > %.3g, worst at %lld: got %.9g want %.9g", i,
-                    relative, tolerance, static_cast<long long>(at), Get(out[i].view, at), Get(ref_out[i].view, at));
+      std::snprintf(text, sizeof(text), "output %zu relative %.3g > %.3g, worst at %lld: got %.9g want %.9g",
+                    i, relative, tolerance, static_cast<long long>(at), Get(out[i].view, at),
+                    Get(ref_out[i].view, at));
       return fail(text);
     }
   }
@@ -340,7 +348,8 @@ int main(int argc, char** argv) {
       std::printf("skipped %s: %s\n", level.name.c_str(), backend.reason.c_str());
       continue;
     }
-    if (backend.table->init(2, error) != PF_OK) return std::fprintf(stderr, "%s: %s\n", level.name.c_str(), error), 1;
+    if (backend.table->init(2, error) != PF_OK)
+      return std::fprintf(stderr, "%s: %s\n", level.name.c_str(), error), 1;
     op_test::g_backends.push_back(backend.table);
   }
   for (const auto& folder : op_test::Folders()) {

@@ -1,5 +1,5 @@
-// One vector type per instruction level, spelled once: kernels are written against Vf and compiled for each level.
-// No STL here: an inline function compiled for AVX-512 must never become the copy an older CPU runs.
+// One vector type per instruction level, spelled once: kernels are written against Vf and compiled for each
+// level. No STL here: an inline function compiled for AVX-512 must never become the copy an older CPU runs.
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -93,8 +93,8 @@ static inline float MaxLane(Vf v) {
   return m;
 }
 
-// e^x by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial; relative error below 2e-7, 0 below -87.3,
-// infinity above 88.7.
+// e^x by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial; relative error below 2e-7, 0 below
+// -87.3, infinity above 88.7.
 static inline Vf Exp(Vf x) {
   const Vf lo = Set1(-87.33654f), hi = Set1(88.72283f);
   const Vf clamped = Min(Max(x, lo), hi);
@@ -121,18 +121,16 @@ static inline Vf Sigmoid(Vf x) { return 1.0f / (1.0f + Exp(-x)); }
 static inline Vf Tanh(Vf x) { return 1.0f - 2.0f / (1.0f + Exp(x + x)); }
 static inline Vf Silu(Vf x) { return x * Sigmoid(x); }
 // GELU, tanh form: 0.5 x (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-static inline Vf GeluTanh(Vf x) {
-  return x * Sigmoid(1.5957691216f * Fma(x * x * x, Set1(0.044715f), x));
-}
+static inline Vf GeluTanh(Vf x) { return x * Sigmoid(1.5957691216f * Fma(x * x * x, Set1(0.044715f), x)); }
 
 // Runs body<T>() with T chosen by a float view's dtype; for kernels that are templates over storage.
-#define PF_FLOAT_DISPATCH(view, T, ...)              \
-  do {                                               \
-    if ((view).dtype == PF_BF16) {                   \
-      using T = Bf16;                                \
-      __VA_ARGS__                                    \
-    } else {                                         \
-      using T = float;                               \
-      __VA_ARGS__                                    \
-    }                                                \
+#define PF_FLOAT_DISPATCH(view, T, ...) \
+  do {                                  \
+    if ((view).dtype == PF_BF16) {      \
+      using T = Bf16;                   \
+      __VA_ARGS__                       \
+    } else {                            \
+      using T = float;                  \
+      __VA_ARGS__                       \
+    }                                   \
   } while (0)

@@ -1,8 +1,8 @@
 // The op table of one CPU level. The same file is built once per level; PF_LEVEL_NAME tells which.
+#include <omp.h>
+
 #include "backends/cpu/onednn.h"
 #include "core/op.h"
-
-#include <omp.h>
 
 #ifdef PF_PARTIAL  // a development build of some op folders only: the missing kernels are null
 #define PF_WEAK __attribute__((weak))
