@@ -175,7 +175,7 @@ int32_t Map(const PfArgs* a, const char* op, const Conv3dShape& s, bool data, co
     if (!memory) status = NoMemory(a, op);
   }
   if (status == PF_OK)
-    status = ForTiles(a, count, [&](int64_t i, int thread, char* error) {
+    status = ForTiles(a, count, kWorthProducts + 1, [&](int64_t i, int thread, char* error) {
       const Tile& tile = tiles[i];
       char* mine = memory + thread * (scratch + gather);
       char* out = to + ((tile.b * to_dims[0] + tile.t0) * to_dims[1] + tile.r0) * to_row;
@@ -351,7 +351,7 @@ int32_t pf_cpu_conv3d_backward_weights(const PfArgs* a) {
   if (status == PF_OK && (!parts || !bias_parts || !plain || !memory)) status = NoMemory(a, op);
   const int64_t stride = dw_bytes / 4;
   if (status == PF_OK)
-    status = ForTiles(a, count, [&](int64_t i, int thread, char* error) {
+    status = ForTiles(a, count, kWorthProducts + 1, [&](int64_t i, int thread, char* error) {
       const Tile& tile = tiles[i];
       const char* in = x_data + (tile.b * s.in[0] + tile.t.lo) * frame_bytes;
       const char* grad = dy_data + (tile.b * s.out[0] + tile.t0) * frame * s.c_out * PfSize(dtype);

@@ -130,29 +130,31 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
   }
   if (status == PF_OK) {
     const size_t size = PfSize(static_cast<int32_t>(p.dtype));
-    status = ForTiles(args, p.batch * rows * columns, [&](int64_t tile, int thread, char* error) {
-      const int64_t row = tile / columns % rows, column = tile % columns, entry = tile / (rows * columns);
-      const int64_t m0 = row * tile_m, n0 = column * tile_n;
-      const int last_m = row == rows - 1, last_n = column == columns - 1;
-      const OnednnGemm& g = gemms[last_m][last_n];
-      const OnednnKernel* kernel = kernels[last_m][last_n];
-      char* mine = memory + thread * per_thread;
-      const int64_t at = (entry * p.m + m0) * p.n + n0;
-      float* c = direct ? reinterpret_cast<float*>(p.y) + at : reinterpret_cast<float*>(mine + scratch);
-      const char* a = p.a + (entry * p.a_batch + m0 * p.a_row) * size;
-      const char* b = p.packed_tile_bytes ? p.b + column * p.packed_tile_bytes
-                                          : p.b + (entry * p.b_batch + n0 * p.b_column) * size;
-      if (OnednnGetRank(kernel) != kRankReference || g.packed) {
-        const int32_t status = OnednnRunGemm(kernel, a, b, c, mine, error);
-        if (status != PF_OK) return status;
-      } else if (p.dtype == PF_BF16) {
-        PlainTile(g, reinterpret_cast<const Bf16*>(a), reinterpret_cast<const Bf16*>(b), c);
-      } else {
-        PlainTile(g, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c);
-      }
-      if (!direct) StoreTile(p.end, c, g.m, g.n, p.n, n0, at, p.y);
-      return static_cast<int32_t>(PF_OK);
-    });
+    status = ForTiles(
+        args, p.batch * rows * columns, p.batch * p.m * p.n * p.k,
+        [&](int64_t tile, int thread, char* error) {
+          const int64_t row = tile / columns % rows, column = tile % columns, entry = tile / (rows * columns);
+          const int64_t m0 = row * tile_m, n0 = column * tile_n;
+          const int last_m = row == rows - 1, last_n = column == columns - 1;
+          const OnednnGemm& g = gemms[last_m][last_n];
+          const OnednnKernel* kernel = kernels[last_m][last_n];
+          char* mine = memory + thread * per_thread;
+          const int64_t at = (entry * p.m + m0) * p.n + n0;
+          float* c = direct ? reinterpret_cast<float*>(p.y) + at : reinterpret_cast<float*>(mine + scratch);
+          const char* a = p.a + (entry * p.a_batch + m0 * p.a_row) * size;
+          const char* b = p.packed_tile_bytes ? p.b + column * p.packed_tile_bytes
+                                              : p.b + (entry * p.b_batch + n0 * p.b_column) * size;
+          if (OnednnGetRank(kernel) != kRankReference || g.packed) {
+            const int32_t status = OnednnRunGemm(kernel, a, b, c, mine, error);
+            if (status != PF_OK) return status;
+          } else if (p.dtype == PF_BF16) {
+            PlainTile(g, reinterpret_cast<const Bf16*>(a), reinterpret_cast<const Bf16*>(b), c);
+          } else {
+            PlainTile(g, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c);
+          }
+          if (!direct) StoreTile(p.end, c, g.m, g.n, p.n, n0, at, p.y);
+          return static_cast<int32_t>(PF_OK);
+        });
   }
   for (auto& pair : kernels)
     for (OnednnKernel* kernel : pair) OnednnRelease(kernel);

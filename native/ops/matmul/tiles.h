@@ -7,6 +7,7 @@
 
 // Below this many values a second thread costs more than it saves.
 static constexpr int64_t kWorthThreads = 1 << 16;
+static constexpr int64_t kWorthProducts = 1 << 21;
 
 // to[i] = from[i], rounded to nearest even where that narrows.
 template <class From, class To>
@@ -42,11 +43,12 @@ static inline int32_t NoMemory(const PfArgs* a, const char* op) {
 }
 
 // Runs body(tile, thread, error) -> status for every tile; the first failing tile's message reaches the
-// caller. Which thread runs a tile is free: a tile's result never depends on it.
+// caller. `products` counts the multiplications of all tiles. Which thread runs a tile is free: a tile's
+// result never depends on it.
 template <class Body>
-static int32_t ForTiles(const PfArgs* a, int64_t tiles, const Body& body) {
+static int32_t ForTiles(const PfArgs* a, int64_t tiles, int64_t products, const Body& body) {
   int32_t result = PF_OK;
-#pragma omp parallel if (tiles > 1)
+#pragma omp parallel if (tiles > 1 && products > kWorthProducts)
   {
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
