@@ -1,12 +1,13 @@
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
+import { ditConfig, vaeConfig } from '../examples/shapes/networks.ts'
 import { engine } from '../lib/engine/engine.ts'
 import { Pipeline } from '../lib/generate.ts'
 import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { breakdown, type Effort, type Row } from './harness.ts'
-import { DIT_CONFIG, NORMALISATION, PROMPT, VAE_CONFIG, wordEncoder } from './toy.ts'
+import { NORMALISATION, PROMPT, wordEncoder } from './toy.ts'
 
 type Unnamed = Omit<Row, 'group'>
 
@@ -60,8 +61,8 @@ export async function generate(effort: Effort): Promise<Unnamed[]> {
 function randomPipeline(): Pipeline {
   const generator = new Generator(1)
   return new Pipeline({
-    transformer: PyramidFluxTransformer.create(DIT_CONFIG, { seed: 1, dtype: 'bf16' }),
-    vae: CausalVideoVAE.create(VAE_CONFIG, { generator: generator.stream('vae'), dtype: 'bf16' }),
+    transformer: PyramidFluxTransformer.create(ditConfig, { seed: 1, dtype: 'bf16' }),
+    vae: CausalVideoVAE.create(vaeConfig, { generator: generator.stream('vae'), dtype: 'bf16' }),
     text: wordEncoder(),
     config: {
       normalisation: NORMALISATION,

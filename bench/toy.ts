@@ -6,26 +6,6 @@ import { writeSafetensors } from '../lib/io/safetensors.ts'
 import { WordEncoder } from '../lib/text/word-encoder.ts'
 import { LatentDataset } from '../lib/train/latents.ts'
 
-/** Sizes of the networks of examples/shapes (its recipe.ts). */
-export const VAE_CONFIG = {
-  encoder_block_out_channels: [16, 16, 32, 48],
-  encoder_layers_per_block: [1, 1, 1, 1],
-  encoder_norm_num_groups: 8,
-  decoder_block_out_channels: [16, 16, 32, 48],
-  decoder_layers_per_block: [1, 1, 1, 1],
-  decoder_norm_num_groups: 8,
-}
-
-export const DIT_CONFIG = {
-  num_layers: 2,
-  num_single_layers: 4,
-  attention_head_dim: 32,
-  num_attention_heads: 5,
-  joint_attention_dim: 64,
-  pooled_projection_dim: 64,
-  axes_dims_rope: [8, 12, 12] as [number, number, number],
-}
-
 export const PROMPT = 'a red circle moving right on a black background'
 
 export const NORMALISATION = { image: { shift: 0, scale: 1 }, video: { shift: 0, scale: 1 } }

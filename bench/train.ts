@@ -1,4 +1,5 @@
 import { tmpdir } from 'node:os'
+import { ditConfig } from '../examples/shapes/networks.ts'
 import { engine } from '../lib/engine/engine.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { scope } from '../lib/tensor/scope.ts'
@@ -6,7 +7,7 @@ import { backward } from '../lib/tensor/tape.ts'
 import type { LatentDataset } from '../lib/train/latents.ts'
 import { Trainer } from '../lib/train/trainer.ts'
 import { breakdown, type Effort, median, type Row } from './harness.ts'
-import { DIT_CONFIG, withRandomLatents, wordEncoder } from './toy.ts'
+import { withRandomLatents, wordEncoder } from './toy.ts'
 
 type Unnamed = Omit<Row, 'group'>
 
@@ -17,7 +18,7 @@ export async function train(effort: Effort): Promise<Unnamed[]> {
 }
 
 async function measure(effort: Effort, data: LatentDataset, batchSize: number): Promise<Unnamed[]> {
-  const model = PyramidFluxTransformer.create(DIT_CONFIG, { seed: 1, dtype: 'bf16', train: true })
+  const model = PyramidFluxTransformer.create(ditConfig, { seed: 1, dtype: 'bf16', train: true })
   // Tokens are what the network is called with: text and latents, history included.
   let tokens = 0
   const layoutOf = model.layout.bind(model)

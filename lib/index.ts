@@ -15,6 +15,7 @@ export {
 } from './generate.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
+export type { FluxConfig } from './models/flux-config.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
 export {
   type NoiseSource,

@@ -42,11 +42,11 @@ for (const [i, prompt] of prompts.entries()) {
   const score = scoreClip(video.frames, video)
   const right = attributes.map((name) => score[name] === prompt.spec[name])
   const group = counts[prompt.heldOut ? 'heldOut' : 'seen'] as Record<string, number>
-  group['n'] = (group['n'] ?? 0) + 1
+  group.n = (group.n ?? 0) + 1
   attributes.forEach((name, k) => {
     group[name] = (group[name] ?? 0) + Number(right[k])
   })
-  group['all'] = (group['all'] ?? 0) + Number(right[0] && right[1] && right[2])
+  group.all = (group.all ?? 0) + Number(right[0] && right[1] && right[2])
   console.error(
     `${right.map((ok) => (ok ? '+' : '-')).join('')} ${prompt.text}${prompt.heldOut ? ' (held out)' : ''}`,
   )

@@ -12,6 +12,7 @@ import {
   VaeTrainer,
 } from '../../lib/train/index.ts'
 import { makeClips } from './make-clips.ts'
+import { ditConfig, vaeConfig } from './networks.ts'
 import { VOCABULARY } from './world.ts'
 
 // Makes the toy model from nothing: clips, VAE, latents, DiT, and the folder that the demo loads. Every part can be
@@ -20,8 +21,8 @@ const { values: args } = parseArgs({
   options: {
     out: { type: 'string', default: 'runs/shapes' },
     model: { type: 'string', default: 'examples/shapes/model' },
-    clips: { type: 'string', default: '1200' },
-    'vae-steps': { type: 'string', default: '2400' },
+    clips: { type: 'string', default: '1000' },
+    'vae-steps': { type: 'string', default: '1500' },
     steps: { type: 'string', default: '3000' },
     batch: { type: 'string', default: '64' },
     dtype: { type: 'string', default: 'bf16' },
@@ -36,26 +37,6 @@ const parts = args.only.split(',')
 const clips = join(args.out, 'clips')
 const latents = join(args.out, 'latents')
 const size = { width: 128, height: 128, frames: 25 }
-
-/** The published architecture, narrow: 8×8×8 compression into 16 channels. */
-const vaeConfig = {
-  encoder_block_out_channels: [16, 16, 32, 48],
-  encoder_layers_per_block: [1, 1, 1, 1],
-  encoder_norm_num_groups: 2,
-  decoder_block_out_channels: [16, 16, 32, 48],
-  decoder_layers_per_block: [1, 1, 1, 1],
-  decoder_norm_num_groups: 2,
-}
-
-const ditConfig = {
-  num_layers: 2,
-  num_single_layers: 4,
-  attention_head_dim: 32,
-  num_attention_heads: 5,
-  joint_attention_dim: 64,
-  pooled_projection_dim: 64,
-  axes_dims_rope: [8, 12, 12] as [number, number, number],
-}
 
 async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise<void> {
   const window: { loss: number; seconds: number }[] = []
@@ -81,7 +62,13 @@ async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise
 async function trainVae(): Promise<void> {
   const data = await openDataset(clips, { ...size, limit: 240, cacheBytes: 1e9 })
   const generator = new Generator(seed).stream('vae')
-  const model = CausalVideoVAE.create(vaeConfig, { generator, dtype, train: true, initialLogvar: -5 })
+  const model = CausalVideoVAE.create(vaeConfig, {
+    generator,
+    dtype,
+    train: true,
+    initialLogvar: -5,
+    resampler: true,
+  })
   const trainer = new VaeTrainer({
     model,
     data,
@@ -89,11 +76,12 @@ async function trainVae(): Promise<void> {
     steps: Number(args['vae-steps']),
     batchSize: 4,
     seed,
-    crop: { size: 64, frames: 9 },
-    learningRate: 1.5e-3,
-    minLearningRate: 1e-4,
+    crop: { size: 48, frames: 25 },
+    learningRate: 1e-3,
+    minLearningRate: 5e-5,
     warmupSteps: 50,
     klWeight: 1e-6,
+    optimizer: { emaDecay: 0.99 },
     checkpointEvery: 100,
   })
   await follow('vae', trainer.run({ resume: true }))

@@ -34,10 +34,10 @@ export const FPS = 24
 
 /** Room between a shape and the border, so that the border always shows the background. */
 const margin = 4
-const minRadius = 16
-const maxRadius = 25
-const minTravel = 44
-const maxTravel = 64
+const minRadius = 20
+const maxRadius = 28
+const minTravel = 28
+const maxTravel = 40
 
 /** Every word a caption can hold; a text encoder for this world needs no others. */
 export const VOCABULARY: string[] = [
@@ -84,7 +84,7 @@ export function makeRng(seed: number): () => number {
   return uniformStream(seed)
 }
 
-/** Draws a clip of the split; the shape stays inside the picture and its motion is at least a third of its width. */
+/** Draws a clip of the split; the shape stays inside the picture and it moves at least a fifth of the picture's width. */
 export function randomSpec(rng: () => number, split: Split): ClipSpec {
   const pick = <T>(items: readonly T[]): T => items[Math.floor(rng() * items.length)] as T
   const between = (low: number, high: number): number => low + rng() * (high - low)

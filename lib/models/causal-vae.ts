@@ -12,6 +12,7 @@ import { keep, scope } from '../tensor/scope.ts'
 import { noGrad } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { causalConv, frameNorm, type Layer, midBlock, resBlock, spatialUp, temporalUp } from './vae-blocks.ts'
+import { startAsResampler } from './vae-init.ts'
 
 /** Fields of the published `causal_video_vae/config.json` that shape the network (spec/vae.md §1). */
 export interface CausalVaeConfig {
@@ -103,15 +104,19 @@ export class CausalVideoVAE {
     }
   }
 
-  /** A new VAE, initialised as spec/vae.md §8 says; `initialLogvar` starts the posterior narrower than 0 would. */
+  /**
+   * A new VAE, initialised as spec/vae.md §8 says; `initialLogvar` starts the posterior narrower than 0 would,
+   * `resampler` starts the network as plain down- and upsampling ({@link startAsResampler}).
+   */
   static create(
     config: Partial<CausalVaeConfig>,
-    options: VaeOptions & { generator: Generator; initialLogvar?: number },
+    options: VaeOptions & { generator: Generator; initialLogvar?: number; resampler?: boolean },
   ): CausalVideoVAE {
     const dtype = options.dtype ?? 'f32'
     const weights = Weights.init(options.generator, { dtype, train: options.train ?? false })
     const vae = new CausalVideoVAE({ ...CAUSAL_VAE_DEFAULTS, ...config }, weights, dtype)
     vae.#startCertain(options.initialLogvar ?? 0)
+    if (options.resampler) startAsResampler(vae.parameters)
     return vae
   }
 

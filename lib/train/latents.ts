@@ -43,9 +43,10 @@ export async function encodeLatents(
   let shape: number[] = []
   const stores: { mean: Uint16Array[]; logvar: Uint16Array[] } = { mean: [], logvar: [] }
   const sums = { image: [0, 0, 0], video: [0, 0, 0] }
+  const ahead = new Ahead(data.length, (i) => data.load(i, options.signal))
   for (let i = 0; i < data.length; i++) {
     throwIfAborted(options.signal, 'encoding')
-    const clip = await data.load(i, options.signal)
+    const clip = await ahead.next()
     const posterior = noGrad(() =>
       scope(() => {
         const x = framesDecode(Tensor.from(clip, [1, frames, height, width, 3]))
@@ -88,6 +89,28 @@ export async function encodeLatents(
     })),
   )
   await writeFileAtomically(join(out, INDEX), `${JSON.stringify(index, null, 1)}\n`)
+}
+
+/** Starts a few loads ahead of the one that is waited for. */
+class Ahead<T> {
+  readonly #pending: Promise<T>[] = []
+  readonly #count: number
+  readonly #load: (i: number) => Promise<T>
+  #started = 0
+
+  constructor(count: number, load: (i: number) => Promise<T>) {
+    this.#count = count
+    this.#load = load
+  }
+
+  async next(): Promise<T> {
+    while (this.#started < this.#count && this.#pending.length < 3) {
+      const promise = this.#load(this.#started++)
+      promise.catch(() => undefined)
+      this.#pending.push(promise)
+    }
+    return await (this.#pending.shift() as Promise<T>)
+  }
 }
 
 function addMoments(values: Float32Array, shape: number[], sums: { image: number[]; video: number[] }): void {
@@ -154,7 +177,7 @@ export class LatentDataset {
     const table = (name: string): Tensor => {
       const entry = header.entries.get(name)
       const expected = [rows, ...index.shape]
-      if (!entry || entry.dtype !== 'BF16' || entry.shape.join() !== expected.join()) {
+      if (entry?.dtype !== 'BF16' || entry.shape.join() !== expected.join()) {
         throw new PyraflowError('ERR_CHECKPOINT', {
           what: `${path}: ${name}`,
           expected: `bf16 [${expected}]`,

@@ -192,7 +192,7 @@ export class AdamW {
     for (const [name, target] of parts) {
       if (!target) continue
       const entry = file.entries.get(name)
-      if (!entry || entry.shape.length !== 1 || entry.shape[0] !== this.size) {
+      if (entry?.shape.length !== 1 || entry.shape[0] !== this.size) {
         throw new PyraflowError('ERR_CHECKPOINT', {
           what: `${path}: optimizer state ${name}`,
           expected: `[${this.size}] f32`,
