@@ -379,11 +379,11 @@ function readPipelineConfig(path: string): PipelineConfig {
 
 function loadTextEncoder(dir: string): TextEncoder {
   const config = readConfig(dir)
-  if (config['_class_name'] === 'WordEncoder') return WordEncoder.fromPretrained(dir)
+  if (config._class_name === 'WordEncoder') return WordEncoder.fromPretrained(dir)
   throw new PyraflowError('ERR_CHECKPOINT', {
     what: `text encoder ${dir}`,
     expected: 'WordEncoder',
-    received: String(config['_class_name'] ?? config['model_type'] ?? 'unknown'),
+    received: String(config._class_name ?? config.model_type ?? 'unknown'),
     remedy:
       'This version reads the word encoder of toy models; pass text features to sampleLatents for others.',
   })

@@ -84,7 +84,9 @@ test('only the addon folder includes napi.h, and only one file includes oneDNN',
   expect(including(/#include\s*[<"]napi\.h/).filter((path) => !path.startsWith('native/addon/'))).toEqual([])
   // The kernels' door to oneDNN, and the bare loop that the bench compares it with.
   const doors = ['native/backends/cpu/bench.cc', 'native/backends/cpu/onednn.cc']
-  expect(including(/#include\s*[<"](oneapi\/dnnl\/)?dnnl/).filter((path) => !doors.includes(path))).toEqual([])
+  expect(including(/#include\s*[<"](oneapi\/dnnl\/)?dnnl/).filter((path) => !doors.includes(path))).toEqual(
+    [],
+  )
 })
 
 test('no source file is longer than 700 lines', () => {

@@ -22,8 +22,8 @@ const { values: args } = parseArgs({
     out: { type: 'string', default: 'runs/shapes' },
     model: { type: 'string', default: 'examples/shapes/model' },
     clips: { type: 'string', default: '1000' },
-    'vae-steps': { type: 'string', default: '1500' },
-    steps: { type: 'string', default: '3000' },
+    'vae-steps': { type: 'string', default: '1200' },
+    steps: { type: 'string', default: '2300' },
     batch: { type: 'string', default: '64' },
     dtype: { type: 'string', default: 'bf16' },
     only: { type: 'string', default: 'clips,vae,encode,dit,export' },
@@ -60,7 +60,7 @@ async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise
 }
 
 async function trainVae(): Promise<void> {
-  const data = await openDataset(clips, { ...size, limit: 240, cacheBytes: 1e9 })
+  const data = await openDataset(clips, { ...size, limit: 200, cacheBytes: 1e9 })
   const generator = new Generator(seed).stream('vae')
   const model = CausalVideoVAE.create(vaeConfig, {
     generator,
@@ -74,9 +74,10 @@ async function trainVae(): Promise<void> {
     data,
     out: join(args.out, 'vae'),
     steps: Number(args['vae-steps']),
-    batchSize: 4,
+    batchSize: 8,
     seed,
-    crop: { size: 48, frames: 25 },
+    crop: { size: 40, frames: 17, imageSize: 64 },
+    imageSteps: 250,
     learningRate: 1e-3,
     minLearningRate: 5e-5,
     warmupSteps: 50,

@@ -65,8 +65,8 @@ export class Engine {
   #start(): NativeBinding {
     if (this.#native) return this.#native
     const addon = native()
-    const asked = process.env['PYRAFLOW_BACKEND'] ?? this.#options.backend ?? 'auto'
-    const threads = Number(process.env['PYRAFLOW_THREADS'] ?? this.#options.threads ?? availableParallelism())
+    const asked = process.env.PYRAFLOW_BACKEND ?? this.#options.backend ?? 'auto'
+    const threads = Number(process.env.PYRAFLOW_THREADS ?? this.#options.threads ?? availableParallelism())
     if (!Number.isInteger(threads) || threads < 1) {
       throw new PyraflowError('ERR_OPTION', {
         what: 'threads',

@@ -42,14 +42,12 @@ class Addon : public Napi::Addon<Addon> {
          InstanceMethod("info", &Addon::Info), InstanceMethod("benchCeiling", &Addon::BenchCeiling)});
     // Runs at process exit and worker termination, before the environment goes: the engine thread must be
     // gone by then.
-    napi_add_env_cleanup_hook(
-        env, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
+    napi_add_env_cleanup_hook(env, &Addon::ShutdownHook, this);
     env_ = env;
   }
   ~Addon() {
     if (!shut_down_)
-      napi_remove_env_cleanup_hook(
-          env_, [](void* self) { static_cast<Addon*>(self)->Shutdown(); }, this);
+      napi_remove_env_cleanup_hook(env_, &Addon::ShutdownHook, this);
     Shutdown();
   }
 
@@ -58,6 +56,7 @@ class Addon : public Napi::Addon<Addon> {
     throw Napi::Error::New(env, code + " " + message);
   }
 
+  static void ShutdownHook(void* self) { static_cast<Addon*>(self)->Shutdown(); }
   void Shutdown() {
     shut_down_ = true;
     engine_.reset();
