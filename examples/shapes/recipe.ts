@@ -23,7 +23,7 @@ const { values: args } = parseArgs({
     model: { type: 'string', default: 'examples/shapes/model' },
     clips: { type: 'string', default: '1000' },
     'vae-steps': { type: 'string', default: '1200' },
-    steps: { type: 'string', default: '2000' },
+    steps: { type: 'string', default: '1500' },
     batch: { type: 'string', default: '64' },
     dtype: { type: 'string', default: 'bf16' },
     only: { type: 'string', default: 'clips,vae,encode,dit,export' },

@@ -1,5 +1,6 @@
 import { engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
+import { writePretrained } from '../io/pretrained.ts'
 import { openSafetensors, type TensorToWrite } from '../io/safetensors.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { keep } from '../tensor/scope.ts'
@@ -158,6 +159,20 @@ export class AdamW {
 
   emaTensors(): Map<string, Tensor> {
     return this.#named(this.#ema ?? this.#master)
+  }
+
+  /** Writes the moving average (or the weights, without one) as a diffusers-style folder. */
+  async saveEma(
+    dir: string,
+    config: Readonly<Record<string, unknown>>,
+    dtype: 'f32' | 'bf16',
+  ): Promise<void> {
+    const tensors = this.emaTensors()
+    try {
+      await writePretrained(dir, config, tensorsToWrite(tensors, dtype))
+    } finally {
+      for (const t of tensors.values()) t.dispose()
+    }
   }
 
   #named(flat: Tensor): Map<string, Tensor> {

@@ -2,10 +2,8 @@ import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 import { normaliseLatents } from '../flow/normalise.ts'
 import { makeStages, type Stages } from '../flow/stages.ts'
-import { writePretrained } from '../io/pretrained.ts'
 import { samplePosterior } from '../models/causal-vae.ts'
 import type { PyramidFluxTransformer } from '../models/dit-flux.ts'
-import { tensorsToWrite } from '../nn/export.ts'
 import { concat } from '../ops/copy.ts'
 import { mse } from '../ops/mse.ts'
 import { mean } from '../ops/reduce.ts'
@@ -169,13 +167,11 @@ export class Trainer {
 
   /** Writes the moving average of the weights as a diffusers-style folder. */
   async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
-    const tensors = this.optimizer.emaTensors()
-    const config = { _class_name: 'PyramidFluxTransformer', ...this.#options.model.config }
-    try {
-      await writePretrained(dir, config, tensorsToWrite(tensors, dtype))
-    } finally {
-      for (const t of tensors.values()) t.dispose()
-    }
+    await this.optimizer.saveEma(
+      dir,
+      { _class_name: 'PyramidFluxTransformer', ...this.#options.model.config },
+      dtype,
+    )
   }
 
   dispose(): void {

@@ -1,8 +1,6 @@
 import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
-import { writePretrained } from '../io/pretrained.ts'
 import { type CausalVideoVAE, klLoss, samplePosterior } from '../models/causal-vae.ts'
-import { tensorsToWrite } from '../nn/export.ts'
 import { cast } from '../ops/cast.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { framesDecode } from '../ops/frames.ts'
@@ -148,13 +146,7 @@ export class VaeTrainer {
 
   /** Writes the moving average of the weights as a diffusers-style folder. */
   async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
-    const tensors = this.optimizer.emaTensors()
-    const config = { _class_name: 'CausalVideoVAE', ...this.#options.model.config }
-    try {
-      await writePretrained(dir, config, tensorsToWrite(tensors, dtype))
-    } finally {
-      for (const t of tensors.values()) t.dispose()
-    }
+    await this.optimizer.saveEma(dir, { _class_name: 'CausalVideoVAE', ...this.#options.model.config }, dtype)
   }
 
   dispose(): void {

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "core/check.h"
-#include "core/half.h"
+#include "core/element.h"
 
 const char* const kOpNames[PF_OP_COUNT] = {
 #define PF_OP(folder, name, inputs, outputs, scalars) #name,
@@ -52,70 +52,14 @@ double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Widens one element of a file; integers beyond 2^53 lose bits, which no checkpoint needs.
-double ReadElement(const char* p, int32_t dtype) {
-  switch (dtype) {
-    case PF_F64: {
-      double x;
-      memcpy(&x, p, 8);
-      return x;
-    }
-    case PF_I64: {
-      int64_t x;
-      memcpy(&x, p, 8);
-      return static_cast<double>(x);
-    }
-    case PF_I32: {
-      int32_t x;
-      memcpy(&x, p, 4);
-      return x;
-    }
-    case PF_F32: {
-      float x;
-      memcpy(&x, p, 4);
-      return x;
-    }
-    case PF_BF16: {
-      Bf16 x;
-      memcpy(&x, p, 2);
-      return ToFloat(x);
-    }
-    case PF_F16: {
-      uint16_t x;
-      memcpy(&x, p, 2);
-      return HalfToFloat(x);
-    }
-    default: return static_cast<uint8_t>(*p);
-  }
-}
-
+// Integers beyond 2^53 lose bits on the way through double, which no checkpoint needs.
 void ConvertElements(const char* from, int32_t from_type, char* to, int32_t to_type, int64_t n) {
   if (from_type == to_type) {
     memcpy(to, from, n * PfSize(to_type));
-  } else if (from_type == PF_F32 && to_type == PF_BF16) {
-    for (int64_t i = 0; i < n; ++i) {
-      float x;
-      memcpy(&x, from + 4 * i, 4);
-      const Bf16 y = ToBf16(x);
-      memcpy(to + 2 * i, &y, 2);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      const double x = ReadElement(from + i * PfSize(from_type), from_type);
-      if (to_type == PF_F32) {
-        const float y = static_cast<float>(x);
-        memcpy(to + 4 * i, &y, 4);
-      } else if (to_type == PF_BF16) {
-        const Bf16 y = ToBf16(static_cast<float>(x));
-        memcpy(to + 2 * i, &y, 2);
-      } else if (to_type == PF_I32) {
-        const int32_t y = static_cast<int32_t>(x);
-        memcpy(to + 4 * i, &y, 4);
-      } else {
-        to[i] = static_cast<char>(static_cast<uint8_t>(x));
-      }
-    }
+    return;
   }
+  const PfView source{const_cast<char*>(from), from_type, 1, {n}}, target{to, to_type, 1, {n}};
+  for (int64_t i = 0; i < n; ++i) Set(target, i, Get(source, i));
 }
 
 }  // namespace
