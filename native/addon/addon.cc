@@ -46,8 +46,7 @@ class Addon : public Napi::Addon<Addon> {
     env_ = env;
   }
   ~Addon() {
-    if (!shut_down_)
-      napi_remove_env_cleanup_hook(env_, &Addon::ShutdownHook, this);
+    if (!shut_down_) napi_remove_env_cleanup_hook(env_, &Addon::ShutdownHook, this);
     Shutdown();
   }
 

@@ -32,8 +32,8 @@ std::string Describe(const PfView& v) {
   static const char* const kNames[] = {"f32", "bf16", "i32", "u8", "f16", "f64", "i64"};
   std::string text = v.dtype >= 0 && v.dtype <= PF_I64 ? kNames[v.dtype] : "?";
   text += "[";
-  for (int i = 0; i < v.rank; ++i) text += (i ? "," : "") + std::to_string(v.dims[i]);
-  return text + "]";
+  for (int i = 0; i < v.rank; ++i) text.append(i ? "," : "").append(std::to_string(v.dims[i]));
+  return text.append("]");
 }
 
 struct ScratchContext : PfContext {
