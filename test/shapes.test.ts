@@ -159,7 +159,7 @@ describe('the toy world', () => {
           expect(end + radius, `clip ${i}`).toBeLessThanOrEqual(SIZE - 3.99)
         }
       }
-      expect(travel).toBeGreaterThanOrEqual(motion === 'still' ? 0 : SIZE / 3)
+      expect(travel).toBeGreaterThanOrEqual(motion === 'still' ? 0 : SIZE / 5)
       for (const word of caption(spec).split(' ')) expect(VOCABULARY).toContain(word)
     }
     expect(new Set(VOCABULARY).size).toBe(VOCABULARY.length)

@@ -82,6 +82,9 @@ export class Engine {
         commands: this.#commands,
       }),
     )
+    // process.exit() runs no native clean-up hooks: without this the engine thread would compute on while the C
+    // library takes oneDNN down around it.
+    process.once('exit', () => addon.close())
     this.#native = addon
     return addon
   }

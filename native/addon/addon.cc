@@ -40,24 +40,28 @@ class Addon : public Napi::Addon<Addon> {
          InstanceMethod("resetPeak", &Addon::ResetPeak), InstanceMethod("packBytes", &Addon::PackBytes),
          InstanceMethod("profile", &Addon::Profile), InstanceMethod("profileRead", &Addon::ProfileRead),
          InstanceMethod("info", &Addon::Info), InstanceMethod("benchCeiling", &Addon::BenchCeiling)});
-    // Runs at process exit and worker termination, before the environment goes: the engine thread must be
-    // gone by then.
-    napi_add_env_cleanup_hook(env, &Addon::ShutdownHook, this);
     env_ = env;
   }
-  ~Addon() {
-    if (!shut_down_) napi_remove_env_cleanup_hook(env_, &Addon::ShutdownHook, this);
-    Shutdown();
-  }
+  ~Addon() { Shutdown(); }
 
  private:
   [[noreturn]] static void Throw(Napi::Env env, const std::string& code, const std::string& message) {
     throw Napi::Error::New(env, code + " " + message);
   }
 
-  static void ShutdownHook(void* self) { static_cast<Addon*>(self)->Shutdown(); }
+  // Process exit or worker termination: the engine thread must be gone before the environment. Node itself
+  // ends the thread-safe function then; touching it again would be a use after free.
+  static void OnExit(void* self) {
+    auto* addon = static_cast<Addon*>(self);
+    addon->hooked_ = false;
+    addon->engine_.reset();
+    addon->settle_ = nullptr;
+    addon->files_.clear();
+  }
+
   void Shutdown() {
-    shut_down_ = true;
+    if (hooked_) napi_remove_env_cleanup_hook(env_, &Addon::OnExit, this);
+    hooked_ = false;
     engine_.reset();
     if (settle_) {
       settle_.Abort();
@@ -87,6 +91,9 @@ class Addon : public Napi::Addon<Addon> {
     settle_ = Napi::ThreadSafeFunction::New(
         info.Env(), Napi::Function::New(info.Env(), [](const Napi::CallbackInfo&) {}), "pyraflow", 0, 1);
     settle_.Unref(info.Env());
+    // Hooks run newest first: ours must come after the thread-safe function's own, to run before it.
+    napi_add_env_cleanup_hook(info.Env(), &Addon::OnExit, this);
+    hooked_ = true;
     engine_ = std::make_unique<Engine>(backend.table, threads, limit);
     Napi::Object result = Napi::Object::New(info.Env());
     result.Set("backend", backend.table->name);
@@ -95,8 +102,7 @@ class Addon : public Napi::Addon<Addon> {
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {
-    if (engine_) Shutdown();
-    shut_down_ = false;
+    Shutdown();
     return info.Env().Undefined();
   }
 
@@ -358,7 +364,7 @@ class Addon : public Napi::Addon<Addon> {
   }
 
   Napi::Env env_{nullptr};
-  bool shut_down_ = false;
+  bool hooked_ = false;
   std::unique_ptr<Engine> engine_;
   Napi::ThreadSafeFunction settle_;
   Napi::ObjectReference commands_reference_;

@@ -244,9 +244,9 @@ void Engine::Run(const std::vector<double>& w) {
   for (int i = 0; i < n_out; ++i) sound &= ReadOperand(w, &at, &out[i]);
   std::string operands;
   const auto describe = [&] {
-    for (int i = 0; i < n_in; ++i) operands += (i ? ", " : " (") + Describe(in[i]);
+    for (int i = 0; i < n_in; ++i) operands.append(i ? ", " : " (").append(Describe(in[i]));
     operands += n_in ? ")" : "";
-    for (int i = 0; i < n_out; ++i) operands += (i ? ", " : " -> ") + Describe(out[i]);
+    for (int i = 0; i < n_out; ++i) operands.append(i ? ", " : " -> ").append(Describe(out[i]));
     return operands;
   };
   if (!sound)
