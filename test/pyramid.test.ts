@@ -275,7 +275,7 @@ describe('a layout', () => {
     })
     const flat = makeLayout({ ...options, textMask: Uint8Array.of(1, 1, 0, 1, 0, 0) })
     expect(nested.segment).toEqual(flat.segment)
-    expect([...nested.segment.subarray(0, 6)]).toEqual([0, 0, 2, 1, 3, 3])
+    expect([...nested.segment.subarray(0, 6)]).toEqual([0, 0, 1, 2, 3, 3])
     expect([...makeLayout(options).segment.subarray(0, 6)]).toEqual([0, 0, 0, 1, 1, 1])
   })
 

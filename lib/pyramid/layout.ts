@@ -86,7 +86,7 @@ export interface Layout {
   readonly textRows: Int32Array
   /** Both, text first. */
   readonly jointRows: Int32Array
-  /** r for a token of row r, R + r for a padded text token of it, [R·S_t + N]. */
+  /** 2r for a token of row r, 2r + 1 for a padded text token of it, [R·S_t + N]. */
   readonly segment: Int32Array
   /** Time index when causal, else 0; text has 0, [R·S_t + N]. */
   readonly order: Int32Array
@@ -133,7 +133,8 @@ export function makeLayout(options: LayoutOptions): Layout {
   for (let r = 0; r < rows; r++) {
     for (let i = 0; i < textLength; i++) {
       jointRows[r * textLength + i] = r
-      segment[r * textLength + i] = valid(r, i) ? r : rows + r
+      // Padding lies beside its row: kernels skip blocks by the least and greatest segment in them.
+      segment[r * textLength + i] = valid(r, i) ? 2 * r : 2 * r + 1
     }
   }
   columns.forEach((column, c) => {
@@ -150,7 +151,7 @@ export function makeLayout(options: LayoutOptions): Layout {
       }
       const r = b * columns.length + c
       jointRows.fill(r, textTokens + at, textTokens + at + tokens)
-      segment.fill(r, textTokens + at, textTokens + at + tokens)
+      segment.fill(2 * r, textTokens + at, textTokens + at + tokens)
       if (causal) for (let i = 0; i < tokens; i++) order[textTokens + at + i] = ids[(at + i) * 3]
     }
   })
