@@ -276,7 +276,7 @@ describe('a layout', () => {
     const flat = makeLayout({ ...options, textMask: Uint8Array.of(1, 1, 0, 1, 0, 0) })
     expect(nested.segment).toEqual(flat.segment)
     expect([...nested.segment.subarray(0, 6)]).toEqual([0, 0, 1, 2, 3, 3])
-    expect([...makeLayout(options).segment.subarray(0, 6)]).toEqual([0, 0, 0, 1, 1, 1])
+    expect([...makeLayout(options).segment.subarray(0, 6)]).toEqual([0, 0, 0, 2, 2, 2])
   })
 
   it('leaves text unrotated', () => {
