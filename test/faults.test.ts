@@ -62,7 +62,7 @@ async function undisturbed(data: string, steps: number, count = 9): Promise<numb
 describe('the output folder', () => {
   test('that fills up while a checkpoint is saved: the older one stays, nothing is half-written, saving works later', async (context) => {
     const disk = mount('full', '2500k')
-    if (!disk) return context.skip()
+    if (!disk) return context.skip('a small file system could not be mounted')
     const out = join(disk, 'run')
     const data = await tinyLatents(join(folder, 'full-data'), { count: 9 })
     const first = tinyTrainer({ data, out, steps: 8, checkpointEvery: 1 })
@@ -91,7 +91,7 @@ describe('the output folder', () => {
   })
 
   test('that fills up while metrics are written ends the run with ERR_IO', async (context) => {
-    if (!existsSync('/dev/full')) return context.skip()
+    if (!existsSync('/dev/full')) return context.skip('this system has no /dev/full')
     const data = await tinyLatents(join(folder, 'metrics-data'))
     const out = join(folder, 'metrics')
     mkdirSync(out)
@@ -308,7 +308,7 @@ describe('clips and captions', () => {
   })
 
   test('a file that is no film ends training with its name, with the real decoder too', async (context) => {
-    if (!(await hasFfmpeg())) return context.skip()
+    if (!(await hasFfmpeg())) return context.skip('ffmpeg is not installed')
     const data = await openDataset(captions('no-film', good), size)
     await expect(train(data)).rejects.toMatchObject({
       code: 'ERR_IO',
