@@ -1,41 +1,38 @@
-import type { DType } from '../lib/engine/engine.ts'
+import { availableParallelism } from 'node:os'
+import { type DType, engine } from '../lib/engine/engine.ts'
 import { attention as attend } from '../lib/ops/attention.ts'
 import { planHistory } from '../lib/pyramid/history.ts'
-import { type Layout, makeLayout } from '../lib/pyramid/layout.ts'
+import { type Column, type Layout, makeLayout } from '../lib/pyramid/layout.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { scope } from '../lib/tensor/scope.ts'
 import { backward } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
-import { bareMatmul, countFor, type Effort, engineSeconds, interleave, type Row } from './harness.ts'
+import {
+  bareMatmul,
+  bareMultiplyAdd,
+  countFor,
+  type Effort,
+  engineSeconds,
+  interleave,
+  median,
+  type Required,
+  type Row,
+} from './harness.ts'
+import { findOnnxRuntime, INSTALL, onnxAttention } from './peers.ts'
 
 type Unnamed = Omit<Row, 'group'>
 
+// The published heads. Fewer of them do the same work per FLOP where a whole call would take minutes.
+const HEADS = 30
 const HEAD_DIM = 64
+const STAGES = 3
+const TEXT = 128
+const DTYPES = ['bf16', 'f32'] as const
 
-/** Attention over the tokens of one training batch and over one unit, against the rate of a matrix product. */
+/** Attention against the rate of a matrix product, the bare arithmetic, another library, and its own dense self. */
 export async function attention(effort: Effort): Promise<Unnamed[]> {
-  // The published width, or a slice of it where only the working of the bench is of interest.
-  const heads = effort.quick ? 2 : 30
   const rows: Unnamed[] = []
-  const packed = trainingLayout()
-  const length = packed.segment.length
-  const pairs = visiblePairs(packed)
-  const segment = Tensor.from(packed.segment, [1, length])
-  const order = Tensor.from(packed.order, [1, length])
-  for (const dtype of ['bf16', 'f32'] as const) {
-    rows.push(
-      await measure(effort, `dense, 1088 tokens, ${dtype}`, { dtype, heads, length: 1088, pairs: 1088 ** 2 }),
-    )
-    const share = ((100 * pairs) / length ** 2).toFixed(0)
-    const name = `packed training batch, ${length} tokens, ${share} % visible, ${dtype}`
-    const mask = { segment, order }
-    rows.push(await measure(effort, name, { dtype, heads, length, pairs, mask }))
-    rows.push(
-      await measure(effort, `${name}, with gradients`, { dtype, heads, length, pairs, mask, train: true }),
-    )
-  }
-  segment.dispose()
-  order.dispose()
+  for (const part of [ceilings, dense, training, histories, memory]) rows.push(...(await part(effort)))
   return rows
 }
 
@@ -49,7 +46,8 @@ interface Problem {
   train?: boolean
 }
 
-async function measure(effort: Effort, name: string, problem: Problem): Promise<Unnamed> {
+/** Hands `use` the op of a problem, and what one run of it computes. */
+async function withOp<T>(problem: Problem, use: (op: () => Tensor, flops: number) => Promise<T>): Promise<T> {
   const { dtype, heads, length, pairs, mask = {}, train = false } = problem
   const generator = new Generator(1)
   const draw = (): Tensor => generator.normal([1, length, heads, HEAD_DIM], { dtype })
@@ -62,33 +60,231 @@ async function measure(effort: Effort, name: string, problem: Problem): Promise<
       if (train) backward(o, seed)
       return o
     })
-  // Two products a pair forward, five backward.
-  const flops = (train ? 14 : 4) * pairs * heads * HEAD_DIM
-  const count = effort.quick ? 1 : await countFor(op, effort.seconds)
-  const { ours, ratio } = await interleave(
-    { ...effort, rounds: effort.quick ? 1 : Math.min(5, effort.rounds) },
-    async () => (1e-9 * flops) / (await engineSeconds(op, count)),
-    () => bareMatmul(1088, effort.quick ? 256 : 1920, 1920, dtype, effort.seconds),
-  )
-  for (const t of qkv) t.grad?.dispose()
-  for (const t of [...qkv, seed]) t.dispose()
-  return { name, value: ours, unit: 'GFLOP/s', ratio, against: `oneDNN matrix product, ${dtype}` }
+  try {
+    // Two products a pair forward, five backward.
+    return await use(op, (train ? 14 : 4) * pairs * heads * HEAD_DIM)
+  } finally {
+    for (const t of qkv) t.grad?.dispose()
+    for (const t of [...qkv, seed]) t.dispose()
+  }
+}
+
+/** Few slices suffice: they are long, and a matrix product stands beside each. */
+const shortened = (effort: Effort): Effort => ({
+  ...effort,
+  rounds: effort.quick ? 1 : Math.min(5, effort.rounds),
+})
+
+/** oneDNN's rate on the square projection of the published width. */
+const product = (effort: Effort, dtype: DType): Promise<number> =>
+  bareMatmul(2048, effort.quick ? 256 : 1920, 1920, dtype, effort.seconds)
+
+async function measure(
+  effort: Effort,
+  name: string,
+  problem: Problem,
+  required?: Required,
+): Promise<Unnamed> {
+  return await withOp(problem, async (op, flops) => {
+    const count = effort.quick ? 1 : await countFor(op, effort.seconds)
+    const { ours, ratio } = await interleave(
+      shortened(effort),
+      async () => (1e-9 * flops) / (await engineSeconds(op, count)),
+      () => product(effort, problem.dtype),
+    )
+    const against = `oneDNN matrix product, ${problem.dtype}`
+    return { name, value: ours, unit: 'GFLOP/s', ratio, against, ...(required && { required }) }
+  })
+}
+
+async function ceilings(effort: Effort): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
+  for (const dtype of DTYPES) {
+    const bare = await bareMultiplyAdd(dtype, effort.seconds)
+    if (bare === undefined) continue
+    const value = await product(effort, dtype)
+    const against = `${dtype === 'bf16' ? 'bf16 dot products' : 'multiply-adds'} out of registers`
+    const name = `oneDNN matrix product 2048×1920×1920, ${dtype}`
+    rows.push({ name, value, unit: 'GFLOP/s', ratio: value / bare, against })
+  }
+  return rows
+}
+
+async function dense(effort: Effort): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
+  for (const length of effort.quick ? [256] : [256, 1088, 4096, 15_488]) {
+    for (const dtype of DTYPES) {
+      const heads = effort.quick ? 2 : length > 5000 && dtype === 'f32' ? 4 : HEADS
+      const required = { of: 'ratio', atLeast: 0.6 } as const
+      const bound = dtype === 'bf16' && length === 4096 && fastBf16() ? required : undefined
+      const label = `${length} tokens, ${heads} heads, ${dtype}`
+      rows.push(await measure(effort, `dense, ${label}`, { dtype, heads, length, pairs: length ** 2 }, bound))
+    }
+  }
+  return [...rows, ...(await againstPeer(effort))]
+}
+
+/** Levels that multiply bf16 pairs: below them bf16 is only a storage type. */
+const fastBf16 = (): boolean => /bf16|amx/.test(engine.device.backend)
+
+async function againstPeer(effort: Effort): Promise<Unnamed[]> {
+  const ort = findOnnxRuntime()
+  if (!ort) {
+    process.stderr.write(`  no comparison with onnxruntime, which is not installed: ${INSTALL}\n`)
+    return []
+  }
+  const rows: Unnamed[] = []
+  const heads = effort.quick ? 2 : HEADS
+  for (const length of effort.quick ? [256] : [256, 512, 1088, 4096]) {
+    const peer = await onnxAttention(ort, length, heads, HEAD_DIM)
+    for (const dtype of DTYPES) {
+      const row = await withOp({ dtype, heads, length, pairs: length ** 2 }, async (op, flops) => {
+        const count = effort.quick ? 1 : await countFor(op, effort.seconds)
+        const times: [number, number][] = []
+        for (let i = 0; i < shortened(effort).rounds; i++) {
+          // By turns and never together: both would use every core.
+          const ours = await engineSeconds(op, count)
+          await engine.idle()
+          times.push([ours, await peer.seconds(Math.max(1, count >> 1))])
+        }
+        const ratio = median(times.map(([ours, theirs]) => theirs / ours))
+        const value = (1e-9 * flops) / median(times.map(([ours]) => ours))
+        const name = `dense, ${length} tokens, ${heads} heads, ${dtype}, by the peer`
+        return { name, value, unit: 'GFLOP/s', ratio, against: peer.name }
+      })
+      const required = peerBound(dtype, length)
+      rows.push(required ? { ...row, required } : row)
+    }
+    await peer.close()
+  }
+  return rows
+}
+
+function peerBound(dtype: DType, length: number): Required | undefined {
+  if (dtype === 'f32') return length >= 1088 && hasAvx512() ? { of: 'ratio', atLeast: 1.3 } : undefined
+  return length <= 512 && fastBf16() ? { of: 'ratio', atLeast: 1.5 } : undefined
+}
+
+const hasAvx512 = (): boolean => /avx512|amx/.test(engine.device.backend)
+
+async function training(effort: Effort): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
+  const heads = effort.quick ? 2 : HEADS
+  await withMask(trainingLayout(), async (mask, length, pairs) => {
+    const share = ((100 * pairs) / length ** 2).toFixed(0)
+    for (const dtype of DTYPES) {
+      const name = `packed training batch, ${length} tokens, ${share} % visible, ${dtype}`
+      rows.push(await measure(effort, name, { dtype, heads, length, pairs, mask }))
+      const train = { dtype, heads, length, pairs, mask, train: true }
+      rows.push(await measure(effort, `${name}, with gradients`, train, backwardBound(dtype)))
+    }
+  })
+  const length = effort.quick ? 256 : 1088
+  for (const dtype of DTYPES) {
+    const name = `dense, ${length} tokens, ${dtype}, with gradients`
+    const problem = { dtype, heads, length, pairs: length ** 2, train: true }
+    rows.push(await measure(effort, name, problem, backwardBound(dtype)))
+  }
+  return rows
+}
+
+function backwardBound(dtype: DType): Required | undefined {
+  if (dtype === 'bf16' && !fastBf16()) return undefined
+  return { of: 'ratio', atLeast: dtype === 'bf16' ? 0.45 : 0.6 }
+}
+
+/** Time of real history layouts over that of the dense call of the same length, times their visible fraction. */
+async function histories(effort: Effort): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
+  const heads = effort.quick ? 1 : 6
+  const sizes: [string, number, number][] = effort.quick
+    ? [['384p', 48, 80]]
+    : [
+        ['384p', 48, 80],
+        ['768p', 96, 160],
+      ]
+  for (const [label, height, width] of sizes) {
+    for (const unit of effort.quick ? [3] : [0, 3, 15, 30]) {
+      for (let stage = effort.quick ? 2 : 0; stage < STAGES; stage++) {
+        const layout = makeLayout({
+          columns: [columnOf(unit, stage, height, width)],
+          batch: 1,
+          textLength: TEXT,
+          headAxes: [16, 24, 24],
+          causal: true,
+        })
+        await withMask(layout, async (mask, length, pairs) => {
+          const problem = { dtype: 'bf16', heads, length } as const
+          const visible = pairs / length ** 2
+          const seconds = (part: Partial<Problem>): Promise<number> =>
+            withOp({ ...problem, pairs, ...part }, async (op) =>
+              engineSeconds(op, effort.quick ? 1 : await countFor(op, effort.seconds / 4)),
+            )
+          const pairsOfTimes: number[] = []
+          for (let i = 0; i < (effort.quick ? 1 : 3); i++)
+            pairsOfTimes.push((await seconds({ mask })) / (visible * (await seconds({}))))
+          const name = `${label} unit ${unit} stage ${stage}: ${length} tokens, ${(100 * visible).toFixed(0)} % visible`
+          rows.push({
+            name,
+            value: median(pairsOfTimes),
+            unit: '× dense time × visible',
+            ...(length >= 4096 && { required: { of: 'value', atMost: 1.15 } as const }),
+          })
+        })
+      }
+    }
+  }
+  return rows
+}
+
+/** Bytes beyond operands and results at the longest sequence of the published models. */
+async function memory(effort: Effort): Promise<Unnamed[]> {
+  const length = effort.quick ? 512 : 15_488
+  const bytes = await withOp({ dtype: 'bf16', heads: HEADS, length, pairs: 1 }, async (op) => {
+    const before = engine.memory().live
+    engine.resetPeak()
+    const o = op()
+    await engine.idle()
+    const extra = engine.memory().peak - before - o.bytes
+    o.dispose()
+    return extra
+  })
+  return [
+    {
+      name: `memory beside operands and result, ${length} tokens, ${HEADS} heads, bf16, ${availableParallelism()} threads`,
+      value: bytes / 2 ** 20,
+      unit: 'MiB',
+      required: { of: 'value', atMost: 64 },
+    },
+  ]
+}
+
+async function withMask(
+  layout: Layout,
+  use: (mask: { segment: Tensor; order: Tensor }, length: number, pairs: number) => Promise<void>,
+): Promise<void> {
+  const length = layout.segment.length
+  const segment = Tensor.from(layout.segment, [1, length])
+  const order = Tensor.from(layout.order, [1, length])
+  await use({ segment, order }, length, visiblePairs(layout))
+  segment.dispose()
+  order.dispose()
+}
+
+/** Unit `unit` at a stage with its history, of a video whose full-size latent is height × width. */
+function columnOf(unit: number, stage: number, height: number, width: number): Column {
+  const at = (level: number, frames: number) => {
+    const shrink = 2 ** (STAGES - 1 - level)
+    return { frames, height: height / shrink, width: width / shrink }
+  }
+  const history = planHistory(unit, stage, STAGES).map((piece) => at(piece.level, piece.frameCount))
+  return { clips: [...history, at(stage, 1)] }
 }
 
 /** One 384p sample a column at stages 0, 1, 1 and 2, with the history lengths of a four-unit clip. */
 function trainingLayout(): Layout {
-  const stageCount = 3
-  const columns = [0, 1, 1, 2].map((stage) => {
-    const unit = stage === stageCount - 1 ? 1 : 2
-    const at = (level: number, frames: number) => ({
-      frames,
-      height: 12 * 2 ** level,
-      width: 20 * 2 ** level,
-    })
-    const history = planHistory(unit, stage, stageCount).map((piece) => at(piece.level, piece.frameCount))
-    return { clips: [...history, at(stage, 1)] }
-  })
-  return makeLayout({ columns, batch: 1, textLength: 128, headAxes: [16, 24, 24], causal: true })
+  const columns = [0, 1, 1, 2].map((stage) => columnOf(stage === STAGES - 1 ? 1 : 2, stage, 48, 80))
+  return makeLayout({ columns, batch: 1, textLength: TEXT, headAxes: [16, 24, 24], causal: true })
 }
 
 function visiblePairs({ segment, order }: Layout): number {

@@ -49,7 +49,7 @@ export function median(values: readonly number[]): number {
     : ((sorted[middle - 1] as number) + (sorted[middle] as number)) / 2
 }
 
-type Ceiling = 'matmul' | 'copy' | 'clock' | 'onednn'
+type Ceiling = 'matmul' | 'copy' | 'multiply-add' | 'clock' | 'onednn'
 
 /** Queues a measurement of what the machine does without pyraflow; it runs on the engine thread in its turn. */
 export async function ceiling(kind: Ceiling, ...job: number[]): Promise<number> {
@@ -70,6 +70,12 @@ export async function ceiling(kind: Ceiling, ...job: number[]): Promise<number> 
 /** GFLOP/s of oneDNN alone: one primitive for x[m, k]·w[n, k]ᵀ, weights in the layout it likes best. */
 export function bareMatmul(m: number, n: number, k: number, dtype: DType, seconds: number): Promise<number> {
   return ceiling('matmul', m, n, k, DTYPES[dtype].code, seconds)
+}
+
+/** GFLOP/s of the widest multiply-adds this CPU has, out of registers; undefined where it has none for the dtype. */
+export async function bareMultiplyAdd(dtype: DType, seconds: number): Promise<number | undefined> {
+  const rate = await ceiling('multiply-add', DTYPES[dtype].code, seconds)
+  return rate > 0 ? rate : undefined
 }
 
 /** GB/s, read plus written, of a memcpy that moves `moved` bytes in all. */

@@ -6,13 +6,14 @@ import { attention } from './attention.ts'
 import { dispatch } from './dispatch.ts'
 import { generate } from './generate.ts'
 import { effortOf, type Group, meets, type Row } from './harness.ts'
+import { kernels } from './kernels.ts'
 import { describeMachine, slugOf } from './machine.ts'
 import { matmul } from './matmul.ts'
 import { pyramid } from './pyramid.ts'
 import { train } from './train.ts'
 
 // Measures the engine against what the machine can do. Tables go to stderr, JSON where it is asked for.
-const GROUPS: Record<string, Group> = { dispatch, matmul, pyramid, attention, train, generate }
+const GROUPS: Record<string, Group> = { dispatch, matmul, pyramid, kernels, attention, train, generate }
 
 const USAGE = `npm run bench -- [options]
   --filter NAME   only the groups whose name contains NAME (${Object.keys(GROUPS).join(', ')})

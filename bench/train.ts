@@ -2,12 +2,28 @@ import { tmpdir } from 'node:os'
 import { ditConfig } from '../examples/shapes/networks.ts'
 import { engine } from '../lib/engine/engine.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
-import { scope } from '../lib/tensor/scope.ts'
-import { backward } from '../lib/tensor/tape.ts'
+import { sliced } from '../lib/tensor/sliced.ts'
+import { backwardSteps } from '../lib/tensor/tape.ts'
 import type { LatentDataset } from '../lib/train/latents.ts'
 import { Trainer } from '../lib/train/trainer.ts'
 import { breakdown, type Effort, median, type Row } from './harness.ts'
 import { withRandomLatents, wordEncoder } from './toy.ts'
+
+/** Longest time in ms between two turns of the event loop while `work` goes on. */
+async function longestPause(work: () => Promise<unknown>): Promise<number> {
+  let [longest, last, going] = [0, performance.now(), true]
+  const turn = (): void => {
+    const now = performance.now()
+    longest = Math.max(longest, now - last)
+    last = now
+    if (going) setImmediate(turn)
+  }
+  setImmediate(turn)
+  await work()
+  turn()
+  going = false
+  return longest
+}
 
 type Unnamed = Omit<Row, 'group'>
 
@@ -37,22 +53,24 @@ async function measure(effort: Effort, data: LatentDataset, batchSize: number): 
     seed: 1,
   })
   // The same step each time: another one would have another length.
-  const step = async (): Promise<{ queued: number; done: number }> => {
+  const step = async (): Promise<{ queued: number; pause: number; done: number }> => {
     const begin = performance.now()
-    scope(() => {
-      const { loss } = trainer.forward(0, trainer.indices(0))
-      backward(loss)
-      trainer.optimizer.step(1e-4)
-    })
+    const pause = await longestPause(() =>
+      sliced(function* () {
+        const { loss } = yield* trainer.forwardSteps(0, trainer.indices(0))
+        yield* backwardSteps(loss)
+        trainer.optimizer.step(1e-4)
+      }),
+    )
     const queued = (performance.now() - begin) / 1000
     await engine.idle()
-    return { queued, done: (performance.now() - begin) / 1000 }
+    return { queued, pause, done: (performance.now() - begin) / 1000 }
   }
   try {
     await step()
-    const times: { queued: number; done: number }[] = []
+    const times: Awaited<ReturnType<typeof step>>[] = []
     engine.profile(true)
-    const runs = effort.quick ? 1 : 3
+    const runs = effort.quick ? 1 : 7
     for (let i = 0; i < runs; i++) times.push(await step())
     const ops = engine.profileRead()
     const sum = (list: typeof ops): number => list.reduce((n, op) => n + op.seconds, 0)
@@ -63,6 +81,12 @@ async function measure(effort: Effort, data: LatentDataset, batchSize: number): 
       { name: `step of ${batchSize} samples, ${tokens} tokens, bf16`, value: seconds, unit: 's' },
       { name: 'tokens through forward, backward and update', value: tokens / seconds, unit: 'tokens/s' },
       { name: 'JavaScript queueing it, meanwhile', value: queued, unit: 's', share: queued / seconds },
+      {
+        name: 'longest pause of the event loop in a step',
+        value: median(times.map(({ pause }) => pause)),
+        unit: 'ms',
+        required: { of: 'value', atMost: 10 },
+      },
       {
         name: 'matmul and attention',
         value: (1000 * products) / runs,

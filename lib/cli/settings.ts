@@ -50,7 +50,11 @@ export function common(command: Command, json = true): Command {
       .env('PYRAFLOW_PROGRESS')
       .default('auto'),
   )
-  option(command, '--backend <name>', 'auto, cpu, or a level to cap at: base, avx2, avx512, amx, ref')
+  option(
+    command,
+    '--backend <name>',
+    'auto, cpu, or a level to cap at: base, avx2, avx512, avx512_bf16, amx, ref',
+  )
   return option(command, '--threads <n>', 'compute threads (default: all cores)', wholeNumber)
 }
 

@@ -25,7 +25,7 @@ export interface Operand {
 }
 
 export interface EngineOptions {
-  /** `auto`, `cpu`, or a capped level: `base`, `avx2`, `avx512`, `amx`, `ref`. */
+  /** `auto`, `cpu`, or a capped level: `base`, `avx2`, `avx512`, `avx512_bf16`, `amx`, `ref`. */
   backend?: string
   /** Compute threads; default: all available. */
   threads?: number

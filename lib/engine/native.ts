@@ -38,7 +38,7 @@ export interface NativeBinding {
    * [m, n, k, dtype, seconds] → GFLOP/s, copy [bytes, seconds] → GB/s read and written, clock [] → s, onednn [] →
    * version) in five numbers; the result arrives in `job[0]`.
    */
-  benchCeiling?(kind: 'matmul' | 'copy' | 'clock' | 'onednn', job: Float64Array): Promise<void>
+  benchCeiling?(kind: 'matmul' | 'copy' | 'multiply-add' | 'clock' | 'onednn', job: Float64Array): Promise<void>
 }
 
 const FUNCTIONS = [

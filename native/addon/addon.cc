@@ -316,11 +316,16 @@ class Addon : public Napi::Addon<Addon> {
     } else if (kind == "copy") {
       const auto f = reinterpret_cast<double (*)(int64_t, double)>(BackendSymbol(env, "pf_bench_copy"));
       measure = [f, job] { return f(static_cast<int64_t>(job[0]), job[1]); };
+    } else if (kind == "multiply-add") {
+      const auto f =
+          reinterpret_cast<double (*)(int32_t, double)>(BackendSymbol(env, "pf_bench_multiply_add"));
+      measure = [f, job] { return f(static_cast<int32_t>(job[0]), job[1]); };
     } else if (kind == "onednn") {
       const auto f = reinterpret_cast<int32_t (*)()>(BackendSymbol(env, "pf_bench_onednn_version"));
       measure = [f] { return static_cast<double>(f()); };
     } else {
-      Throw(env, "ERR_OPTION", "benchCeiling: expected clock, matmul, copy or onednn, received " + kind);
+      Throw(env, "ERR_OPTION",
+            "benchCeiling: expected clock, matmul, copy, multiply-add or onednn, received " + kind);
     }
     auto pending = std::make_unique<Pending>(env);
     pending->target = Napi::Persistent(info[1].As<Napi::Object>());

@@ -26,7 +26,7 @@ bool RequestAmx() {
 }  // namespace
 
 std::vector<CpuLevel> CpuLevels() {
-  uint32_t a = 0, b = 0, c = 0, d = 0, c1 = 0;
+  uint32_t a = 0, b = 0, c = 0, d = 0, b1 = 0, c1 = 0, d1 = 0;
   __get_cpuid(1, &a, &b, &c1, &d);
   const bool fma = c1 & (1u << 12), f16c = c1 & (1u << 29);
   b = d = 0;
@@ -35,14 +35,19 @@ std::vector<CpuLevel> CpuLevels() {
   const bool avx512 = (b & (1u << 16)) && (b & (1u << 17)) && (b & (1u << 30)) && (b & (1u << 31));
   const bool amx = (d & (1u << 22)) && (d & (1u << 24));
   const uint64_t xcr0 = Xcr0();
-  std::vector<CpuLevel> levels{{"cpu_base", ""}, {"cpu_avx2", ""}, {"cpu_avx512", ""}, {"cpu_amx", ""}};
+  a = 0;
+  __get_cpuid_count(7, 1, &a, &b1, &c, &d1);
+  const bool bf16 = a & (1u << 5);
+  std::vector<CpuLevel> levels{
+      {"cpu_base", ""}, {"cpu_avx2", ""}, {"cpu_avx512", ""}, {"cpu_avx512_bf16", ""}, {"cpu_amx", ""}};
   if (!avx2 || !fma || !f16c || (xcr0 & 6) != 6) levels[1].unusable = "the CPU has no AVX2 and FMA";
   if (!levels[1].unusable.empty() || !avx512 || (xcr0 & 0xe6) != 0xe6)
     levels[2].unusable = "the CPU has no AVX-512 (F, BW, DQ, VL)";
-  if (!levels[2].unusable.empty() || !amx)
-    levels[3].unusable = "the CPU has no AMX-bf16 tiles";
+  if (!levels[2].unusable.empty() || !bf16) levels[3].unusable = "the CPU has no AVX-512 bf16 dot products";
+  if (!levels[3].unusable.empty() || !amx)
+    levels[4].unusable = "the CPU has no AMX-bf16 tiles";
   else if (!RequestAmx())
-    levels[3].unusable = "the kernel refused AMX tile state";
+    levels[4].unusable = "the kernel refused AMX tile state";
   return levels;
 }
 
@@ -79,7 +84,7 @@ Backend ChooseBackend(const std::string& directory, const std::string& wanted) {
     if (top < 0) {
       Backend none;
       none.name = wanted;
-      none.reason = "unknown backend '" + wanted + "': use ref, base, avx2, avx512 or amx";
+      none.reason = "unknown backend '" + wanted + "': use ref, base, avx2, avx512, avx512_bf16 or amx";
       return none;
     }
   }

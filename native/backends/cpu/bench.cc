@@ -11,7 +11,7 @@
 #include <chrono>
 #include <memory>
 
-#include "core/op.h"
+#include "backends/cpu/simd.h"
 
 namespace {
 
@@ -140,6 +140,52 @@ PF_EXPORT double pf_bench_copy(int64_t bytes, double seconds) {
     }
   });
   return 2e-9 * static_cast<double>(bytes) / each;
+}
+
+namespace {
+
+// Multiply-adds on registers alone: 12 independent sums keep two units of 5 cycles' latency busy.
+template <class Step>
+float Spin(int64_t rounds, Step step) {
+  Vf sum[12] = {}, x = Set1(0.5f), y = Set1(1e-8f);
+  for (int64_t i = 0; i < rounds; ++i) {
+    __asm__ volatile("" : "+v"(x), "+v"(y));  // the operands may have changed: nothing can be hoisted
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) sum[j] = step(x, y, sum[j]);
+  }
+  Vf all = {};
+  for (const Vf& s : sum) all += s;
+  return Sum(all);
+}
+
+}  // namespace
+
+// GFLOP/s of the widest multiply-add this level has for dtype, on all threads, out of registers: what no
+// kernel can exceed. bf16 counts the pairwise dot product where there is one; negative when the level has
+// none.
+PF_EXPORT double pf_bench_multiply_add(int32_t dtype, double seconds) {
+#if !defined(__AVX512BF16__)
+  if (dtype == PF_BF16) return -1;
+#endif
+  constexpr int64_t kRounds = 1 << 18;
+  volatile float kept = 0;
+  const double each = SecondsPerRun(seconds, [&] {
+#pragma omp parallel
+    {
+      float result = 0;
+#if defined(__AVX512BF16__)
+      if (dtype == PF_BF16)
+        result = Spin(kRounds, [](Vf a, Vf b, Vf c) {
+          return (Vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+        });
+      else
+#endif
+        result = Spin(kRounds, [](Vf a, Vf b, Vf c) { return Fma(a, b, c); });
+      if (omp_get_thread_num() == 0) kept = result;
+    }
+  });
+  const double per_lane = dtype == PF_BF16 ? 4 : 2;
+  return 1e-9 * 12.0 * kRounds * kLanes * per_lane * omp_get_max_threads() / each;
 }
 
 // Version of the oneDNN that was loaded, as major·10000 + minor·100 + patch.

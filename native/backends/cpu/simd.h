@@ -36,12 +36,47 @@ static inline Vf LoadF(const Bf16* p) {
   return (Vf)(__builtin_convertvector(h, Vu) << 16);
 }
 static inline void StoreF(float* p, Vf v) { memcpy(p, &v, sizeof(v)); }
-static inline void StoreF(Bf16* p, Vf v) {
+// v rounded to bf16, in the lower half of every lane.
+static inline Vu Bf16Bits(Vf v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zero; nothing here lives below 1e-38.
+  return __builtin_convertvector((Vh)_mm512_cvtneps_pbh((__m512)v), Vu);
+#else
   const Vu u = (Vu)v;
   const Vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
   const Vu nan = (Vu)((u & 0x7fffffffu) > 0x7f800000u);
-  const Vh h = __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40) & nan), Vh);
+  return (rounded & ~nan) | (((u >> 16) | 0x40) & nan);
+#endif
+}
+static inline void StoreF(Bf16* p, Vf v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const Vh h = __builtin_convertvector(Bf16Bits(v), Vh);
+#endif
   memcpy(p, &h, sizeof(h));
+}
+
+// Results larger than this leave the caches before anybody reads them: written past the caches they need not
+// be read first. That takes vectors at aligned addresses.
+static constexpr int64_t kStreamBytes = 16 << 20;
+static inline bool WorthStreaming(const void* y, int64_t bytes, int64_t row_bytes) {
+  return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(y) % sizeof(Vf) == 0 &&
+         row_bytes % sizeof(Vf) == 0;
+}
+// A whole vector, past the caches if asked; whoever streams ends with _mm_sfence.
+template <bool kStream>
+static inline void Put(void* p, Vf v) {
+  if constexpr (!kStream)
+    memcpy(p, &v, sizeof(v));
+  else
+#if defined(__AVX512F__)
+    _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#else
+    _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#endif
 }
 // The last, incomplete vector of a row: missing lanes read as fill and are not written.
 template <class T>
@@ -67,8 +102,27 @@ static inline Vf Fma(Vf a, Vf b, Vf c) {
   return a * b + c;
 #endif
 }
-static inline Vf Max(Vf a, Vf b) { return a > b ? a : b; }
-static inline Vf Min(Vf a, Vf b) { return a < b ? a : b; }
+// The larger and the smaller; b where either is NaN. The compiler does not find the instruction by itself.
+#if defined(__AVX512F__)
+static inline Vf Max(Vf a, Vf b) { return (Vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+static inline Vf Min(Vf a, Vf b) { return (Vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline Vf Max(Vf a, Vf b) { return (Vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline Vf Min(Vf a, Vf b) { return (Vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+static inline Vf Max(Vf a, Vf b) { return (Vf)_mm_max_ps((__m128)a, (__m128)b); }
+static inline Vf Min(Vf a, Vf b) { return (Vf)_mm_min_ps((__m128)a, (__m128)b); }
+#endif
+// Whether any lane of a comparison's result holds.
+static inline bool AnyLane(Vi v) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)v) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)v) != 0;
+#else
+  return _mm_movemask_ps((__m128)v) != 0;
+#endif
+}
 static inline Vf Sqrt(Vf x) {
 #if defined(__AVX512F__)
   // GCC 12 warns of an uninitialised operand inside the unmasked form.

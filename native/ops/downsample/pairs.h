@@ -25,16 +25,6 @@ static inline Vf PairSums(Vf a, Vf b) {
   return __builtin_shuffle(a, b, kEven) + __builtin_shuffle(a, b, kEven + 1);
 }
 
-// y[j] = factor * (the 2x2 block j of rows a and b), j < n.
-static inline void HalveRows(const float* a, const float* b, int64_t n, float factor, float* y) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const Vf low = LoadF(a + 2 * j) + LoadF(b + 2 * j);
-    const Vf high = LoadF(a + 2 * j + kLanes) + LoadF(b + 2 * j + kLanes);
-    StoreF(y + j, factor * PairSums(low, high));
-  }
-  for (; j < n; ++j) y[j] = factor * ((a[2 * j] + b[2 * j]) + (a[2 * j + 1] + b[2 * j + 1]));
-}
 // y[2j] = y[2j + 1] = factor * x[j], j < n.
 static inline void DoubleRow(const float* x, int64_t n, float factor, float* y) {
   int64_t j = 0;
@@ -46,39 +36,99 @@ static inline void DoubleRow(const float* x, int64_t n, float factor, float* y) 
   for (; j < n; ++j) y[2 * j] = y[2 * j + 1] = factor * x[j];
 }
 
-// small = factor * (2x2 block sums of large), large [count, 2h, 2w]. Row pairs are tasks, long rows go in
-// pieces.
-static inline void HalvePlanes(const PfView& large, const PfView& small, int64_t row_pairs, int64_t w,
-                               float factor) {
+// Sums of neighbours of 2 kLanes values of both rows, (a0 + b0) + (a1 + b1): the order is the same for both
+// types.
+static inline Vf BlockSums(const float* a, const float* b) {
+  return PairSums(LoadF(a) + LoadF(b), LoadF(a + kLanes) + LoadF(b + kLanes));
+}
+static inline Vf BlockSums(const Bf16* a, const Bf16* b) {
+  // Two neighbours share a 32-bit lane: no shuffle is needed to part them.
+  Vu u, v;
+  memcpy(&u, a, sizeof(u));
+  memcpy(&v, b, sizeof(v));
+  const Vf even = (Vf)(u << 16) + (Vf)(v << 16);
+  return even + ((Vf)(u & 0xffff0000u) + (Vf)(v & 0xffff0000u));
+}
+
+// Every value of v twice, 2 kLanes values in all, to one row.
+template <bool kStream>
+static inline void PutTwice(float* y, Vf v) {
+  Put<kStream>(y, TwiceLow(v));
+  Put<kStream>(y + kLanes, TwiceHigh(v));
+}
+template <bool kStream>
+static inline void PutTwice(Bf16* y, Vf v) {
+  const Vu bits = Bf16Bits(v);
+  Put<kStream>(y, (Vf)(bits | bits << 16));
+}
+
+// body(row pair) in tasks of about a thousand values of the small side.
+template <class Body>
+static inline void ForRowPairs(int64_t row_pairs, int64_t w, bool stream, Body body) {
   const int64_t group = w < 1024 ? 1024 / w : 1;
   ForTasks((row_pairs + group - 1) / group, row_pairs * w * 4, [&](int64_t task) {
-    alignas(64) float top[kBlock], low[kBlock], out[kBlock / 2];
-    for (int64_t row = task * group; row < MinOf(row_pairs, (task + 1) * group); ++row) {
-      for (int64_t c = 0; c < w; c += kBlock / 2) {
-        const int64_t n = MinOf(kBlock / 2, w - c), from = row * 4 * w + 2 * c, to = row * w + c;
-        float* y = BeginWrite(small, to, out);
-        HalveRows(ReadBlock(large, from, 2 * n, top), ReadBlock(large, from + 2 * w, 2 * n, low), n, factor,
-                  y);
-        EndWrite(small, to, n, y);
-      }
+    for (int64_t row = task * group; row < MinOf(row_pairs, (task + 1) * group); ++row) body(row);
+    if (stream) _mm_sfence();
+  });
+}
+
+template <bool kStream, class X, class Y>
+static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w, float factor) {
+  ForRowPairs(row_pairs, w, kStream, [=](int64_t row) {
+    const X *a = large + row * 4 * w, *b = a + 2 * w;
+    Y* y = small + row * w;
+    int64_t j = 0;
+    for (; j + kLanes <= w; j += kLanes) {
+      const Vf v = factor * BlockSums(a + 2 * j, b + 2 * j);
+      if constexpr (kStream && sizeof(Y) == sizeof(float))
+        Put<true>(y + j, v);
+      else
+        StoreF(y + j, v);
+    }
+    for (; j < w; ++j) {
+      const float even = ToFloat(a[2 * j]) + ToFloat(b[2 * j]);
+      y[j] = FromFloat<Y>(factor * (even + (ToFloat(a[2 * j + 1]) + ToFloat(b[2 * j + 1]))));
     }
   });
+}
+
+template <bool kStream, class X, class Y>
+static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
+  ForRowPairs(row_pairs, w, kStream, [=](int64_t row) {
+    const X* x = small + row * w;
+    Y *top = large + row * 4 * w, *low = top + 2 * w;
+    int64_t j = 0;
+    for (; j + kLanes <= w; j += kLanes) {
+      const Vf v = factor * LoadF(x + j);
+      PutTwice<kStream>(top + 2 * j, v);
+      PutTwice<kStream>(low + 2 * j, v);
+    }
+    for (; j < w; ++j)
+      top[2 * j] = top[2 * j + 1] = low[2 * j] = low[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
+  });
+}
+
+// small = factor * (2x2 block sums of large), large [count, 2h, 2w].
+static inline void HalvePlanes(const PfView& large, const PfView& small, int64_t row_pairs, int64_t w,
+                               float factor) {
+  PF_FLOAT_DISPATCH(large, X, PF_FLOAT_DISPATCH(small, Y, {
+                      const X* x = PfData<X>(large);
+                      Y* y = PfData<Y>(small);
+                      if (WorthStreaming(y, row_pairs * w * sizeof(Y), w * sizeof(Y)))
+                        Halve<true>(x, y, row_pairs, w, factor);
+                      else
+                        Halve<false>(x, y, row_pairs, w, factor);
+                    }););
 }
 // large = factor * small, every value repeated into its 2x2 block.
 static inline void DoublePlanes(const PfView& small, const PfView& large, int64_t row_pairs, int64_t w,
                                 float factor) {
-  const int64_t group = w < 1024 ? 1024 / w : 1;
-  ForTasks((row_pairs + group - 1) / group, row_pairs * w * 4, [&](int64_t task) {
-    alignas(64) float in[kBlock / 2], out[kBlock];
-    for (int64_t row = task * group; row < MinOf(row_pairs, (task + 1) * group); ++row) {
-      for (int64_t c = 0; c < w; c += kBlock / 2) {
-        const int64_t n = MinOf(kBlock / 2, w - c), to = row * 4 * w + 2 * c;
-        DoubleRow(ReadBlock(small, row * w + c, n, in), n, factor, out);
-        for (int64_t at = to; at <= to + 2 * w; at += 2 * w) {
-          if (large.dtype == PF_F32) memcpy(PfData<float>(large) + at, out, 2 * n * sizeof(float));
-          EndWrite(large, at, 2 * n, out);
-        }
-      }
-    }
-  });
+  PF_FLOAT_DISPATCH(small, X, PF_FLOAT_DISPATCH(large, Y, {
+                      const X* x = PfData<X>(small);
+                      Y* y = PfData<Y>(large);
+                      if (WorthStreaming(y, 4 * row_pairs * w * sizeof(Y), 2 * w * sizeof(Y)))
+                        Double<true>(x, y, row_pairs, w, factor);
+                      else
+                        Double<false>(x, y, row_pairs, w, factor);
+                    }););
 }

@@ -1,0 +1,231 @@
+// Forward pass in tiles of keys x queries: queries lie in the lanes, so that maxima, sums and rescaling are
+// plain vector arithmetic, keys and values are read row by row as they come, and weights leave the softmax in
+// the layout that the second product reads.
+#pragma once
+#include "ops/attention/attention_layout.h"
+#include "ops/attention/attention_panel.h"
+
+namespace {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+
+// Online softmax of a query block, in base 2: weights are 2^(logit - reference).
+struct Softmax {
+  alignas(64) float reference[kQueryBlock];  // -inf until something is visible
+  alignas(64) float sum[kQueryBlock];
+
+  void Reset() {
+    for (float& r : reference) r = -INFINITY;
+    memset(sum, 0, sizeof(sum));
+  }
+
+  // Turns NV vectors of queries from column c on of a tile of logits s [keys, kQueryBlock] into weights; o
+  // are the accumulated outputs [d, kQueryBlock], rescaled when the reference moves.
+  template <class E, int NV>
+  void Columns(const Layout& l, const Block& q, const Block& k, bool mask, float scale, int64_t c, float* s,
+               Unit* weights, float* o, int64_t d) {
+    const Vf never = Set1(-INFINITY);
+    Vf top[NV];
+    for (int v = 0; v < NV; ++v) top[v] = never;
+    for (int64_t j = 0; j < k.count; ++j) {
+      float* row = s + j * kQueryBlock + c;
+      for (int v = 0; v < NV; ++v) {
+        Vf t = LoadF(row + v * kLanes);
+        if (mask) {
+          t = WhereSeen(l, q.at + c + v * kLanes, l.key_segment[k.start + j], l.key_order[k.start + j], t,
+                        never);
+          StoreF(row + v * kLanes, t);
+        }
+        top[v] = Max(t, top[v]);
+      }
+    }
+    Vf minus[NV], total[NV];
+    for (int v = 0; v < NV; ++v) {
+      float* ours = reference + c + v * kLanes;
+      const Vf before = LoadF(ours), now = top[v] == never ? never : top[v] * scale;
+      Vf after = before;
+      total[v] = LoadF(sum + c + v * kLanes);
+      // A weight may grow to 2^8 before everything is rescaled: that costs no accuracy and saves most
+      // rescaling.
+      constexpr float kSlack = 8;
+      if (AnyLane(now > before + kSlack)) {
+        after = Max(now, before);
+        const Vf shrink = after == before ? Set1(1) : Exp2<float>(before - after);
+        total[v] *= shrink;
+        for (int64_t i = 0; i < d; ++i) {
+          float* value = o + i * kQueryBlock + c + v * kLanes;
+          StoreF(value, LoadF(value) * shrink);
+        }
+        StoreF(ours, after);
+      }
+      minus[v] = after == never ? (Vf){} : -after;
+    }
+    for (int64_t j = 0; j < k.count; j += kPerUnit<E>) {
+      const float* row = s + j * kQueryBlock + c;
+      const bool pair = kPerUnit<E> == 2 && j + 1 < k.count;
+      for (int v = 0; v < NV; ++v) {
+        const auto weight = [&](const float* from) {
+          const Vf t = LoadF(from);
+          const Vf p = Exp2<E>(Fma(t, Set1(scale), minus[v]));
+          return mask ? (t == never ? (Vf){} : p) : p;
+        };
+        const Vf first = weight(row + v * kLanes);
+        const Vf second = pair ? weight(row + kQueryBlock + v * kLanes) : (Vf){};
+        total[v] += first + second;
+        PutUnits<E>(weights + j / kPerUnit<E> * kQueryBlock + c + v * kLanes, first, second);
+      }
+    }
+    for (int v = 0; v < NV; ++v) StoreF(sum + c + v * kLanes, total[v]);
+  }
+
+  template <class E>
+  void Tile(const Layout& l, const Block& q, const Block& k, bool mask, float scale, float* s, Unit* weights,
+            float* o, int64_t d) {
+    int64_t c = 0;
+    for (; c + 3 * kLanes <= q.padded; c += 3 * kLanes)
+      Columns<E, 3>(l, q, k, mask, scale, c, s, weights, o, d);
+    for (; c < q.padded; c += kLanes) Columns<E, 1>(l, q, k, mask, scale, c, s, weights, o, d);
+  }
+};
+
+template <class E>
+struct Forward {
+  const PfArgs* a;
+  AttentionShape s;
+  float scale;  // of logits in base 2, positive: the sign is packed with the queries
+  bool negate;
+  int64_t units, width;  // of a packed row, of a row of values
+  int64_t keys;          // padded keys that a packed head has room for
+
+  Forward(const PfArgs* args, const AttentionShape& shape)
+      : a(args), s(shape), units(Units(shape.d, kPerUnit<E>)), width(RoundUp(shape.d, kLanes)), keys(0) {
+    const float given = static_cast<float>(PfParams<AttentionParams>(args).scale);
+    negate = given < 0;
+    scale = fabsf(given) * kLog2E;
+  }
+
+  int64_t HeadUnits() const { return RoundUp(keys * units + keys / kPerUnit<E> * width, 16); }
+  int64_t ThreadUnits() const {
+    return RoundUp(kQueryBlock * (units + 2 * kKeyBlock + s.d) + 4 * RoundUp(s.d, 16), 16);
+  }
+  float* RowBuffer(Unit* mine) const {
+    return reinterpret_cast<float*>(mine + ThreadUnits()) - 4 * RoundUp(s.d, 16);
+  }
+
+  // A packed head holds rows of k, then pairs of rows of v, of the blocks from padded key first_key on.
+  void Pack(int64_t pair, const Block& k, int64_t first_key, Unit* head, float* buffer) const {
+    const int64_t step = s.heads * s.d, at = k.at - first_key;
+    const int64_t offset = (pair / s.heads * s.lk + k.start) * step + pair % s.heads * s.d;
+    PackRows<E>(a->in[1], offset, step, k.count, k.padded, s.d, buffer, head + at * units);
+    PackPairs<E>(a->in[2], offset, step, k.count, k.padded, s.d, width, buffer,
+                 head + keys * units + at / kPerUnit<E> * width);
+  }
+
+  // One query block over key blocks [k0, k1).
+  void Attend(const Layout& l, int64_t pair, const Block& q, int64_t k0, int64_t k1, int64_t first_key,
+              const Unit* head, Unit* mine) const {
+    Unit *columns = mine, *weights = columns + units * kQueryBlock;
+    float* logits = reinterpret_cast<float*>(weights + kKeyBlock * kQueryBlock);
+    float* o = logits + kKeyBlock * kQueryBlock;
+    float* buffer = RowBuffer(mine);
+    const int64_t step = s.heads * s.d;
+    const int64_t offset = (pair / s.heads * s.lq + q.start) * step + pair % s.heads * s.d;
+    PackColumns<E>(a->in[0], offset, step, q.count, q.padded, s.d, negate, buffer, columns);
+    memset(o, 0, s.d * kQueryBlock * sizeof(float));
+    Softmax softmax;
+    softmax.Reset();
+    for (int64_t j = k0; j < k1; ++j) {
+      const Block& k = l.keys[j];
+      const Visibility see = See(q, k);
+      if (see == kNothing) continue;
+      const Unit* k_rows = head + (k.at - first_key) * units;
+      const Unit* v_pairs = head + keys * units + (k.at - first_key) / kPerUnit<E> * width;
+      Multiply<E>(k.count, q.padded,
+                  {units, k_rows, units, 1, columns, q.padded, logits, kQueryBlock, false});
+      softmax.Tile<E>(l, q, k, see == kSome, scale, logits, weights, o, s.d);
+      Multiply<E>(
+          s.d, q.padded,
+          {Units(k.count, kPerUnit<E>), v_pairs, 1, width, weights, kQueryBlock, o, kQueryBlock, true});
+    }
+    Write(l, pair, q, offset, softmax, o, buffer);
+  }
+
+  void Write(const Layout&, int64_t pair, const Block& q, int64_t offset, const Softmax& softmax, float* o,
+             float* buffer) const {
+    // The largest visible logit adds at least 2^-8, so a sum of 0 means that nothing was visible.
+    for (int64_t c = 0; c < q.padded; c += kLanes) {
+      const Vf sum = LoadF(softmax.sum + c), inverse = sum == 0 ? (Vf){} : 1 / sum;
+      for (int64_t i = 0; i < s.d; ++i)
+        StoreF(o + i * kQueryBlock + c, LoadF(o + i * kQueryBlock + c) * inverse);
+    }
+    WriteColumns(o, kQueryBlock, s.d, q.count, a->out[0], offset, s.heads * s.d, buffer);
+    float* lse = PfData<float>(a->out[1]);
+    if (!lse) return;
+    lse += pair * s.lq + q.start;
+    for (int64_t i = 0; i < q.count; ++i)
+      lse[i] = softmax.sum[i] == 0 ? -INFINITY : softmax.reference[i] * kLn2 + logf(softmax.sum[i]);
+  }
+};
+
+template <class E>
+int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layouts) {
+  Forward<E> forward(a, s);
+  const int64_t pairs = s.batch * s.heads, threads = omp_get_max_threads();
+  const int64_t most_queries = Most(layouts, s.batch, &Layout::query_count);
+  const int64_t most_keys = Most(layouts, s.batch, &Layout::key_count);
+  const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
+  int64_t span_queries;
+  LongestSpan(layouts, s.batch, &forward.keys, &span_queries);
+  const bool local = most_spans > 1 && forward.HeadUnits() <= kLocalUnits;
+  if (!local) forward.keys = Most(layouts, s.batch, &Layout::key_length);
+  const int64_t head_units = forward.HeadUnits(), mine = forward.ThreadUnits();
+  const int64_t at_once = local ? pairs : HeadsAtOnce(pairs, head_units);
+  Unit* packed = Scratch<Unit>(a, (local ? threads : at_once) * head_units);
+  Unit* buffers = Scratch<Unit>(a, threads * mine);
+  if (!packed || !buffers) return NoMemory(a, "attention");
+  const bool parallel = pairs * s.lq * s.d > kParallelWork;
+
+  for (int64_t first = 0; first < pairs; first += at_once) {
+    const int64_t heads = pairs - first < at_once ? pairs - first : at_once;
+#pragma omp parallel if (parallel)
+    {
+      Unit* buffer = buffers + omp_get_thread_num() * mine;
+      float* row_buffer = forward.RowBuffer(buffer);
+      if (local) {
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < heads * most_spans; ++task) {
+          const int64_t pair = first + task / most_spans;
+          const Layout& l = layouts[pair / s.heads];
+          if (task % most_spans >= l.span_count) continue;
+          const Span& span = l.spans[task % most_spans];
+          Unit* head = packed + omp_get_thread_num() * head_units;
+          const int64_t first_key = span.k0 < l.key_count ? l.keys[span.k0].at : 0;
+          for (int64_t k = span.k0; k < span.k1; ++k)
+            forward.Pack(pair, l.keys[k], first_key, head, row_buffer);
+          for (int64_t q = span.q0; q < span.q1; ++q)
+            forward.Attend(l, pair, l.queries[q], span.k0, span.k1, first_key, head, buffer);
+        }
+      } else {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < heads * most_keys; ++task) {
+          const int64_t pair = first + task / most_keys;
+          const Layout& l = layouts[pair / s.heads];
+          if (task % most_keys < l.key_count)
+            forward.Pack(pair, l.keys[task % most_keys], 0, packed + (pair - first) * head_units, row_buffer);
+        }
+        // Later queries see more keys: handed out first, they leave the short tasks to even out the end.
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < heads * most_queries; ++task) {
+          const int64_t pair = first + task / most_queries, q = most_queries - 1 - task % most_queries;
+          const Layout& l = layouts[pair / s.heads];
+          if (q < l.query_count)
+            forward.Attend(l, pair, l.queries[q], 0, l.key_count, 0, packed + (pair - first) * head_units,
+                           buffer);
+        }
+      }
+    }
+  }
+  return PF_OK;
+}
+
+}  // namespace

@@ -1,0 +1,202 @@
+// Token blocks with the bounds of their mask values, and what follows from them: which tiles to skip, which
+// need no mask arithmetic, and which stretches of a packed batch are independent of one another.
+#pragma once
+#include "backends/cpu/rows.h"
+#include "ops/attention/attention.h"
+
+namespace {
+
+// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows.
+constexpr int64_t kQueryBlock = 48;
+constexpr int64_t kKeyBlock = 64;
+constexpr int64_t kShortestBlock = 16;
+
+struct Block {
+  int64_t start, count;
+  int64_t padded;  // count rounded up: queries to whole vectors, keys to pairs
+  int64_t at;      // where the block begins when blocks of padded length are laid end to end
+  int32_t segment_min, segment_max, order_min, order_max;
+};
+
+struct Span {  // query blocks [q0, q1) and key blocks [k0, k1) that no other block sees or is seen by
+  int64_t q0, q1, k0, k1, tiles;
+};
+
+// The blocks of one batch entry.
+struct Layout {
+  Block *queries, *keys;
+  int64_t query_count, key_count;
+  int64_t query_length, key_length;        // all padded blocks end to end
+  const int32_t *key_segment, *key_order;  // per token; nullptr without a mask
+  int32_t *query_segment, *query_order;    // per padded query
+  Span* spans;
+  int64_t span_count;
+};
+
+enum Visibility { kNothing, kSome, kAll };
+
+inline Visibility See(const Block& q, const Block& k) {
+  if (q.segment_max < k.segment_min || q.segment_min > k.segment_max || q.order_max < k.order_min)
+    return kNothing;
+  const bool one_segment = q.segment_min == q.segment_max && k.segment_min == k.segment_max;
+  return one_segment && q.order_min >= k.order_max ? kAll : kSome;
+}
+
+// Cuts tokens into blocks. A change of segment ends a block that is not too short, so that packed sequences
+// fall into tiles which are wholly visible or wholly skipped.
+int64_t CutBlocks(const int32_t* segment, const int32_t* order, int64_t length, int64_t longest,
+                  int64_t multiple, Block* blocks) {
+  int64_t n = 0, at = 0;
+  for (int64_t i = 0; i < length; ++n) {
+    const int32_t s0 = segment ? segment[i] : 0, o0 = order ? order[i] : 0;
+    Block b{i, 0, 0, at, s0, s0, o0, o0};
+    for (; i < length && b.count < longest; ++i, ++b.count) {
+      if (!segment) continue;
+      if (b.count >= kShortestBlock && segment[i] != segment[i - 1]) break;
+      if (segment[i] < b.segment_min) b.segment_min = segment[i];
+      if (segment[i] > b.segment_max) b.segment_max = segment[i];
+      if (order[i] < b.order_min) b.order_min = order[i];
+      if (order[i] > b.order_max) b.order_max = order[i];
+    }
+    b.padded = RoundUp(b.count, multiple);
+    at += b.padded;
+    blocks[n] = b;
+  }
+  return n;
+}
+
+inline int64_t LengthOf(const Block* blocks, int64_t count) {
+  return count ? blocks[count - 1].at + blocks[count - 1].padded : 0;
+}
+
+// Splits the blocks where no tile crosses: packed sequences become units that need nothing from each other.
+void CutSpans(Layout& l, int64_t* low) {
+  int64_t reach = l.key_count;
+  for (int64_t q = l.query_count; q-- > 0;) {  // low[q]: the first key block seen from q on
+    for (int64_t k = 0; k < reach; ++k)
+      if (See(l.queries[q], l.keys[k]) != kNothing) reach = k;
+    low[q] = reach;
+  }
+  Span open{0, 0, 0, 0, 0};
+  int64_t high = 0;
+  l.span_count = 0;
+  for (int64_t q = 0; q < l.query_count; ++q) {
+    if (q > open.q0 && high <= low[q]) {
+      open.q1 = q;
+      open.k1 = high;
+      l.spans[l.span_count++] = open;
+      open = {q, 0, high, 0, 0};
+    }
+    for (int64_t k = low[q]; k < l.key_count; ++k)
+      if (See(l.queries[q], l.keys[k]) != kNothing) {
+        ++open.tiles;
+        if (k + 1 > high) high = k + 1;
+      }
+  }
+  open.q1 = l.query_count;
+  open.k1 = l.key_count;  // what nobody sees still gets its zeros
+  l.spans[l.span_count++] = open;
+}
+
+// One layout per batch entry; nullptr when scratch runs out.
+Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s) {
+  const auto most = [](int64_t length) { return length / kShortestBlock + 2; };
+  Layout* layouts = Scratch<Layout>(a, s.batch);
+  int64_t* low = Scratch<int64_t>(a, most(s.lq));
+  if (!layouts || !low) return nullptr;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    Layout& l = layouts[b];
+    l = {};
+    if (s.masked) {
+      l.key_segment = PfData<int32_t>(a->in[3]) + b * s.lq;
+      l.key_order = PfData<int32_t>(a->in[4]) + b * s.lq;
+    } else if (b) {
+      l = layouts[0];
+      continue;
+    }
+    l.queries = Scratch<Block>(a, most(s.lq));
+    l.keys = Scratch<Block>(a, most(s.lk));
+    if (!l.queries || !l.keys) return nullptr;
+    l.query_count = CutBlocks(l.key_segment, l.key_order, s.lq, kQueryBlock, kLanes, l.queries);
+    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, 2, l.keys);
+    l.query_length = LengthOf(l.queries, l.query_count);
+    l.key_length = LengthOf(l.keys, l.key_count);
+    if (s.masked) {
+      l.query_segment = Scratch<int32_t>(a, l.query_length);
+      l.query_order = Scratch<int32_t>(a, l.query_length);
+      if (!l.query_segment || !l.query_order) return nullptr;
+      for (int64_t q = 0; q < l.query_count; ++q)
+        for (int64_t i = 0; i < l.queries[q].padded; ++i) {
+          const bool real = i < l.queries[q].count;
+          l.query_segment[l.queries[q].at + i] = real ? l.key_segment[l.queries[q].start + i] : 0;
+          l.query_order[l.queries[q].at + i] = real ? l.key_order[l.queries[q].start + i] : 0;
+        }
+    }
+    l.spans = Scratch<Span>(a, most(s.lq));
+    if (!l.spans) return nullptr;
+    CutSpans(l, low);
+  }
+  return layouts;
+}
+
+// Largest of a count or length over the batch.
+inline int64_t Most(const Layout* layouts, int64_t batch, int64_t Layout::*count) {
+  int64_t n = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    if (layouts[b].*count > n) n = layouts[b].*count;
+  return n;
+}
+
+// Longest stretches of padded keys and of padded queries in one span.
+inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int64_t* queries) {
+  *keys = *queries = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < layouts[b].span_count; ++i) {
+      const Layout& l = layouts[b];
+      const Span& span = l.spans[i];
+      int64_t n = LengthOf(l.keys, span.k1) - LengthOf(l.keys, span.k0);
+      if (n > *keys) *keys = n;
+      n = LengthOf(l.queries, span.q1) - LengthOf(l.queries, span.q0);
+      if (n > *queries) *queries = n;
+    }
+}
+
+// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never
+// leave the core's cache. kLocalUnits is what such a span may take.
+constexpr int64_t kLocalUnits = 1 << 17;
+
+// Heads packed at a time, so that scratch stays bounded for long sequences.
+inline int64_t HeadsAtOnce(int64_t heads, int64_t units_per_head) {
+  constexpr int64_t kBudget = int64_t{12} << 20;  // 48 MiB
+  const int64_t n = kBudget / (units_per_head > 0 ? units_per_head : 1);
+  return n < 1 ? 1 : n > heads ? heads : n;
+}
+
+inline Vi LoadI(const int32_t* p) {
+  Vi v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// v where the queries from padded place `query` on see the key of these mask values, otherwise `other`.
+inline Vf WhereSeen(const Layout& l, int64_t query, int32_t segment, int32_t order, Vf v, Vf other) {
+  const Vi seen = (LoadI(l.query_segment + query) == segment) & (LoadI(l.query_order + query) >= order);
+  return seen ? v : other;
+}
+
+inline int32_t AttentionRefuse(const PfArgs* a, const char* op, int f32_input, int f32_output) {
+  for (int i = 0; i < a->n_in; ++i) {
+    const PfView& v = a->in[i];
+    if (i == 3 || i == 4 || !PfPresent(v)) continue;
+    if (!PfIsFloat(v) || (i == f32_input && v.dtype != PF_F32))
+      return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
+  }
+  for (int i = 0; i < a->n_out; ++i) {
+    const PfView& v = a->out[i];
+    if (PfPresent(v) && (!PfIsFloat(v) || (i == f32_output && v.dtype != PF_F32)))
+      return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
+  }
+  return PF_OK;
+}
+
+}  // namespace

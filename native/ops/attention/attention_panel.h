@@ -1,0 +1,288 @@
+// Small packed matrices and their register-blocked product. A unit is 32 bits of the summed dimension: one
+// float, or two neighbouring bf16 values where the level multiplies those in pairs. Packing, strides and
+// blocking are the same for both; only Dot differs.
+#pragma once
+#include "backends/cpu/rows.h"
+
+namespace {
+
+using Unit = uint32_t;
+
+// How many values of the summed dimension a unit holds.
+template <class E>
+constexpr int64_t kPerUnit = sizeof(Unit) / sizeof(E);
+
+inline int64_t Units(int64_t n, int64_t per) { return (n + per - 1) / per; }
+
+inline Vf LoadUnits(const Unit* p) {
+  Vf v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vf Broadcast(const Unit* p) { return (Vf)(*p - (Vu){}); }
+template <class E>
+inline Vf Dot(Vf a, Vf b, Vf sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPerUnit<E> == 2) return (Vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return Fma(a, b, sum);
+}
+
+// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]. a is read one unit at a time, so any strides do; n is a
+// multiple of kLanes.
+struct Product {
+  int64_t k;
+  const Unit* a;
+  int64_t a_row, a_column;
+  const Unit* b;
+  int64_t b_row;
+  float* c;
+  int64_t c_row;
+  bool accumulate;
+};
+
+template <class E, int MR, int NR>
+void Micro(const Product& g) {
+  // Every loop over i and j must vanish, or the compiler keeps the sums in memory around the loop over k.
+  Vf sum[MR][NR] = {};
+  if (g.accumulate) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) sum[i][j] = LoadF(g.c + i * g.c_row + j * kLanes);
+  }
+  const Unit *a = g.a, *b = g.b;
+  const int64_t a_row = g.a_row;
+  for (int64_t k = 0; k < g.k; ++k, a += g.a_column, b += g.b_row) {
+    Vf row[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) row[j] = LoadUnits(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const Vf x = Broadcast(a + i * a_row);
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) sum[i][j] = Dot<E>(x, row[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) StoreF(g.c + i * g.c_row + j * kLanes, sum[i][j]);
+}
+
+#if PF_LANES == 16
+constexpr int kMicroRows = 8;  // 8 x 3 or 6 x 4 of 32 registers hold the product
+#else
+constexpr int kMicroRows = 4;  // 4 x 3 of 16
+#endif
+
+template <class E, int NR>
+void MicroRows(int64_t m, const Product& g) {
+  constexpr int kRows = NR == 4 ? 6 : kMicroRows;
+  Product part = g;
+  for (int64_t i = 0; i < m; i += kRows, part.a += kRows * g.a_row, part.c += kRows * g.c_row) {
+    switch (m - i) {
+      case 1: Micro<E, 1, NR>(part); break;
+      case 2: Micro<E, 2, NR>(part); break;
+      case 3: Micro<E, 3, NR>(part); break;
+#if PF_LANES == 16
+      case 4: Micro<E, 4, NR>(part); break;
+      case 5: Micro<E, 5, NR>(part); break;
+      case 6: Micro<E, 6, NR>(part); break;
+      case 7: Micro < E, kRows<7 ? kRows : 7, NR>(part); break;
+#endif
+      default: Micro<E, kRows, NR>(part); break;
+    }
+  }
+}
+
+template <class E>
+void Multiply(int64_t m, int64_t n, const Product& g) {
+  Product part = g;
+  for (int64_t left = n / kLanes; left > 0;) {
+    int64_t take = left < 3 ? left : 3;
+#if PF_LANES == 16
+    if (left == 4 || left > 6) take = 4;
+#endif
+    switch (take) {
+      case 1: MicroRows<E, 1>(m, part); break;
+      case 2: MicroRows<E, 2>(m, part); break;
+      case 3: MicroRows<E, 3>(m, part); break;
+#if PF_LANES == 16
+      default: MicroRows<E, 4>(m, part); break;
+#endif
+    }
+    left -= take;
+    part.b += take * kLanes;
+    part.c += take * kLanes;
+  }
+}
+
+// One row of a head: values `offset` .. `offset + d` of v as E. The memory itself where the types agree.
+template <class E>
+inline const E* RowOf(const PfView& v, int64_t offset, int64_t d, float* buffer) {
+  if constexpr (kPerUnit<E> == 2)
+    return PfData<Bf16>(v) + offset;
+  else
+    return ReadRow(v, offset, d, buffer);
+}
+
+// `padded` rows of one head, `step` elements apart, as [padded, Units(d)]; those from count on are zero.
+template <class E>
+void PackRows(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
+              float* buffer, Unit* to) {
+  const int64_t units = Units(d, kPerUnit<E>);
+  for (int64_t i = 0; i < count; ++i, to += units) {
+    to[units - 1] = 0;
+    memcpy(to, RowOf<E>(v, offset + i * step, d, buffer), d * sizeof(E));
+  }
+  memset(to, 0, (padded - count) * units * sizeof(Unit));
+}
+
+// The same rows with rows as the summed dimension: [Units(padded), width], unit (k, c) holds value c of rows
+// k * kPerUnit on. Columns from d on are zero.
+template <class E>
+void PackPairs(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
+               int64_t width, float* buffer, Unit* to) {
+  for (int64_t i = 0; i < padded; i += kPerUnit<E>, to += width) {
+    if (i >= count) {
+      memset(to, 0, width * sizeof(Unit));
+      continue;
+    }
+    const E* row = RowOf<E>(v, offset + i * step, d, buffer);
+    if constexpr (kPerUnit<E> == 2) {
+      const E* next = i + 1 < count ? row + step : nullptr;
+      int64_t c = 0;
+      for (; c + kLanes <= d; c += kLanes) {
+        // A bf16 value is the upper half of its float.
+        const Vu low = (Vu)LoadF(row + c) >> 16, high = next ? (Vu)LoadF(next + c) : (Vu){};
+        const Vu both = low | high;
+        memcpy(to + c, &both, sizeof(both));
+      }
+      for (; c < d; ++c) to[c] = row[c].bits | (next ? static_cast<Unit>(next[c].bits) << 16 : 0);
+    } else {
+      memcpy(to, row, d * sizeof(float));
+    }
+    for (int64_t c = d; c < width; ++c) to[c] = 0;
+  }
+}
+
+// 4x4 transpose of 32-bit values: row r of `from` becomes column r of `to`.
+inline void Transpose4(const float* const from[4], float* to, int64_t to_row) {
+  __m128 r0 = _mm_loadu_ps(from[0]), r1 = _mm_loadu_ps(from[1]);
+  __m128 r2 = _mm_loadu_ps(from[2]), r3 = _mm_loadu_ps(from[3]);
+  _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+  _mm_storeu_ps(to, r0);
+  _mm_storeu_ps(to + to_row, r1);
+  _mm_storeu_ps(to + 2 * to_row, r2);
+  _mm_storeu_ps(to + 3 * to_row, r3);
+}
+
+// The same rows as columns: [Units(d), padded]; buffer holds four rows, negate flips every sign.
+template <class E>
+void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
+                 bool negate, float* buffer, Unit* to) {
+  const int64_t units = Units(d, kPerUnit<E>), whole = d / kPerUnit<E>, room = RoundUp(d, 16);
+  const auto last = [&](const E* row) {  // the unit that only half of is there
+    Unit unit = 0;
+    memcpy(&unit, row + whole * kPerUnit<E>, sizeof(E));
+    return unit;
+  };
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const E* row[4];
+    const float* at[4];
+    for (int r = 0; r < 4; ++r) row[r] = RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room);
+    int64_t c = 0;
+    for (; c + 4 <= whole; c += 4) {
+      for (int r = 0; r < 4; ++r) at[r] = reinterpret_cast<const float*>(row[r]) + c;
+      Transpose4(at, reinterpret_cast<float*>(to + c * padded + i), padded);
+    }
+    for (; c < units; ++c)
+      for (int r = 0; r < 4; ++r) {
+        Unit unit;
+        if (c < whole)
+          memcpy(&unit, row[r] + c * kPerUnit<E>, sizeof(unit));
+        else
+          unit = last(row[r]);
+        to[c * padded + i + r] = unit;
+      }
+  }
+  for (; i < padded; ++i) {
+    const E* row = i < count ? RowOf<E>(v, offset + i * step, d, buffer) : nullptr;
+    for (int64_t c = 0; c < units; ++c) {
+      Unit unit = 0;
+      if (row && c < whole)
+        memcpy(&unit, row + c * kPerUnit<E>, sizeof(unit));
+      else if (row)
+        unit = last(row);
+      to[c * padded + i] = unit;
+    }
+  }
+  if (!negate) return;
+  const Unit signs = kPerUnit<E> == 2 ? 0x80008000u : 0x80000000u;
+  for (int64_t j = 0; j < units * padded; ++j) to[j] ^= signs;
+}
+
+inline void WriteRow(const PfView& v, int64_t offset, int64_t n, const float* row) {
+  if (v.dtype == PF_F32)
+    memcpy(PfData<float>(v) + offset, row, n * sizeof(float));
+  else
+    CommitRow(v, offset, n, row);
+}
+
+// The first count columns of [d, columns_row] as rows of one head; buffer holds four rows.
+inline void WriteColumns(const float* columns, int64_t columns_row, int64_t d, int64_t count, const PfView& v,
+                         int64_t offset, int64_t step, float* buffer) {
+  const int64_t room = RoundUp(d, 16);
+  for (int64_t i = 0; i < count; i += 4) {
+    int64_t c = 0;
+    // Columns are padded to whole vectors, so four of them can always be read.
+    for (; c + 4 <= d; c += 4) {
+      const float* at[4];
+      for (int r = 0; r < 4; ++r) at[r] = columns + (c + r) * columns_row + i;
+      Transpose4(at, buffer + c, room);
+    }
+    for (; c < d; ++c)
+      for (int r = 0; r < 4; ++r) buffer[r * room + c] = columns[c * columns_row + i + r];
+    for (int64_t r = 0; r < 4 && i + r < count; ++r)
+      WriteRow(v, offset + (i + r) * step, d, buffer + r * room);
+  }
+}
+
+// 2^x for x <= 8 or so, 2^-125 for anything smaller than that; NaN stays. Relative error below 1e-7 for float
+// and 8e-5 where the result is rounded to bf16 anyway.
+template <class E>
+inline Vf Exp2(Vf x) {
+  const Vf magic =
+      Set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+  x = Max(Set1(-125.0f), x);
+  const Vf shifted = x + magic;
+  const Vf f = x - (shifted - magic);
+  Vf p;
+  if constexpr (kPerUnit<E> == 2) {
+    p = Fma(Set1(5.517166695e-2f), f, Set1(2.426111220e-1f));
+    p = Fma(p, f, Set1(6.932609859e-1f));
+    p = Fma(p, f, Set1(9.999280736e-1f));
+  } else {
+    p = Fma(Set1(1.327640379e-3f), f, Set1(9.675540790e-3f));
+    p = Fma(p, f, Set1(5.550713484e-2f));
+    p = Fma(p, f, Set1(2.402211974e-1f));
+    p = Fma(p, f, Set1(6.931469669e-1f));
+    p = Fma(p, f, Set1(1.000000072f));
+  }
+  return (Vf)((Vi)p + ((Vi)shifted << 23));
+}
+
+// Four rows of values as the four-byte units that Multiply reads as its second operand: row pairs for bf16.
+template <class E>
+inline void PutUnits(Unit* to, Vf first, Vf second) {
+  if constexpr (kPerUnit<E> == 2) {
+    const Vu both = Bf16Bits(first) | Bf16Bits(second) << 16;
+    memcpy(to, &both, sizeof(both));
+  } else {
+    memcpy(to, &first, sizeof(first));
+  }
+}
+
+}  // namespace
