@@ -12,7 +12,7 @@ import { planHistory } from './pyramid/history.ts'
 import { type Unit, unitsForFrames } from './pyramid/units.ts'
 import type { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
-import { noGrad } from './tensor/tape.ts'
+import { sliced } from './tensor/sliced.ts'
 import type { Tensor } from './tensor/tensor.ts'
 import type { TextFeatures } from './text/encoder.ts'
 
@@ -164,19 +164,20 @@ export async function* sampleLatents(
           for (let n = 0; n < timesteps.length; n++) {
             throwIfAborted(signal, 'generation')
             const x: Tensor = latent
-            const next = noGrad(() =>
-              scope(() => {
-                const [v] = model.forward({
+            const next = await sliced(
+              function* () {
+                const [v] = (yield* model.forwardSteps({
                   columns: [[...clips, guided ? twice(x) : x]],
                   timesteps: new Array<number>(guided ? 2 * batch : batch).fill(timesteps[n] as number),
                   ...inputs,
                   layout,
-                }) as [Tensor]
+                })) as [Tensor]
                 const deltaSigma = (sigmas[n + 1] as number) - (sigmas[n] as number)
                 return guided
                   ? euler(x, slice(v, 0, batch, batch), slice(v, 0, 0, batch), { deltaSigma, guidance: g })
                   : euler(x, v, null, { deltaSigma, guidance: 1 })
-              }),
+              },
+              { grad: false },
             )
             latent = replace(latent, next)
             // One step is computed while the next is being queued.

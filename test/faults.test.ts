@@ -236,10 +236,10 @@ describe('a training run', () => {
         learningRates: new Float64Array(9).fill(1e-3),
         optimizer: parts.trainer.optimizer,
         prepare: async () => parts.trainer.indices(0),
-        forward: (step, indices: number[]) =>
-          step % 8 > 1 && step % 8 < 6
-            ? { loss: mean(Tensor.full([2], Number.NaN)) }
-            : parts.trainer.forward(step, indices),
+        *forward(step, indices: number[]) {
+          if (step % 8 > 1 && step % 8 < 6) return { loss: mean(Tensor.full([2], Number.NaN)) }
+          return yield* parts.trainer.forwardSteps(step, indices)
+        },
         saveModel: async () => undefined,
       } as Parameters<typeof runTraining>[0]),
     )
@@ -341,7 +341,7 @@ describe('clips and captions', () => {
       out,
       steps: 9,
       batchSize: 1,
-      crop: { size: 16, frames: 1 },
+      crops: [{ size: 16, frames: 1 }],
     })
     await expect(follow(trainer.run({ signal: stop.signal }))).rejects.toMatchObject({ code: 'ERR_ABORTED' })
     const found = await latestCheckpoint(out)

@@ -341,7 +341,10 @@ describe('training the VAE', () => {
         seed: 2,
         learningRate: 5e-3,
         warmupSteps: 2,
-        crop: { size: 24, frames: 9 },
+        crops: [
+          { size: 24, frames: 9 },
+          { size: 24, frames: 1, perClip: 2, until: 2 },
+        ],
       })
       const stop = new AbortController()
       const found: number[] = []
@@ -374,10 +377,12 @@ describe('training the VAE', () => {
       { size: 40, frames: 9 },
       { size: 16, frames: 8 },
       { size: 16, frames: 17 },
+      { size: 16, frames: 9, from: 1 },
+      { size: 16, frames: 9, until: 1 },
     ]) {
-      expect(() => new VaeTrainer({ model, data, out: folder, steps: 1, batchSize: 1, crop })).toThrow(
-        expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringContaining('crop') }),
-      )
+      expect(
+        () => new VaeTrainer({ model, data, out: folder, steps: 2, batchSize: 1, crops: [crop] }),
+      ).toThrow(expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringContaining('crop') }))
     }
     model.dispose()
   })

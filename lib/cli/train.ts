@@ -80,7 +80,17 @@ const vaeSettings = z.strictObject({
   height: positive,
   frames: positive,
   fps: z.number().positive().optional(),
-  crop: z.strictObject({ size: positive, frames: positive }).optional(),
+  crops: z
+    .array(
+      z.strictObject({
+        size: positive,
+        frames: positive,
+        perClip: positive.optional(),
+        from: z.number().int().nonnegative().optional(),
+        until: positive.optional(),
+      }),
+    )
+    .optional(),
   klWeight: z.number().nonnegative().default(1e-6),
 })
 
@@ -254,7 +264,7 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
     model,
     data,
     klWeight: s.klWeight,
-    ...(s.crop ? { crop: s.crop } : {}),
+    ...(s.crops ? { crops: s.crops } : {}),
   } as ConstructorParameters<typeof VaeTrainer>[0])
   try {
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags)

@@ -1,6 +1,6 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { type ModelConfig, readConfig, writePretrained } from '../io/pretrained.ts'
-import { type TokenLayout, uploadLayout } from '../nn/attention.ts'
+import { uploadLayout } from '../nn/attention.ts'
 import { conditioning, roundToBf16 } from '../nn/embed.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { type Linear, linearLayer } from '../nn/linear.ts'
@@ -13,7 +13,7 @@ import { silu } from '../ops/pointwise.ts'
 import { type Layout, makeLayout } from '../pyramid/layout.ts'
 import { Generator } from '../tensor/generator.ts'
 import { scope } from '../tensor/scope.ts'
-import { checkpoint, needsGrad } from '../tensor/tape.ts'
+import { checkpoint, drain, needsGrad, type Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { type DoubleBlock, doubleBlock, type SingleBlock, singleBlock } from './blocks.ts'
 import { checkFluxConfig, type FluxConfig } from './flux-config.ts'
@@ -166,17 +166,17 @@ export class PyramidFluxTransformer {
    * @throws ERR_SHAPE or ERR_DTYPE naming the input that does not fit.
    */
   forward(inputs: TransformerInputs): Tensor[] {
+    const run = (): Tensor[] => drain(this.forwardSteps(inputs))
+    return this.#recording(inputs) ? run() : scope(run)
+  }
+
+  /** `forward` that pauses after every block, for `sliced`; what it makes belongs to the surrounding scope. */
+  *forwardSteps(inputs: TransformerInputs): Steps<Tensor[]> {
     this.#check(inputs)
     const layout = inputs.layout ?? this.layout(inputs)
     this.#checkLayout(inputs, layout)
-    const recording =
-      [inputs.text, inputs.pooled, ...inputs.columns.flat()].some(needsGrad) ||
-      [...this.parameters.values()].some(needsGrad)
-    const run = (): Tensor[] => this.#run(inputs, layout, recording)
-    return recording ? run() : scope(run)
-  }
-
-  #run(inputs: TransformerInputs, layout: Layout & TokenLayout, recording: boolean): Tensor[] {
+    yield
+    const recording = this.#recording(inputs)
     const { capture, columns, text, pooled } = inputs
     const { dtype } = this
     const arrays = uploadLayout(layout, recording)
@@ -190,20 +190,23 @@ export class PyramidFluxTransformer {
     capture?.('context_embedder', c)
     const clips = columns.map((column) => column.map((clip) => cast(clip, dtype)))
     let x = this.#embedLatent(packTokens(clips, layout)) // [N, d]
+    yield
 
-    this.#double.forEach((block, i) => {
+    for (const [i, block] of this.#double.entries()) {
       const run = this.#runner(i, this.#double.length, recording)
       ;[x, c] = run((a, b, s) => block(a, b, s, arrays), [x, c], e) as [Tensor, Tensor]
       capture?.(`transformer_blocks.${i}.hidden_states`, x)
       capture?.(`transformer_blocks.${i}.encoder_hidden_states`, c)
-    })
+      yield
+    }
     let z = concat([c, x], 0) // [R·S + N, d]
     if (!recording) for (const t of [c, x]) t.dispose()
-    this.#single.forEach((block, i) => {
+    for (const [i, block] of this.#single.entries()) {
       const run = this.#runner(i, this.#single.length, recording)
       ;[z] = run((a, s) => [block(a, s, arrays)], [z], e) as [Tensor]
       capture?.(`single_transformer_blocks.${i}`, z)
-    })
+      yield
+    }
     x = this.#normOut(slice(z, 0, layout.textTokens, layout.latentTokens), e, arrays.latentRows)
     capture?.('norm_out', x)
     const y = this.#projOut(x) // [N, 64]
@@ -212,6 +215,10 @@ export class PyramidFluxTransformer {
       const { rowOffset, rowStride } = layout.predictionTokens[c]
       return unpatchify(y, { rowOffset, rowStride, shape })
     })
+  }
+
+  #recording({ text, pooled, columns }: TransformerInputs): boolean {
+    return [text, pooled, ...columns.flat()].some(needsGrad) || [...this.parameters.values()].some(needsGrad)
   }
 
   // How block i of n runs: at once, kept for backward, or to be computed again.

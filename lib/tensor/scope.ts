@@ -48,3 +48,32 @@ export function scope<T>(fn: () => T): T {
   }
   return result
 }
+
+/** A scope that several pieces of synchronous work share, whatever else runs between them. */
+export class OpenScope {
+  readonly #frame: Frame = new Set()
+
+  run<T>(fn: () => T): T {
+    const outer = frame
+    frame = this.#frame
+    try {
+      return fn()
+    } finally {
+      frame = outer
+    }
+  }
+
+  /** Hands the tensors of a result (arrays and plain objects are searched) to the caller. */
+  release<T>(result: T): T {
+    const found = new Set<unknown>()
+    collect(result, found)
+    for (const value of found) this.#frame.delete(value as Tensor)
+    return result
+  }
+
+  /** Disposes everything that was made in it and not released. */
+  close(): void {
+    for (const tensor of this.#frame) tensor.dispose()
+    this.#frame.clear()
+  }
+}

@@ -3,6 +3,9 @@ import { PyraflowError } from '../engine/errors.ts'
 import { keep, scope } from './scope.ts'
 import { Tensor } from './tensor.ts'
 
+/** Work that can pause at its yields. */
+export type Steps<T> = Generator<void, T>
+
 /** Given the gradients of the outputs (null = zero), returns those of the inputs (null = none). */
 export type Backward = (grads: (Tensor | null)[]) => (Tensor | null)[]
 
@@ -12,13 +15,47 @@ interface Node {
   backward: Backward
 }
 
-let recording = true
-let nodes: Node[] = []
-let tracked = new WeakSet<Tensor>()
+interface State {
+  recording: boolean
+  nodes: Node[]
+  /** Results that lead back to leaves. */
+  tracked: WeakSet<Tensor>
+}
+
+const emptyState = (recording = true): State => ({ recording, nodes: [], tracked: new WeakSet() })
+
+let state = emptyState()
+
+function within<T>(inner: State, fn: () => T): T {
+  const outer = state
+  state = inner
+  try {
+    return fn()
+  } finally {
+    state = outer
+  }
+}
+
+/** A tape of its own for work that is queued in several pieces. */
+export class Tape {
+  readonly #state: State
+
+  constructor(recording: boolean) {
+    this.#state = emptyState(recording)
+  }
+
+  run<T>(fn: () => T): T {
+    return within(this.#state, fn)
+  }
+}
+
+function leadsToLeaf(tensor: Tensor | null | undefined): boolean {
+  return !!tensor && (tensor.requiresGrad || state.tracked.has(tensor))
+}
 
 /** Whether backward() will want a gradient for this tensor. */
 export function needsGrad(tensor: Tensor | null | undefined): boolean {
-  return recording && !!tensor && (tensor.requiresGrad || tracked.has(tensor))
+  return state.recording && leadsToLeaf(tensor)
 }
 
 /**
@@ -31,25 +68,32 @@ export function record(
   backward: Backward,
 ): void {
   if (!inputs.some(needsGrad)) return
-  for (const output of outputs) tracked.add(output)
-  nodes.push({ inputs, outputs, backward })
+  for (const output of outputs) state.tracked.add(output)
+  state.nodes.push({ inputs, outputs, backward })
 }
 
 /** Runs `fn` without recording. */
 export function noGrad<T>(fn: () => T): T {
-  const before = recording
-  recording = false
+  const before = state.recording
+  state.recording = false
   try {
     return fn()
   } finally {
-    recording = before
+    state.recording = before
+  }
+}
+
+/** Runs work that may pause to its end in one go. */
+export function drain<T>(steps: Steps<T>): T {
+  for (;;) {
+    const result = steps.next()
+    if (result.done) return result.value
   }
 }
 
 /** Forgets everything recorded. */
 export function clearTape(): void {
-  nodes = []
-  tracked = new WeakSet()
+  state = emptyState()
 }
 
 function addInto(target: Tensor, grad: Tensor): void {
@@ -67,7 +111,8 @@ export function gradBuffer(tensor: Tensor): Tensor | undefined {
   return tensor.grad
 }
 
-function runNodes(list: Node[], grads: Map<Tensor, Tensor>): void {
+// Pauses after every node.
+function* runNodes(list: Node[], grads: Map<Tensor, Tensor>): Steps<void> {
   // How many entries of `grads` hold each gradient that was made here: the last one to be used up frees it. The
   // gradients that the caller gave stay the caller's.
   const given = new Set(grads.values())
@@ -89,7 +134,7 @@ function runNodes(list: Node[], grads: Map<Tensor, Tensor>): void {
       const grad = inputGrads[k]
       if (!grad) return
       if (input?.requiresGrad) addInto(gradBuffer(input) as Tensor, grad)
-      else if (input && tracked.has(input)) {
+      else if (input && state.tracked.has(input)) {
         const before = grads.get(input)
         if (before) {
           // A fresh sum: `before` may be shared with another branch.
@@ -106,6 +151,7 @@ function runNodes(list: Node[], grads: Map<Tensor, Tensor>): void {
       use(grad, -1)
     })
     for (const grad of outputGrads) if (grad) use(grad, -1)
+    yield
   }
 }
 
@@ -115,6 +161,11 @@ function runNodes(list: Node[], grads: Map<Tensor, Tensor>): void {
  * @throws ERR_SHAPE when root has more than one element and no seed is given.
  */
 export function backward(root: Tensor, seed?: Tensor): void {
+  scope(() => drain(backwardSteps(root, seed)))
+}
+
+/** `backward` that pauses after every op; what it makes belongs to the surrounding scope. */
+export function* backwardSteps(root: Tensor, seed?: Tensor): Steps<void> {
   if (!seed && root.size !== 1) {
     throw new PyraflowError('ERR_SHAPE', {
       what: 'backward',
@@ -122,16 +173,15 @@ export function backward(root: Tensor, seed?: Tensor): void {
       received: `[${root.shape}]`,
     })
   }
-  const list = nodes
-  nodes = []
-  const before = recording
+  const { nodes, recording } = state
+  state.nodes = []
   // Nothing is recorded now, but `tracked` must still answer which inputs lead to leaves.
-  recording = false
+  state.recording = false
   try {
-    scope(() => runNodes(list, new Map([[root, seed ?? Tensor.full(root.shape, 1, root.dtype)]])))
+    yield* runNodes(nodes, new Map([[root, seed ?? Tensor.full(root.shape, 1, root.dtype)]]))
   } finally {
-    recording = before
-    tracked = new WeakSet()
+    state.recording = recording
+    state.tracked = new WeakSet()
   }
 }
 
@@ -141,39 +191,31 @@ export function backward(root: Tensor, seed?: Tensor): void {
  */
 export function checkpoint(fn: (...inputs: Tensor[]) => Tensor[], inputs: Tensor[]): Tensor[] {
   const outputs = noGrad(() => scope(() => fn(...inputs)))
-  if (!recording) return outputs
-  for (const output of outputs) tracked.add(output)
-  nodes.push({
+  if (!state.recording) return outputs
+  for (const output of outputs) state.tracked.add(output)
+  state.nodes.push({
     inputs,
     outputs,
-    backward: (grads) =>
-      scope(() => {
-        const outer = { nodes, tracked, recording }
-        nodes = []
-        tracked = new WeakSet()
-        recording = true
-        try {
+    backward: (grads) => {
+      const wanted = inputs.map(leadsToLeaf)
+      return within(emptyState(), () =>
+        scope(() => {
           const copies = inputs.map((t) => t.view(t.shape))
-          inputs.forEach((t, i) => {
-            const copy = copies[i] as Tensor
-            if (t.requiresGrad || outer.tracked.has(t)) tracked.add(copy)
+          copies.forEach((copy, i) => {
+            if (wanted[i]) state.tracked.add(copy)
           })
           const again = fn(...copies)
-          const list = nodes
           const found = new Map<Tensor, Tensor>()
           again.forEach((t, i) => {
             const g = grads[i]
             if (g) found.set(t, g)
           })
-          recording = false
-          runNodes(list, found)
+          state.recording = false
+          drain(runNodes(state.nodes, found))
           return copies.map((copy) => found.get(copy) ?? null)
-        } finally {
-          nodes = outer.nodes
-          tracked = outer.tracked
-          recording = outer.recording
-        }
-      }),
+        }),
+      )
+    },
   })
   return outputs
 }

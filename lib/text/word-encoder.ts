@@ -26,6 +26,7 @@ export class WordEncoder implements TextEncoder {
   readonly config: WordEncoderConfig
   readonly #index: Map<string, number>
   readonly #vectors = new Map<number, Float64Array>()
+  readonly #places: Float64Array[] = []
 
   constructor(config: WordEncoderConfig) {
     this.config = config
@@ -94,6 +95,16 @@ export class WordEncoder implements TextEncoder {
     return vector
   }
 
+  /** Half the sinusoid of the word's place in the prompt. */
+  #place(s: number): Float64Array {
+    const { dim } = this.config
+    this.#places[s] ??= Float64Array.from({ length: dim }, (_, j) => {
+      const angle = s / 30 ** (Math.floor(j / 2) / (dim / 2))
+      return 0.5 * (j % 2 ? Math.cos(angle) : Math.sin(angle))
+    })
+    return this.#places[s] as Float64Array
+  }
+
   encode(prompts: readonly string[]): TextFeatures {
     const { dim, maxLength } = this.config
     const embeds = new Float32Array(prompts.length * maxLength * dim)
@@ -102,10 +113,9 @@ export class WordEncoder implements TextEncoder {
       const ids = this.tokenize(prompt)
       ids.forEach((id, s) => {
         const vector = this.#word(id)
+        const place = this.#place(s)
         for (let j = 0; j < dim; j++) {
-          const angle = s / 30 ** (Math.floor(j / 2) / (dim / 2))
-          embeds[(r * maxLength + s) * dim + j] =
-            (vector[j] as number) + 0.5 * (j % 2 ? Math.cos(angle) : Math.sin(angle))
+          embeds[(r * maxLength + s) * dim + j] = (vector[j] as number) + (place[j] as number)
           pooled[r * dim + j] = (pooled[r * dim + j] as number) + (vector[j] as number) / 3
         }
       })

@@ -5,8 +5,8 @@ import { engine } from '../engine/engine.ts'
 import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
 import { ioError, writeFileAtomically } from '../io/atomic.ts'
 import { writeSafetensors } from '../io/safetensors.ts'
-import { keep, scope } from '../tensor/scope.ts'
-import { backward, clearTape } from '../tensor/tape.ts'
+import { sliced } from '../tensor/sliced.ts'
+import { backwardSteps, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { AdamW } from './optimizer.ts'
 
@@ -24,6 +24,12 @@ export type TrainEvent =
   | { type: 'skipped'; step: number; loss: number }
   | { type: 'checkpoint'; step: number; path: string }
 
+/** What a forward pass gives: the loss and numbers to report beside it, all of one element. */
+export interface StepLoss {
+  loss: Tensor
+  metrics?: Record<string, Tensor>
+}
+
 export interface RunOptions {
   /** Folder of the run: checkpoints and metrics.jsonl. */
   out: string
@@ -32,8 +38,8 @@ export interface RunOptions {
   optimizer: AdamW
   /** Host work of a step (reading, decoding); runs while the previous step computes. */
   prepare(step: number): Promise<unknown>
-  /** Queues the forward pass; the run queues backward and the update. Runs inside a scope. */
-  forward(step: number, prepared: never): { loss: Tensor; metrics?: Record<string, Tensor> }
+  /** Queues the forward pass, pausing now and then; the run queues backward and the update. */
+  forward(step: number, prepared: never): Steps<StepLoss>
   /** Writes the model itself into a checkpoint folder. */
   saveModel(dir: string): Promise<void>
   /** Steps between checkpoints; the last step always writes one. */
@@ -91,13 +97,12 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
         throwIfAborted(signal, 'training')
       }
       const learningRate = options.learningRates[step] as number
-      const queued = scope(() => {
-        const { loss, metrics: named = {} } = options.forward(step, input as never)
-        backward(loss)
+      const queued = await sliced(function* () {
+        const { loss, metrics: named = {} } = yield* options.forward(step, input as never)
+        yield* backwardSteps(loss)
         return { loss, clip: optimizer.step(learningRate), named }
       })
       const tensors = [queued.loss, queued.clip, ...Object.values(queued.named)]
-      for (const t of tensors) keep(t)
       if (step + 1 < steps) {
         prepared = options.prepare(step + 1)
         prepared.catch(() => undefined)
@@ -149,7 +154,6 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
       }
     }
   } finally {
-    clearTape()
     await new Promise<void>((resolve) => metrics.end(() => resolve()))
   }
 }

@@ -10,12 +10,13 @@ import { mean } from '../ops/reduce.ts'
 import { stageLengths } from '../pyramid/lengths.ts'
 import { Generator } from '../tensor/generator.ts'
 import { shuffle } from '../tensor/shuffle.ts'
+import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { TextEncoder } from '../text/encoder.ts'
 import type { LatentDataset } from './latents.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type PairDraws, trainingPairs } from './pairs.ts'
-import { runTraining, type TrainEvent } from './run.ts'
+import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { learningRates } from './schedule.ts'
 
 export interface TrainerOptions {
@@ -32,6 +33,11 @@ export interface TrainerOptions {
   sampleRatios?: readonly number[]
   framesPerUnit?: number
   corruptRatio?: number
+  /**
+   * Train on samples of the VAE's posterior, as the published recipe does, or on its means. A posterior that is wide
+   * beside its means buries what can be learnt under noise that cannot.
+   */
+  posterior?: 'sample' | 'mean'
   /** Probability of replacing a caption by the null condition. */
   captionDrop?: number
   learningRate?: number
@@ -92,7 +98,7 @@ export class Trainer {
       }),
       optimizer: this.optimizer,
       prepare: async (step) => this.indices(step),
-      forward: (step, indices) => this.forward(step, indices as number[]),
+      forward: (step, indices) => this.forwardSteps(step, indices as number[]),
       saveModel: (dir) => this.save(join(dir, 'diffusion_transformer')),
       ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
       resume: options.resume ?? false,
@@ -110,18 +116,27 @@ export class Trainer {
   }
 
   /** Loss of one step; every draw comes from a stream named by the step, so that resuming needs no generator state. */
-  forward(step: number, indices: readonly number[]): { loss: Tensor; metrics: Record<string, Tensor> } {
+  forward(step: number, indices: readonly number[]): StepLoss {
+    return drain(this.forwardSteps(step, indices))
+  }
+
+  /** `forward` that pauses now and then, for `sliced`. */
+  *forwardSteps(step: number, indices: readonly number[]): Steps<StepLoss> {
     const { model, data, text, seed = 0, framesPerUnit = 1, captionDrop = 0.1 } = this.#options
     const generator = new Generator(seed).stream('train', step)
     const posterior = data.gather(indices)
-    const noise = generator.stream('posterior').normal(posterior.mean.shape)
-    const latents = normaliseLatents(samplePosterior(posterior, noise), data.normalisation)
+    const drawn =
+      this.#options.posterior === 'mean'
+        ? posterior.mean
+        : samplePosterior(posterior, generator.stream('posterior').normal(posterior.mean.shape))
+    const latents = normaliseLatents(drawn, data.normalisation)
 
     const drops = generator.stream('drop').hostUniform(indices.length)
     const captions = indices.map((i, b) =>
       (drops[b] as number) <= captionDrop ? '' : (data.captions[i] as string),
     )
     const features = text.encode(captions)
+    yield
     const frames = data.shape[1] as number
     const unitsPerStage = stageLengths({
       maxFrames: frames,
@@ -139,7 +154,8 @@ export class Trainer {
       framesPerUnit,
       corruptRatio: this.#options.corruptRatio ?? 1 / 3,
     })
-    const predictions = model.forward({
+    yield
+    const predictions = yield* model.forwardSteps({
       columns: pairs.columns,
       timesteps: pairs.timesteps,
       text: features.embeds,

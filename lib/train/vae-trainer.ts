@@ -9,11 +9,26 @@ import { axpby } from '../ops/pointwise.ts'
 import { mean } from '../ops/reduce.ts'
 import { Generator } from '../tensor/generator.ts'
 import { uniformAt } from '../tensor/shuffle.ts'
+import type { Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import type { ClipBatch, Dataset } from './dataset.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
-import { runTraining, type TrainEvent } from './run.ts'
+import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { learningRates } from './schedule.ts'
+
+/** Random windows of a clip. Single frames teach colours and outlines at a fraction of the cost of moving ones. */
+export interface VaeCrop {
+  /** Pixels a side, a multiple of the VAE's spatial factor. */
+  size: number
+  /** 1 + a multiple of the VAE's temporal factor. */
+  frames: number
+  /** Windows cut out of each clip, 1. */
+  perClip?: number
+  /** First step that uses this crop, 0. */
+  from?: number
+  /** First step that no longer does; none by default. */
+  until?: number
+}
 
 export interface VaeTrainerOptions {
   model: CausalVideoVAE
@@ -26,37 +41,31 @@ export interface VaeTrainerOptions {
   warmupSteps?: number
   schedule?: 'constant' | 'cosine'
   minLearningRate?: number
-  /** A random crop of every clip, `size` pixels a side (`imageSize` while single frames are trained); default: all of it. */
-  crop?: { size: number; frames: number; imageSize?: number }
-  /**
-   * First steps on single frames, three of each clip: colours and outlines are learnt there at a ninth of the cost.
-   */
-  imageSteps?: number
+  /** What a step cuts out of every clip; several take turns, step by step. Default: the whole clip. */
+  crops?: readonly VaeCrop[]
   /** Weight of the KL term (λ_kl); the reconstruction term weighs 1. */
   klWeight?: number
   optimizer?: AdamWOptions
   checkpointEvery?: number
 }
 
-const IMAGES_PER_CLIP = 3
+function activeCrops(crops: readonly VaeCrop[], step: number): VaeCrop[] {
+  return crops.filter((c) => step >= (c.from ?? 0) && step < (c.until ?? Number.POSITIVE_INFINITY))
+}
 
-/** Cuts `perClip` windows out of every clip of [B, C, T, H, W], each at a place of its own; offsets in steps of 8 pixels. */
-function windows(
-  x: Tensor,
-  o: { frames: number; height: number; width: number; perClip: number; draw: (i: number) => number },
-): Tensor {
+/** Cuts windows out of every clip of [B, C, T, H, W], each at a place of its own; offsets in steps of 8 pixels. */
+function windows(x: Tensor, { size, frames, perClip = 1 }: VaeCrop, draw: (i: number) => number): Tensor {
   const [batch, , t, h, w] = x.shape as [number, number, number, number, number]
   const parts: Tensor[] = []
-  const place = (room: number, unit: number): number =>
-    Math.floor(o.draw(parts.length * 3 + draws++) * (room / unit + 1)) * unit
-  let draws = 0
   for (let b = 0; b < batch; b++) {
     const clip = slice(x, 0, b, 1)
-    for (let i = 0; i < o.perClip; i++) {
-      draws = 0
-      const frames = slice(clip, 2, place(t - o.frames, 1), o.frames)
-      const rows = slice(frames, 3, place(h - o.height, 8), o.height)
-      parts.push(slice(rows, 4, place(w - o.width, 8), o.width))
+    for (let i = 0; i < perClip; i++) {
+      const first = parts.length * 3
+      const place = (axis: number, room: number, unit: number): number =>
+        Math.floor(draw(first + axis) * (room / unit + 1)) * unit
+      const part = slice(clip, 2, place(0, t - frames, 1), frames)
+      const rows = slice(part, 3, place(1, h - size, 8), size)
+      parts.push(slice(rows, 4, place(2, w - size, 8), size))
     }
   }
   return concat(parts, 0)
@@ -69,17 +78,27 @@ export class VaeTrainer {
 
   /** @throws ERR_OPTION for a crop that does not fit the data or the VAE. */
   constructor(options: VaeTrainerOptions) {
-    const { crop, data, model } = options
-    if (crop) {
-      const { width, height, frames } = data.options
+    const { crops = [], data, model, steps } = options
+    const { width, height, frames } = data.options
+    for (const crop of crops) {
       const whole = crop.size % model.spatialFactor === 0 && (crop.frames - 1) % model.temporalFactor === 0
       if (!whole || crop.size > Math.min(width, height) || crop.frames > frames) {
         throw new PyraflowError('ERR_OPTION', {
-          what: 'crop',
+          what: 'crops',
           expected: `a multiple of ${model.spatialFactor} pixels and 1 + a multiple of ${model.temporalFactor} frames within ${width}×${height}×${frames}`,
           received: `${crop.size} pixels, ${crop.frames} frames`,
         })
       }
+    }
+    // The crops in use change only where one begins or ends.
+    const changes = [0, ...crops.flatMap((c) => [c.from ?? 0, c.until ?? 0])].filter((step) => step < steps)
+    const idle = crops.length > 0 && changes.find((step) => activeCrops(crops, step).length === 0)
+    if (typeof idle === 'number') {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'crops',
+        expected: 'at least one crop in use at every step',
+        received: `none at step ${idle}`,
+      })
     }
     this.#options = options
     this.optimizer = new AdamW(model.parameters, { emaDecay: 0.999, ...options.optimizer })
@@ -115,30 +134,20 @@ export class VaeTrainer {
     }
   }
 
-  #forward(
-    step: number,
-    batch: ClipBatch,
-    generator: Generator,
-    seed: number,
-  ): { loss: Tensor; metrics: Record<string, Tensor> } {
-    const { model, data, crop, imageSteps = 0, klWeight = 1e-6 } = this.#options
+  *#forward(step: number, batch: ClipBatch, generator: Generator, seed: number): Steps<StepLoss> {
+    const { model, data, crops = [], klWeight = 1e-6 } = this.#options
     const { frames, height, width } = data.options
     const bytes = Tensor.from(batch.frames, [batch.text.length, frames, height, width, 3])
     let x = framesDecode(bytes)
-    if (crop || step < imageSteps) {
-      const images = step < imageSteps
-      const size = images ? (crop?.imageSize ?? crop?.size) : crop?.size
-      x = windows(x, {
-        frames: images ? 1 : (crop?.frames ?? frames),
-        height: size ?? height,
-        width: size ?? width,
-        perClip: images ? IMAGES_PER_CLIP : 1,
-        draw: (i) => uniformAt(seed, step * 4096 + i),
-      })
-    }
+    const active = activeCrops(crops, step)
+    const crop = active[step % active.length]
+    if (crop) x = windows(x, crop, (i) => uniformAt(seed, step * 4096 + i))
+    yield
     const posterior = model.encode(cast(x, model.dtype))
+    yield
     const noise = generator.stream('posterior', step).normal(posterior.mean.shape, { dtype: model.dtype })
     const decoded = model.decode(samplePosterior(posterior, noise))
+    yield
     const reconstruction = mean(mse(decoded, cast(x, decoded.dtype)))
     const kl = klLoss(posterior)
     return { loss: axpby(reconstruction, kl, 1, klWeight), metrics: { reconstruction, kl } }

@@ -1,0 +1,33 @@
+import { setImmediate } from 'node:timers/promises'
+import { OpenScope } from './scope.ts'
+import { type Steps, Tape } from './tape.ts'
+
+/** How long a slice keeps the event loop; ops take microseconds to queue, so the overrun is one block's worth. */
+const SLICE_MS = 4
+
+/**
+ * Queues work that pauses at its yields, letting the event loop turn every few milliseconds. As in a scope, everything
+ * made in it is freed at the end but the tensors of its result, which are the caller's; tape and scope are its own, so
+ * whatever runs between the slices is not disturbed.
+ */
+export async function sliced<T>(steps: () => Steps<T>, options: { grad?: boolean } = {}): Promise<T> {
+  const scope = new OpenScope()
+  const tape = new Tape(options.grad ?? true)
+  try {
+    const generator = steps()
+    for (;;) {
+      const until = performance.now() + SLICE_MS
+      const result = tape.run(() =>
+        scope.run(() => {
+          let next = generator.next()
+          while (!next.done && performance.now() < until) next = generator.next()
+          return next
+        }),
+      )
+      if (result.done) return scope.release(result.value)
+      await setImmediate()
+    }
+  } finally {
+    scope.close()
+  }
+}
