@@ -345,15 +345,18 @@ export class Pipeline {
 
   /** u8 RGB frames [T, H, W, 3] of normalised latents [1, C, t, h, w]. */
   async decode(latents: Tensor, signal?: AbortSignal): Promise<Uint8Array> {
-    const bytes = noGrad(() =>
-      scope(() =>
-        framesEncode(
-          this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)),
+    const job = engine.newJob()
+    const bytes = engine.within(job, () =>
+      noGrad(() =>
+        scope(() =>
+          framesEncode(
+            this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)),
+          ),
         ),
       ),
     )
     try {
-      await abortable(engine.idle(), signal)
+      await abortable(engine.idle(job), signal, job)
       return (await bytes.read()) as Uint8Array
     } finally {
       bytes.dispose()

@@ -128,35 +128,42 @@ export async function* sampleLatents(
     0,
   )
 
+  const job = engine.newJob()
+  const queued = <T>(fn: () => T): T => engine.within(job, fn)
   const history = new History(k)
   const owned: Tensor[] = []
   let latent: Tensor | undefined
   let done = 0
   try {
-    const prompts = scope(() => bothHalves(text, negative))
+    const prompts = queued(() => scope(() => bothHalves(text, negative)))
     owned.push(keep(prompts.embeds), keep(prompts.pooled))
-    if (options.firstFrame) history.append(options.firstFrame)
-    const start = keep(
-      scope(() =>
-        reduced(options.noise.initial([batch, channels, options.frames, options.height, options.width]), k),
-      ),
-    )
+    const { firstFrame } = options
+    if (firstFrame) queued(() => history.append(firstFrame))
+    const shape = [batch, channels, options.frames, options.height, options.width]
+    const start = keep(queued(() => scope(() => reduced(options.noise.initial(shape), k))))
     owned.push(start)
 
     for (const unit of units) {
       const steps = unit.index === 0 || mode === 'i2v' ? options.steps : options.videoSteps
       const g = guidanceForUnit(unit.index, options.guidance)
       const guided = g > 0 && negative !== undefined
-      latent = keep(slice(start, 2, unit.noiseFrame, unit.frames))
+      latent = keep(queued(() => slice(start, 2, unit.noiseFrame, unit.frames)))
       for (let stage = 0; stage < k; stage++) {
-        if (stage > 0) latent = replace(latent, jump(latent, unit, stage, options))
-        const clips = scope(() => history.clips(unit.index, stage, f).map((c) => (guided ? twice(c) : c)))
+        const before: Tensor = latent
+        if (stage > 0)
+          latent = replace(
+            before,
+            queued(() => jump(before, unit, stage, options)),
+          )
+        const clips = queued(() =>
+          scope(() => history.clips(unit.index, stage, f).map((c) => (guided ? twice(c) : c))),
+        )
         clips.forEach(keep)
         const cond = guided ? prompts : text
         const inputs = { text: cond.embeds, textMask: cond.mask, pooled: cond.pooled }
         const now: Tensor = latent
-        const layout = scope(() =>
-          model.layout({ columns: [[...clips, guided ? twice(now) : now]], ...inputs }),
+        const layout = queued(() =>
+          scope(() => model.layout({ columns: [[...clips, guided ? twice(now) : now]], ...inputs })),
         )
         const { timesteps, sigmas } = stageSteps(stages, stage, steps[stage] as number)
         let running: Promise<void> | undefined
@@ -177,40 +184,44 @@ export async function* sampleLatents(
                   ? euler(x, slice(v, 0, batch, batch), slice(v, 0, 0, batch), { deltaSigma, guidance: g })
                   : euler(x, v, null, { deltaSigma, guidance: 1 })
               },
-              { grad: false },
+              { grad: false, job },
             )
             latent = replace(latent, next)
             // One step is computed while the next is being queued.
-            await (running ? abortable(running, signal) : undefined)
-            running = engine.idle()
+            await (running ? abortable(running, signal, job) : undefined)
+            running = engine.idle(job)
             running.catch(() => undefined)
             done++
             yield { type: 'step', unit: unit.index, stage, step: n, done, total }
           }
-          if (running) await abortable(running, signal)
+          if (running) await abortable(running, signal, job)
         } finally {
           for (const clip of clips) clip.dispose()
         }
         yield { type: 'stage', unit: unit.index, stage, latent }
       }
-      history.append(latent)
-      const finished = latent
+      const finished: Tensor = latent
+      queued(() => history.append(finished))
       latent = undefined
       yield { type: 'unit', unit: unit.index, latent: finished }
     }
   } finally {
     // Nobody waits for what is still queued.
-    if (signal?.aborted) await engine.cancel()
+    if (signal?.aborted) await engine.cancel(job)
     latent?.dispose()
     history.dispose()
     for (const t of owned) t.dispose()
   }
 }
 
-/** Waits for the engine, or drops its queue when the signal fires. @throws ERR_ABORTED */
-export async function abortable(work: Promise<void>, signal: AbortSignal | undefined): Promise<void> {
+/** Waits for work of a job, or drops what is queued of it when the signal fires. @throws ERR_ABORTED */
+export async function abortable(
+  work: Promise<void>,
+  signal: AbortSignal | undefined,
+  job: number,
+): Promise<void> {
   if (!signal) return await work
-  const stop = (): void => void engine.cancel()
+  const stop = (): void => void engine.cancel(job)
   if (signal.aborted) stop()
   signal.addEventListener('abort', stop, { once: true })
   try {

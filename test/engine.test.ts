@@ -229,6 +229,48 @@ test('a cancel tells those who wait for dropped work, and later work runs', asyn
   y.dispose()
 })
 
+describe('jobs', () => {
+  const long = (x: Tensor): Tensor =>
+    scope(() => {
+      let product = x
+      for (let i = 0; i < 100; i++) product = matmul(product, x)
+      return product
+    })
+
+  test('are cancelled one by one', async () => {
+    const x = Tensor.from(numbers(512 * 512, 1, 0.05), [512, 512])
+    const [first, second] = [engine.newJob(), engine.newJob()]
+    const a = engine.within(first, () => long(x))
+    const b = engine.within(second, () => long(x))
+    const [stopped, finished] = [a.read(), b.read()]
+    const told = expect(stopped).rejects.toMatchObject({ code: 'ERR_ABORTED' })
+    await engine.cancel(first)
+    await told
+    expect(((await finished) as Float32Array).every(Number.isFinite)).toBe(true)
+    for (const t of [x, a, b]) t.dispose()
+  })
+
+  test('keep their errors to themselves', async () => {
+    const [bad, good] = [engine.newJob(), engine.newJob()]
+    const x = Tensor.from([1, 2])
+    const lost = engine.within(bad, () => {
+      const y = Tensor.empty([3])
+      engine.run('binary', [x, x], [y], [0])
+      return y
+    })
+    const sum = engine.within(good, () => add(x, x))
+    expect(await sum.read()).toEqual(Float32Array.of(2, 4))
+    await engine.idle(good)
+    // Nor does anybody compute with what the failed op should have written.
+    const heir = engine.within(good, () => add(lost, lost))
+    await expect(heir.read()).rejects.toMatchObject({ message: expect.stringContaining('earlier error') })
+    await expect(lost.read()).rejects.toMatchObject({ code: 'ERR_SHAPE' })
+    await expect(lost.read()).rejects.toMatchObject({ message: expect.stringContaining('earlier error') })
+    for (const t of [x, lost, sum, heir]) t.dispose()
+    await engine.idle()
+  })
+})
+
 test('a tensor used after dispose is refused at once', () => {
   const x = Tensor.zeros([2, 3])
   x.dispose()

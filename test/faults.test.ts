@@ -257,7 +257,13 @@ describe('a training run', () => {
     const before = engine.memory().live
     const events = parts.trainer.run()
     await events.next()
-    engine.run('binary', [parts.model.parameters.get('proj_out.bias')!, null], [null], [0])
+    const bias = parts.model.parameters.get('proj_out.bias')!
+    const bad = (): void => engine.run('binary', [bias, null], [null], [0])
+    // An error elsewhere is not the run's; one in its own job is.
+    bad()
+    expect((await events.next()).value).toMatchObject({ type: 'step', step: 2 })
+    await expect(engine.idle()).rejects.toMatchObject({ name: 'PyraflowError' })
+    engine.within(engine.newJob() - 1, bad)
     await expect(events.next()).rejects.toMatchObject({ name: 'PyraflowError' })
     await engine.idle()
     expect(engine.memory().live).toBe(before)

@@ -17,6 +17,7 @@ import { upsample } from '../lib/ops/upsample.ts'
 import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
+import type { Steps } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { runChild } from './fixtures/compiled.ts'
 import { numbers, tinyText, writePipeline } from './fixtures/tiny.ts'
@@ -393,14 +394,14 @@ describe('the flow', () => {
   // A network that knows the answer: it remembers where each stage began and points from there to `target`.
   function oracle(target: (shape: readonly number[]) => Tensor): PyramidFluxTransformer {
     let start: Tensor | undefined
-    const forward = ({ columns }: TransformerInputs): Tensor[] => {
+    function* forwardSteps({ columns }: TransformerInputs): Steps<Tensor[]> {
       const x = columns[0]!.at(-1)!
       if (!start || start.shape.join() !== x.shape.join()) start = keep(axpby(x, x, 1, 0))
       return [axpby(start, target(x.shape), 1, -1)]
     }
     return {
       config: { in_channels: 64 },
-      forward,
+      forwardSteps,
       layout: () => undefined,
     } as unknown as PyramidFluxTransformer
   }

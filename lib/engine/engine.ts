@@ -41,6 +41,8 @@ const OP_FREE = 2
 const OP_LOAD = 3
 const OP_MAP = 4
 const MAX_RANK = 6
+// The last word names the job that commands belong to, until it is changed.
+const JOB = COMMAND_LIMIT - 1
 
 /** The door to the addon: storages, commands, fences. Tensors are built on it; users meet `engine`. */
 export class Engine {
@@ -49,6 +51,7 @@ export class Engine {
   #options: EngineOptions = {}
   #freeIds: number[] = []
   #nextId = 0
+  #lastJob = 0
   #opened: { backend: string; threads: number } | undefined
 
   /** Settings for the first use. @throws ERR_DEVICE when the engine already runs. */
@@ -146,21 +149,40 @@ export class Engine {
   }
 
   /**
-   * Resolves when everything queued so far has run.
-   * @throws the first error of the queue since the last fence; the queue works again afterwards.
+   * A new job. What is queued within a job fails and is cancelled by itself; everything else belongs to job 0. Jobs run
+   * in the order in which they were queued, on the same thread.
    */
-  async idle(): Promise<void> {
-    if (this.#native) await wrapAsync(this.#native.fence())
+  newJob(): number {
+    return ++this.#lastJob
+  }
+
+  /** Runs `fn`, which must be synchronous, with its commands belonging to a job. */
+  within<T>(job: number, fn: () => T): T {
+    const before = this.#commands[JOB] as number
+    this.#commands[JOB] = job
+    try {
+      return fn()
+    } finally {
+      this.#commands[JOB] = before
+    }
   }
 
   /**
-   * Drops what is queued and not yet begun, by whomever, and resolves when the running op is done. Waits that were
-   * already under way for dropped work reject with ERR_ABORTED.
+   * Resolves when everything queued so far has run.
+   * @throws the first error of the job since its last fence; the job works again afterwards.
    */
-  async cancel(): Promise<void> {
+  async idle(job = 0): Promise<void> {
+    if (this.#native) await wrapAsync(this.within(job, () => (this.#native as NativeBinding).fence()))
+  }
+
+  /**
+   * Drops what is queued of a job and not yet begun (of every job when none is named), and resolves when the running op
+   * is done. Waits that were already under way for dropped work reject with ERR_ABORTED.
+   */
+  async cancel(job?: number): Promise<void> {
     if (!this.#native) return
-    this.#native.cancel()
-    await this.#native.fence().catch(() => undefined)
+    this.#native.cancel(job)
+    await this.idle(job).catch(() => undefined)
   }
 
   /** Maps a file for `load`. @throws ERR_IO */

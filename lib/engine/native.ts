@@ -21,7 +21,7 @@ export interface NativeBinding {
   /** Resolves when everything queued so far is done. Rejects with the queue's first error and clears it. */
   fence(): Promise<void>
   /** Drops queued ops (not frees) until the next fence resolves. */
-  cancel(): void
+  cancel(job?: number): void
   openFile(path: string): { id: number; size: number }
   closeFile(id: number): void
   memory(): { live: number; cached: number; peak: number; queued: number }
@@ -38,7 +38,10 @@ export interface NativeBinding {
    * [m, n, k, dtype, seconds] → GFLOP/s, copy [bytes, seconds] → GB/s read and written, clock [] → s, onednn [] →
    * version) in five numbers; the result arrives in `job[0]`.
    */
-  benchCeiling?(kind: 'matmul' | 'copy' | 'multiply-add' | 'clock' | 'onednn', job: Float64Array): Promise<void>
+  benchCeiling?(
+    kind: 'matmul' | 'copy' | 'multiply-add' | 'clock' | 'onednn',
+    job: Float64Array,
+  ): Promise<void>
 }
 
 const FUNCTIONS = [

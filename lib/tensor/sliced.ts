@@ -1,29 +1,33 @@
 import { setImmediate } from 'node:timers/promises'
+import { engine } from '../engine/engine.ts'
 import { OpenScope } from './scope.ts'
 import { type Steps, Tape } from './tape.ts'
 
 /** How long a slice keeps the event loop; ops take microseconds to queue, so the overrun is one block's worth. */
-const SLICE_MS = 4
+const SLICE_MS = 3
 
 /**
  * Queues work that pauses at its yields, letting the event loop turn every few milliseconds. As in a scope, everything
  * made in it is freed at the end but the tensors of its result, which are the caller's; tape and scope are its own, so
- * whatever runs between the slices is not disturbed.
+ * whatever runs between the slices is not disturbed. Its commands belong to `job`.
  */
-export async function sliced<T>(steps: () => Steps<T>, options: { grad?: boolean } = {}): Promise<T> {
+export async function sliced<T>(
+  steps: () => Steps<T>,
+  options: { grad?: boolean; job?: number } = {},
+): Promise<T> {
+  const { grad = true, job = 0 } = options
   const scope = new OpenScope()
-  const tape = new Tape(options.grad ?? true)
+  const tape = new Tape(grad)
   try {
     const generator = steps()
     for (;;) {
       const until = performance.now() + SLICE_MS
-      const result = tape.run(() =>
-        scope.run(() => {
-          let next = generator.next()
-          while (!next.done && performance.now() < until) next = generator.next()
-          return next
-        }),
-      )
+      const slice = (): IteratorResult<void, T> => {
+        let next = generator.next()
+        while (!next.done && performance.now() < until) next = generator.next()
+        return next
+      }
+      const result = engine.within(job, () => tape.run(() => scope.run(slice)))
       if (result.done) return scope.release(result.value)
       await setImmediate()
     }

@@ -80,6 +80,7 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
   metrics.on('error', (error) => {
     broken ??= error
   })
+  const job = engine.newJob()
   let bad = 0
   let before = performance.now()
   let prepared = first < steps ? options.prepare(first) : undefined
@@ -97,11 +98,14 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
         throwIfAborted(signal, 'training')
       }
       const learningRate = options.learningRates[step] as number
-      const queued = await sliced(function* () {
-        const { loss, metrics: named = {} } = yield* options.forward(step, input as never)
-        yield* backwardSteps(loss)
-        return { loss, clip: optimizer.step(learningRate), named }
-      })
+      const queued = await sliced(
+        function* () {
+          const { loss, metrics: named = {} } = yield* options.forward(step, input as never)
+          yield* backwardSteps(loss)
+          return { loss, clip: optimizer.step(learningRate), named }
+        },
+        { job },
+      )
       const tensors = [queued.loss, queued.clip, ...Object.values(queued.named)]
       if (step + 1 < steps) {
         prepared = options.prepare(step + 1)

@@ -131,15 +131,19 @@ class Addon : public Napi::Addon<Addon> {
   Napi::Value Submit(const Napi::CallbackInfo& info) {
     Engine& engine = Running(info.Env());
     const size_t length = CommandLength();
-    if (length == 0 || length > command_length_) Throw(info.Env(), "ERR_DEVICE", "malformed command");
+    if (length == 0 || length >= command_length_) Throw(info.Env(), "ERR_DEVICE", "malformed command");
     Command command;
     command.kind = static_cast<CommandKind>(static_cast<int>(commands_[0]));
+    command.job = Job();
     command.words.assign(commands_ + 1, commands_ + length);
     if (command.kind == CommandKind::kLoad) command.file = FileOf(static_cast<int>(commands_[1]));
     if (command.kind == CommandKind::kMap) command.file = FileOf(static_cast<int>(commands_[2]));
     engine.Submit(std::move(command));
     return Napi::Value();
   }
+
+  // The last word of the shared buffer stays what JavaScript set it to from one command to the next.
+  int Job() const { return static_cast<int>(commands_[command_length_ - 1]); }
 
   std::shared_ptr<MappedFile> FileOf(int id) const {
     const auto found = files_.find(id);
@@ -164,6 +168,7 @@ class Addon : public Napi::Addon<Addon> {
     const Bytes bytes = ViewOf(info[2]);
     Command command;
     command.kind = CommandKind::kWrite;
+    command.job = Job();
     command.words = {info[0].ToNumber().DoubleValue(), info[1].ToNumber().DoubleValue()};
     command.payload.assign(bytes.data, bytes.data + bytes.size);
     Running(info.Env()).Submit(std::move(command));
@@ -197,6 +202,7 @@ class Addon : public Napi::Addon<Addon> {
     const Napi::Promise promise = pending->deferred.Promise();
     Command command;
     command.kind = CommandKind::kRead;
+    command.job = Job();
     command.words = {info[0].ToNumber().DoubleValue(), info[1].ToNumber().DoubleValue()};
     command.target = bytes.data;
     command.bytes = bytes.size;
@@ -211,13 +217,18 @@ class Addon : public Napi::Addon<Addon> {
     const Napi::Promise promise = pending->deferred.Promise();
     Command command;
     command.kind = CommandKind::kFence;
+    command.job = Job();
     command.done = Settler(info.Env(), std::move(pending));
     engine.Submit(std::move(command));
     return promise;
   }
 
   Napi::Value Cancel(const Napi::CallbackInfo& info) {
-    Running(info.Env()).Cancel();
+    Engine& engine = Running(info.Env());
+    if (info[0].IsNumber())
+      engine.Cancel(info[0].As<Napi::Number>().Int32Value());
+    else
+      engine.Cancel(std::nullopt);
     return info.Env().Undefined();
   }
 
@@ -334,6 +345,7 @@ class Addon : public Napi::Addon<Addon> {
     // commands.
     Command command;
     command.kind = CommandKind::kFence;
+    command.job = Job();
     command.done = [measure, job, settle = Settler(env, std::move(pending))](std::string error) {
       if (error.empty()) job[0] = measure();
       settle(std::move(error));

@@ -101,10 +101,11 @@ void Engine::Submit(Command command) {
   if (wake) wake_.notify_one();
 }
 
-void Engine::Cancel() {
+void Engine::Cancel(std::optional<int> job) {
   std::lock_guard lock(mutex_);
   for (Command& command : queue_)
-    if (command.kind == CommandKind::kRun || command.kind == CommandKind::kLoad)
+    if (job.value_or(command.job) == command.job &&
+        (command.kind == CommandKind::kRun || command.kind == CommandKind::kLoad))
       command.kind = CommandKind::kDropped;
 }
 
@@ -112,7 +113,7 @@ void Engine::Loop() {
   // OpenMP belongs to this thread: the team is made here, once, and no other thread ever computes.
   char error[256] = "";
   const int32_t status = backend_->init(threads_, error);
-  if (status != PF_OK) error_ = std::string(CodeOf(status)) + " " + error;
+  if (status != PF_OK) fatal_ = std::string(CodeOf(status)) + " " + error;
   for (;;) {
     Command command;
     {
@@ -130,7 +131,16 @@ void Engine::Loop() {
 }
 
 void Engine::FailWith(const std::string& code, const std::string& message) {
-  if (error_.empty()) error_ = code + " " + message;
+  errors_.emplace(job_, code + " " + message);
+}
+
+std::string Engine::TakeError(int job) {
+  if (!fatal_.empty()) return fatal_;
+  const auto found = errors_.find(job);
+  if (found == errors_.end()) return "";
+  std::string error = std::move(found->second);
+  errors_.erase(found);
+  return error;
 }
 
 void Engine::Release(Slot& slot) {
@@ -140,14 +150,16 @@ void Engine::Release(Slot& slot) {
 
 void Engine::Execute(Command& command) {
   const auto& w = command.words;
+  job_ = command.job;
   switch (command.kind) {
     case CommandKind::kRun:
-      if (error_.empty()) Run(w);
+      if (!Failed()) Run(w);
       break;
     case CommandKind::kAlloc: {
       const size_t id = static_cast<size_t>(w[0]), bytes = static_cast<size_t>(w[1]);
       if (id >= slots_.size()) slots_.resize(id + 1);
-      if (!error_.empty()) break;  // its users are skipped anyway
+      slots_[id].job = job_;
+      if (Failed()) break;  // its users are skipped anyway
       slots_[id].data = allocator_.Allocate(bytes);
       if (!slots_[id].data) {
         FailWith("ERR_MEMORY", "could not allocate " + std::to_string(bytes) + " bytes (" +
@@ -163,7 +175,7 @@ void Engine::Execute(Command& command) {
       if (static_cast<size_t>(w[0]) < slots_.size()) Release(slots_[static_cast<size_t>(w[0])]);
       break;
     case CommandKind::kLoad:
-      if (error_.empty()) Load(command);
+      if (!Failed()) Load(command);
       break;
     case CommandKind::kMap: {
       const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[2]),
@@ -173,47 +185,48 @@ void Engine::Execute(Command& command) {
         FailWith("ERR_IO", "a mapped tensor lies outside its file");
         break;
       }
+      slots_[id].job = job_;
       slots_[id].data = const_cast<char*>(command.file->data()) + offset;
       slots_[id].bytes = bytes;
       slots_[id].file = command.file;
+      slots_[id].written = true;
       break;
     }
     case CommandKind::kWrite: {
-      if (!error_.empty()) break;
+      if (Failed()) break;
       const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
       if (id >= slots_.size() || !slots_[id].data || offset + command.payload.size() > slots_[id].bytes) {
         FailWith("ERR_SHAPE", "write: outside its tensor");
         break;
       }
       memcpy(static_cast<char*>(slots_[id].data) + offset, command.payload.data(), command.payload.size());
+      slots_[id].written = true;
       break;
     }
     case CommandKind::kRead: {
       const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
-      if (error_.empty()) {
-        if (id >= slots_.size() || (!slots_[id].data && command.bytes) ||
+      // What the reader waits for is the work of whoever made the tensor.
+      if (id < slots_.size()) job_ = slots_[id].job;
+      if (!Failed()) {
+        if (id >= slots_.size() || (!slots_[id].written && command.bytes) ||
             offset + command.bytes > slots_[id].bytes)
           FailWith("ERR_SHAPE", "read: outside its tensor, or the tensor was lost to an earlier error");
         else if (command.bytes)
           memcpy(command.target, static_cast<const char*>(slots_[id].data) + offset, command.bytes);
       }
-      std::string error;
-      error.swap(error_);
-      command.done(std::move(error));
+      command.done(TakeError(job_));
       break;
     }
     case CommandKind::kFence: {
-      std::string error;
-      error.swap(error_);
       if (trace_) std::fflush(trace_);
-      command.done(std::move(error));
+      command.done(TakeError(job_));
       break;
     }
     case CommandKind::kDropped: FailWith("ERR_ABORTED", "work was dropped by engine.cancel()"); break;
   }
 }
 
-bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view) {
+bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view, Slot** slot) {
   const double storage = w[(*at)++];
   *view = PfView{};
   if (storage < 0) {
@@ -226,6 +239,7 @@ bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view)
   *at += 3;
   for (int i = 0; i < view->rank; ++i) view->dims[i] = static_cast<int64_t>(w[(*at)++]);
   if (id >= slots_.size() || !slots_[id].data) return false;
+  *slot = &slots_[id];
   if (offset + PfCount(*view) * PfSize(view->dtype) > slots_[id].bytes) return false;
   view->data = static_cast<char*>(slots_[id].data) + offset;
   return true;
@@ -240,8 +254,13 @@ void Engine::Run(const std::vector<double>& w) {
   PfView in[kMost], out[kMost];
   size_t at = 4;
   bool sound = true;
-  for (int i = 0; i < n_in; ++i) sound &= ReadOperand(w, &at, &in[i]);
-  for (int i = 0; i < n_out; ++i) sound &= ReadOperand(w, &at, &out[i]);
+  Slot *from[kMost] = {}, *to[kMost] = {};
+  for (int i = 0; i < n_in; ++i) {
+    sound &= ReadOperand(w, &at, &in[i], &from[i]);
+    // Made by an op that failed or was skipped, perhaps in another job: not to be computed with.
+    if (from[i] && !from[i]->written && PfCount(in[i]) > 0) sound = false;
+  }
+  for (int i = 0; i < n_out; ++i) sound &= ReadOperand(w, &at, &out[i], &to[i]);
   std::string operands;
   const auto describe = [&] {
     for (int i = 0; i < n_in; ++i) operands.append(i ? ", " : " (").append(Describe(in[i]));
@@ -275,6 +294,8 @@ void Engine::Run(const std::vector<double>& w) {
                    kOpNames[op], begin * 1e6, (end - begin) * 1e6);
   }
   for (const auto& [block, bytes] : context.blocks) allocator_.Free(block, bytes);
+  for (Slot* slot : to)
+    if (slot && status == PF_OK) slot->written = true;
   if (status != PF_OK)
     FailWith(CodeOf(status),
              (context.error[0] ? std::string(context.error) : std::string(kOpNames[op]) + " failed") +
@@ -284,7 +305,8 @@ void Engine::Run(const std::vector<double>& w) {
 void Engine::Load(const Command& command) {
   size_t at = 3;
   PfView view;
-  if (!ReadOperand(command.words, &at, &view))
+  Slot* slot = nullptr;
+  if (!ReadOperand(command.words, &at, &view, &slot))
     return FailWith("ERR_DEVICE", "load: the target tensor was lost");
   const int32_t from = static_cast<int32_t>(command.words[2]);
   size_t offset = static_cast<size_t>(command.words[1]);
@@ -300,6 +322,7 @@ void Engine::Load(const Command& command) {
                     count);
     offset += bytes;
   }
+  if (slot) slot->written = true;
 }
 
 void Engine::Profile(bool enabled) {

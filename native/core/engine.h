@@ -1,5 +1,6 @@
-// The engine thread: executes commands in order, owns all memory, keeps the first error until a fence takes
-// it.
+// The engine thread: executes commands in order and owns all memory. Commands belong to jobs: the first error
+// of a job skips the rest of it until one of its fences or reads takes the error, and leaves other jobs
+// alone.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -9,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -32,6 +34,7 @@ enum class CommandKind : int {
 
 struct Command {
   CommandKind kind = CommandKind::kDropped;
+  int job = 0;
   std::vector<double> words;              // as in the shared buffer, from word 1 on
   std::vector<char> payload;              // kWrite
   void* target = nullptr;                 // kRead
@@ -46,8 +49,9 @@ class Engine {
   ~Engine();  // drops the queue, waits for the running op
 
   void Submit(Command command);
-  // Drops queued ops; allocations, frees and fences stay, and whoever waits for a dropped op is told.
-  void Cancel();
+  // Drops the queued ops of a job, or all; allocations, frees and fences stay, and whoever waits for a
+  // dropped op is told.
+  void Cancel(std::optional<int> job);
 
   const Allocator& allocator() const { return allocator_; }
   void ResetPeak() { allocator_.ResetPeak(); }
@@ -63,21 +67,27 @@ class Engine {
     size_t bytes = 0;
     std::shared_ptr<MappedFile> file;  // set when data points into a mapping
     bool allocated = false;
+    int job = 0;           // that allocated it
+    bool written = false;  // by an op that succeeded, or from outside
   };
 
   void Loop();
   void Execute(Command& command);
   void Run(const std::vector<double>& words);
   void Load(const Command& command);
-  bool ReadOperand(const std::vector<double>& words, size_t* at, PfView* view);
+  bool ReadOperand(const std::vector<double>& words, size_t* at, PfView* view, Slot** slot);
+  bool Failed() const { return !fatal_.empty() || (!errors_.empty() && errors_.count(job_)); }
   void FailWith(const std::string& code, const std::string& message);
+  std::string TakeError(int job);
   void Release(Slot& slot);
 
   const PfBackendTable* const backend_;
   const int threads_;
   Allocator allocator_;
   std::vector<Slot> slots_;
-  std::string error_;
+  int job_ = 0;  // of the command that is being executed
+  std::map<int, std::string> errors_;
+  std::string fatal_;  // the backend did not start: nothing will ever run
 
   std::mutex mutex_;
   std::condition_variable wake_;
