@@ -182,6 +182,10 @@ describe('a training run', () => {
       `checkpoint-${STEPS}`,
       'metrics.jsonl',
     ])
+    const noted = readFileSync(join(out, 'metrics.jsonl'), 'utf8').trimEnd().split('\n')
+    expect(noted.map((line) => (JSON.parse(line) as { step: number }).step)).toEqual(
+      whole.map((_, i) => i + 1),
+    )
   })
 
   test('saves on the first interrupt; a second one during saving leaves no half checkpoint', async () => {

@@ -6,7 +6,7 @@ import { engine } from '../lib/engine/engine.ts'
 import { normaliseLatents } from '../lib/flow/normalise.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { framesDecode } from '../lib/ops/frames.ts'
-import { scope } from '../lib/tensor/scope.ts'
+import { keep, scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { encodeLatents, LatentDataset } from '../lib/train/latents.ts'
@@ -216,6 +216,47 @@ describe('training the transformer', () => {
     trainer.dispose()
     model.dispose()
     data.dispose()
+  })
+
+  test('trains first frames alone as often as asked', async () => {
+    const data = await tinyLatents(join(folder, 'still-data'), { frames: 3 })
+    for (const imageRatio of [0, 1]) {
+      const out = join(folder, `still-${imageRatio}`)
+      const { trainer, model } = tinyTrainer({ data, out, steps: 6, imageRatio })
+      const clips: number[] = []
+      const forwardSteps = model.forwardSteps.bind(model)
+      model.forwardSteps = (inputs) => {
+        clips.push(...inputs.columns.map((column) => column.length))
+        return forwardSteps(inputs)
+      }
+      await collect(trainer.run())
+      if (imageRatio === 1) expect(new Set(clips)).toEqual(new Set([1]))
+      else expect(Math.max(...clips)).toBeGreaterThan(1)
+      trainer.dispose()
+      model.dispose()
+    }
+    expect(() => tinyTrainer({ data, out: folder, steps: 1, imageRatio: 2 })).toThrow(
+      expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringContaining('imageRatio') }),
+    )
+    data.dispose()
+  })
+
+  test('draws from the posterior or takes its means', async () => {
+    // logvar −12 and 0: only samples can tell.
+    const [narrow, wide] = await Promise.all(
+      [-12, 0].map((logvar) => tinyLatents(join(folder, `posterior${logvar}`), { logvar })),
+    )
+    const lossOf = async (data: LatentDataset, posterior: 'sample' | 'mean'): Promise<number> => {
+      const out = join(folder, 'posterior')
+      const { trainer, model } = tinyTrainer({ data, out, steps: 1, posterior })
+      const loss = await scope(() => keep(trainer.forward(0, trainer.indices(0)).loss)).item()
+      trainer.dispose()
+      model.dispose()
+      return loss
+    }
+    expect(await lossOf(wide, 'mean')).toBe(await lossOf(narrow, 'mean'))
+    expect(await lossOf(wide, 'sample')).not.toBe(await lossOf(narrow, 'sample'))
+    for (const data of [narrow, wide]) data.dispose()
   })
 
   for (const dtype of ['f32', 'bf16'] as const) {

@@ -23,8 +23,8 @@ const { values: args } = parseArgs({
     model: { type: 'string', default: 'examples/shapes/model' },
     clips: { type: 'string', default: '1600' },
     'vae-steps': { type: 'string', default: '3000' },
-    steps: { type: 'string', default: '11000' },
-    batch: { type: 'string', default: '32' },
+    steps: { type: 'string', default: '12000' },
+    batch: { type: 'string', default: '40' },
     dtype: { type: 'string', default: 'bf16' },
     only: { type: 'string', default: 'clips,vae,encode,dit,export' },
     seed: { type: 'string', default: '1' },
@@ -121,8 +121,9 @@ async function trainDit(): Promise<void> {
     out: join(args.out, 'dit'),
     steps: Number(args.steps),
     batchSize: Number(args.batch),
-    // Shapes are told apart at full size only: half the samples are spent there.
-    sampleRatios: [1, 1, 2],
+    // Outlines are drawn in the first frame and mostly at full size: most samples are spent there.
+    sampleRatios: [1, 2, 2],
+    imageRatio: 0.5,
     posterior: 'mean',
     seed,
     learningRate: 1e-3,

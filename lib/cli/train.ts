@@ -70,6 +70,8 @@ const ditSettings = z.strictObject({
   framesPerUnit: positive.default(1),
   corruptRatio: share.default(1 / 3),
   captionDrop: share.default(0.1),
+  posterior: z.enum(['sample', 'mean']).optional(),
+  imageRatio: share.optional(),
 })
 
 /** Settings of `train --task vae`. */
@@ -287,10 +289,10 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
   const text = s.textEncoder
     ? WordEncoder.fromPretrained(s.textEncoder)
     : new WordEncoder(wordsOf(data.captions, model.config))
-  const { framesPerUnit, corruptRatio, captionDrop, sampleRatios } = s
+  const { framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio } = s
   const trainer = new Trainer({
     ...trainerOptions(s),
-    ...defined({ framesPerUnit, corruptRatio, captionDrop, sampleRatios }),
+    ...defined({ framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio }),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,

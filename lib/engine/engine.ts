@@ -24,6 +24,7 @@ export interface Operand {
   readonly shape: readonly number[]
 }
 
+/** The environment variables PYRAFLOW_BACKEND and PYRAFLOW_THREADS win over these: whoever runs a program may cap it. */
 export interface EngineOptions {
   /** `auto`, `cpu`, or a capped level: `base`, `avx2`, `avx512`, `avx512_bf16`, `amx`, `ref`. */
   backend?: string

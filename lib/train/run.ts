@@ -72,6 +72,7 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
       first = found.step
       yield { type: 'resume', step: first }
     }
+    await forgetMetricsAfter(join(out, 'metrics.jsonl'), first)
   }
   await removeRemains(out)
   const metrics = createWriteStream(join(out, 'metrics.jsonl'), { flags: 'a' })
@@ -160,6 +161,21 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
   } finally {
     await new Promise<void>((resolve) => metrics.end(() => resolve()))
   }
+}
+
+/** Steps that a killed run noted after its last checkpoint will be run, and noted, again. */
+async function forgetMetricsAfter(path: string, step: number): Promise<void> {
+  const text = await readFile(path, 'utf8').catch(() => '')
+  const lines = text.split('\n')
+  const kept = lines.filter((line) => {
+    try {
+      return (JSON.parse(line) as { step: number }).step <= step
+    } catch {
+      return false // the line that the kill cut short
+    }
+  })
+  if (kept.length < lines.length - 1)
+    await writeFileAtomically(path, kept.map((line) => `${line}\n`).join(''))
 }
 
 async function note(stream: WriteStream, event: object): Promise<void> {

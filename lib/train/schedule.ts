@@ -39,3 +39,23 @@ export function learningRates(options: ScheduleOptions): Float64Array {
     return min + 0.5 * (lr - min) * (1 + Math.cos((Math.PI * (i - warmup)) / rest))
   })
 }
+
+/** The part of a trainer's options that sets the learning rate. */
+export interface RateOptions {
+  /** Optimizer steps of the whole run. */
+  steps: number
+  /** Peak learning rate, 1e-4. */
+  learningRate?: number
+  /** Default: 100, or all steps of a shorter run. */
+  warmupSteps?: number
+  schedule?: 'constant' | 'cosine'
+  /** Where cosine ends, 1e-5. */
+  minLearningRate?: number
+}
+
+/** `learningRates` of a trainer's options. @throws ERR_OPTION */
+export function ratesOf(options: RateOptions, usual: 'constant' | 'cosine'): Float64Array {
+  const { steps, learningRate = 1e-4, warmupSteps = Math.min(100, steps), schedule = usual } = options
+  const { minLearningRate = 1e-5 } = options
+  return learningRates({ learningRate, warmupSteps, kind: schedule, totalSteps: steps, minLearningRate })
+}

@@ -17,14 +17,13 @@ import type { LatentDataset } from './latents.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type PairDraws, trainingPairs } from './pairs.ts'
 import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
-import { learningRates } from './schedule.ts'
+import { type RateOptions, ratesOf } from './schedule.ts'
 
-export interface TrainerOptions {
+export interface TrainerOptions extends RateOptions {
   model: PyramidFluxTransformer
   data: LatentDataset
   text: TextEncoder
   out: string
-  steps: number
   /** Samples a step; a multiple of the columns. */
   batchSize: number
   seed?: number
@@ -38,12 +37,10 @@ export interface TrainerOptions {
    * beside its means buries what can be learnt under noise that cannot.
    */
   posterior?: 'sample' | 'mean'
+  /** Share of the steps that train first frames alone, as the still images of the published curriculum do; 0. */
+  imageRatio?: number
   /** Probability of replacing a caption by the null condition. */
   captionDrop?: number
-  learningRate?: number
-  warmupSteps?: number
-  schedule?: 'constant' | 'cosine'
-  minLearningRate?: number
   optimizer?: AdamWOptions
   checkpointEvery?: number
 }
@@ -58,7 +55,7 @@ export class Trainer {
   readonly columns: readonly number[]
   readonly #options: TrainerOptions
 
-  /** @throws ERR_OPTION when batch size and columns do not fit. */
+  /** @throws ERR_OPTION when batch size and columns do not fit, or for a share outside 0 to 1. */
   constructor(options: TrainerOptions) {
     this.stages = options.stages ?? makeStages()
     const ratios =
@@ -79,6 +76,15 @@ export class Trainer {
         received: String(options.batchSize),
       })
     }
+    for (const what of ['captionDrop', 'imageRatio', 'corruptRatio'] as const) {
+      const value = options[what]
+      if (value === undefined || (value >= 0 && value <= 1)) continue
+      throw new PyraflowError('ERR_OPTION', {
+        what,
+        expected: 'a share from 0 to 1',
+        received: String(value),
+      })
+    }
     this.#options = options
     this.optimizer = new AdamW(options.model.parameters, { emaDecay: 0.999, ...options.optimizer })
   }
@@ -89,13 +95,7 @@ export class Trainer {
     yield* runTraining({
       out: o.out,
       steps: o.steps,
-      learningRates: learningRates({
-        learningRate: o.learningRate ?? 1e-4,
-        warmupSteps: o.warmupSteps ?? Math.min(100, o.steps),
-        kind: o.schedule ?? 'constant',
-        totalSteps: o.steps,
-        minLearningRate: o.minLearningRate ?? 1e-5,
-      }),
+      learningRates: ratesOf(o, 'constant'),
       optimizer: this.optimizer,
       prepare: async (step) => this.indices(step),
       forward: (step, indices) => this.forwardSteps(step, indices as number[]),
@@ -122,7 +122,15 @@ export class Trainer {
 
   /** `forward` that pauses now and then, for `sliced`. */
   *forwardSteps(step: number, indices: readonly number[]): Steps<StepLoss> {
-    const { model, data, text, seed = 0, framesPerUnit = 1, captionDrop = 0.1 } = this.#options
+    const {
+      model,
+      data,
+      text,
+      seed = 0,
+      framesPerUnit = 1,
+      captionDrop = 0.1,
+      imageRatio = 0,
+    } = this.#options
     const generator = new Generator(seed).stream('train', step)
     const posterior = data.gather(indices)
     const drawn =
@@ -138,15 +146,18 @@ export class Trainer {
     const features = text.encode(captions)
     yield
     const frames = data.shape[1] as number
-    const unitsPerStage = stageLengths({
-      maxFrames: frames,
-      framesPerUnit,
-      syncGroup: 1,
-      rank: 0,
-      counter: step + 1,
-      batchUnits: 1 + Math.floor((frames - 1) / framesPerUnit),
-      stageCount: this.stages.count,
-    })
+    const still = (generator.stream('still').hostUniform(1)[0] as number) < imageRatio
+    const unitsPerStage = still
+      ? new Array<number>(this.stages.count).fill(1)
+      : stageLengths({
+          maxFrames: frames,
+          framesPerUnit,
+          syncGroup: 1,
+          rank: 0,
+          counter: step + 1,
+          batchUnits: 1 + Math.floor((frames - 1) / framesPerUnit),
+          stageCount: this.stages.count,
+        })
     const pairs = trainingPairs(latents, this.#draws(generator, latents), {
       stages: this.stages,
       columns: this.columns,

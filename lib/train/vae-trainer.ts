@@ -14,7 +14,7 @@ import { Tensor } from '../tensor/tensor.ts'
 import type { ClipBatch, Dataset } from './dataset.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
-import { learningRates } from './schedule.ts'
+import { type RateOptions, ratesOf } from './schedule.ts'
 
 /** Random windows of a clip. Single frames teach colours and outlines at a fraction of the cost of moving ones. */
 export interface VaeCrop {
@@ -30,17 +30,12 @@ export interface VaeCrop {
   until?: number
 }
 
-export interface VaeTrainerOptions {
+export interface VaeTrainerOptions extends RateOptions {
   model: CausalVideoVAE
   data: Dataset
   out: string
-  steps: number
   batchSize: number
   seed?: number
-  learningRate?: number
-  warmupSteps?: number
-  schedule?: 'constant' | 'cosine'
-  minLearningRate?: number
   /** What a step cuts out of every clip; several take turns, step by step. Default: the whole clip. */
   crops?: readonly VaeCrop[]
   /** Weight of the KL term (λ_kl); the reconstruction term weighs 1. */
@@ -114,13 +109,7 @@ export class VaeTrainer {
       yield* runTraining({
         out: o.out,
         steps: o.steps,
-        learningRates: learningRates({
-          learningRate: o.learningRate ?? 1e-4,
-          warmupSteps: o.warmupSteps ?? Math.min(100, o.steps),
-          kind: o.schedule ?? 'cosine',
-          totalSteps: o.steps,
-          minLearningRate: o.minLearningRate ?? 1e-5,
-        }),
+        learningRates: ratesOf(o, 'cosine'),
         optimizer: this.optimizer,
         prepare: (step) => batches.at(step),
         forward: (step, batch) => this.#forward(step, batch as ClipBatch, generator, seed),

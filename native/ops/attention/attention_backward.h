@@ -222,7 +222,7 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   LongestSpan(layouts, s.batch, &backward.keys, &backward.queries);
   const bool local =
-      most_spans > 1 && backward.HeadUnits() <= kLocalUnits && UnitsBalance(layouts, s.heads, 0, pairs);
+      most_spans > 1 && backward.HeadUnits() <= LocalUnits() && UnitsBalance(layouts, s.heads, 0, pairs);
   if (!local) {
     backward.keys = Most(layouts, s.batch, &Layout::key_length);
     backward.queries = Most(layouts, s.batch, &Layout::query_length);

@@ -176,7 +176,7 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layou
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   int64_t span_queries;
   LongestSpan(layouts, s.batch, &forward.keys, &span_queries);
-  const bool local = most_spans > 1 && forward.HeadUnits() <= kLocalUnits;
+  const bool local = most_spans > 1 && forward.HeadUnits() <= LocalUnits();
   if (!local) forward.keys = Most(layouts, s.batch, &Layout::key_length);
   const int64_t head_units = forward.HeadUnits(), mine = forward.ThreadUnits();
   const int64_t at_once = local ? pairs : HeadsAtOnce(pairs, head_units);

@@ -1,6 +1,8 @@
 // Token blocks with the bounds of their mask values, and what follows from them: which tiles to skip, which
 // need no mask arithmetic, and which stretches of a packed batch are independent of one another.
 #pragma once
+#include <unistd.h>
+
 #include "backends/cpu/rows.h"
 #include "ops/attention/attention.h"
 
@@ -161,9 +163,15 @@ inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int
     }
 }
 
-// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never
-// leave the core's cache. kLocalUnits is what such a span may take.
-constexpr int64_t kLocalUnits = 1 << 17;
+// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never leave the
+// core's cache. Half of the second level is what such a span may take. The choice changes no bit of any result.
+inline int64_t LocalUnits() {
+  static const int64_t units = [] {
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return static_cast<int64_t>(bytes > 0 ? bytes : 1 << 20) / 2 / static_cast<int64_t>(sizeof(int32_t));
+  }();
+  return units;
+}
 
 // Heads packed at a time, so that scratch stays bounded for long sequences.
 inline int64_t HeadsAtOnce(int64_t heads, int64_t units_per_head) {
