@@ -57,7 +57,7 @@ export async function pyramid(effort: Effort): Promise<Unnamed[]> {
       for (const t of owned) t.dispose()
     }
   }
-  rows.push(await noiseAgainstNaive(effort))
+  rows.push(await jumpAgainstDraw(effort), await noiseAgainstNaive(effort))
   return rows
 }
 
@@ -92,6 +92,27 @@ function makeCases(dtype: DType, channels: number, h: number, w: number): { case
     ],
     owned: [...full, small, sigma, clip],
   }
+}
+
+/** Making random numbers is arithmetic: a jump with its block noise against drawing as many unit normals alone. */
+async function jumpAgainstDraw(effort: Effort): Promise<Unnamed> {
+  const shape = effort.quick ? [2, 96, 160] : [16, 96, 160]
+  const [channels, h, w] = shape as [number, number, number]
+  const small = new Generator(1).normal([channels, h / 2, w / 2])
+  const stream = new Generator(3)
+  const jump = (): Tensor => renoise(small, { alpha: 1, beta: 0.5, gamma: GAMMA, seed: 1, stream: 2 })
+  const draw = (): Tensor => stream.normal(shape)
+  const counts = [await countFor(jump, effort.seconds), await countFor(draw, effort.seconds)] as const
+  const rate = async (op: () => Tensor, count: number): Promise<number> =>
+    (1e-6 * channels * h * w) / (await engineSeconds(op, count))
+  const { ours, ratio } = await interleave(
+    effort,
+    () => rate(jump, counts[0]),
+    () => rate(draw, counts[1]),
+  )
+  small.dispose()
+  const against = 'unit normals alone'
+  return { name: 'renoise, noise drawn, 768p latent f32', value: ours, unit: 'Mvalues/s', ratio, against }
 }
 
 /** Elements a second of the fused kernel against a block-by-block draw in JavaScript. */

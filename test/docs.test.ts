@@ -1,8 +1,9 @@
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { expect, test } from 'vitest'
+import { makeClips } from '../examples/shapes/make-clips.ts'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const scratch = join(root, 'out/docs-check')
@@ -10,7 +11,6 @@ const scratch = join(root, 'out/docs-check')
 interface Block {
   where: string
   language: string
-  run: boolean
   code: string
 }
 
@@ -21,16 +21,15 @@ function blocks(): Block[] {
     .filter((file) => file.endsWith('.md') && existsSync(join(root, file)))
     .flatMap((file) => {
       const text = readFileSync(join(root, file), 'utf8')
-      return [...text.matchAll(/^```(\w+)([^\n]*)\n(.*?)^```/gms)].map((match) => ({
+      return [...text.matchAll(/^```(\w+)[^\n]*\n(.*?)^```/gms)].map((match) => ({
         where: `${file}:${text.slice(0, match.index).split('\n').length}`,
         language: match[1]!,
-        run: match[2]!.trim() === 'run',
-        code: match[3]!,
+        code: match[2]!,
       }))
     })
 }
 
-test('every TypeScript and JavaScript block in the documentation type-checks, and runs where it says so', () => {
+test('every TypeScript and JavaScript block in the documentation type-checks and runs', async () => {
   const examples = blocks().filter(({ language }) => language === 'ts' || language === 'js')
   rmSync(scratch, { recursive: true, force: true })
   mkdirSync(scratch, { recursive: true })
@@ -56,13 +55,21 @@ test('every TypeScript and JavaScript block in the documentation type-checks, an
   expect(named).toBe('')
   expect(status).toBe(0)
 
-  examples.forEach(({ run, where }, index) => {
-    if (!run) return
+  // They run where a reader would try them: beside the examples, with a folder of clips.
+  const place = join(scratch, 'place')
+  mkdirSync(place)
+  symlinkSync(join(root, 'examples'), join(place, 'examples'))
+  await makeClips({ out: join(place, 'clips'), count: 16 })
+  for (const [index, { where }] of examples.entries()) {
     const script = join(scratch, 'js/out/docs-check', `block${index}.js`)
-    const result = spawnSync(process.execPath, [script], { cwd: root, encoding: 'utf8', timeout: 50_000 })
+    // A reader waits for a thousand steps; that they begin and end well shows in two.
+    writeFileSync(script, readFileSync(script, 'utf8').replace(/steps: \d+,/, 'steps: 2,'))
+    const result = spawnSync(process.execPath, [script], { cwd: place, encoding: 'utf8', timeout: 100_000 })
     expect(result.status, `${where}\n${result.stderr}`).toBe(0)
-  })
-})
+  }
+  expect(existsSync(join(place, 'circle.webp'))).toBe(true)
+  expect(existsSync(join(place, 'runs/mine/checkpoint-2/diffusion_transformer/config.json'))).toBe(true)
+}, 200_000)
 
 const scripts: Record<string, string> = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')).scripts
 const otherTools = ['cd', 'git', 'cmake', 'export', 'flock']

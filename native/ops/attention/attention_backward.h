@@ -244,59 +244,38 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
     {
       Unit* tile = buffers + omp_get_thread_num() * mine;
       float* row_buffer = backward.RowBuffer(tile);
+      const auto share = [&](int64_t Layout::*count, int64_t most, auto body) {
+        ShareOut(layouts, s.heads, first, heads, count, most, body);
+      };
       if (local) {
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < heads * most_spans; ++task) {
-          const int64_t pair = first + task / most_spans;
-          const Layout& l = layouts[pair / s.heads];
-          if (task % most_spans >= l.span_count) continue;
-          const Span& span = l.spans[task % most_spans];
-          const Head head = backward.Place(packed + omp_get_thread_num() * head_units,
-                                           span.k0 < l.key_count ? l.keys[span.k0].at : 0,
+        Unit* mine_packed = packed + omp_get_thread_num() * head_units;
+        share(&Layout::span_count, most_spans, [&](int64_t pair, const Layout& l, int64_t i) {
+          const Span& span = l.spans[i];
+          const Head head = backward.Place(mine_packed, span.k0 < l.key_count ? l.keys[span.k0].at : 0,
                                            span.q0 < l.query_count ? l.queries[span.q0].at : 0);
           for (int64_t k = span.k0; k < span.k1; ++k) backward.PackKeys(head, pair, l.keys[k], row_buffer);
           for (int64_t q = span.q0; q < span.q1; ++q)
             backward.PackQueries(head, pair, l.queries[q], row_buffer);
           backward.OneSweep(l, head, pair, span, tile);
-        }
+        });
       } else {
-#pragma omp for schedule(static) nowait
-        for (int64_t task = 0; task < heads * most_keys; ++task) {
-          const int64_t pair = first + task / most_keys;
-          const Layout& l = layouts[pair / s.heads];
-          if (task % most_keys < l.key_count)
-            backward.PackKeys(head_of(pair), pair, l.keys[task % most_keys], row_buffer);
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < heads * most_queries; ++task) {
-          const int64_t pair = first + task / most_queries;
-          const Layout& l = layouts[pair / s.heads];
-          if (task % most_queries < l.query_count)
-            backward.PackQueries(head_of(pair), pair, l.queries[task % most_queries], row_buffer);
-        }
+        share(&Layout::key_count, most_keys, [&](int64_t pair, const Layout& l, int64_t k) {
+          backward.PackKeys(head_of(pair), pair, l.keys[k], row_buffer);
+        });
+        share(&Layout::query_count, most_queries, [&](int64_t pair, const Layout& l, int64_t q) {
+          backward.PackQueries(head_of(pair), pair, l.queries[q], row_buffer);
+        });
         if (one_sweep) {
-#pragma omp for schedule(dynamic)
-          for (int64_t task = 0; task < heads * most_spans; ++task) {
-            const int64_t pair = first + task / most_spans;
-            const Layout& l = layouts[pair / s.heads];
-            if (task % most_spans < l.span_count)
-              backward.OneSweep(l, head_of(pair), pair, l.spans[task % most_spans], tile);
-          }
+          share(&Layout::span_count, most_spans, [&](int64_t pair, const Layout& l, int64_t i) {
+            backward.OneSweep(l, head_of(pair), pair, l.spans[i], tile);
+          });
         } else {
-#pragma omp for schedule(dynamic) nowait
-          for (int64_t task = 0; task < heads * most_queries; ++task) {
-            const int64_t pair = first + task / most_queries;
-            const Layout& l = layouts[pair / s.heads];
-            if (task % most_queries < l.query_count)
-              backward.Queries(l, head_of(pair), pair, l.queries[task % most_queries], tile);
-          }
-#pragma omp for schedule(dynamic)
-          for (int64_t task = 0; task < heads * most_keys; ++task) {
-            const int64_t pair = first + task / most_keys;
-            const Layout& l = layouts[pair / s.heads];
-            if (task % most_keys < l.key_count)
-              backward.Keys(l, head_of(pair), pair, l.keys[task % most_keys], 0, l.query_count, false, tile);
-          }
+          share(&Layout::query_count, most_queries, [&](int64_t pair, const Layout& l, int64_t q) {
+            backward.Queries(l, head_of(pair), pair, l.queries[q], tile);
+          });
+          share(&Layout::key_count, most_keys, [&](int64_t pair, const Layout& l, int64_t k) {
+            backward.Keys(l, head_of(pair), pair, l.keys[k], 0, l.query_count, false, tile);
+          });
         }
       }
     }

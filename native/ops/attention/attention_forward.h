@@ -191,37 +191,27 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layou
     {
       Unit* buffer = buffers + omp_get_thread_num() * mine;
       float* row_buffer = forward.RowBuffer(buffer);
+      const auto share = [&](int64_t Layout::*count, int64_t most, auto body) {
+        ShareOut(layouts, s.heads, first, heads, count, most, body);
+      };
       if (local) {
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < heads * most_spans; ++task) {
-          const int64_t pair = first + task / most_spans;
-          const Layout& l = layouts[pair / s.heads];
-          if (task % most_spans >= l.span_count) continue;
-          const Span& span = l.spans[task % most_spans];
-          Unit* head = packed + omp_get_thread_num() * head_units;
+        Unit* head = packed + omp_get_thread_num() * head_units;
+        share(&Layout::span_count, most_spans, [&](int64_t pair, const Layout& l, int64_t i) {
+          const Span& span = l.spans[i];
           const int64_t first_key = span.k0 < l.key_count ? l.keys[span.k0].at : 0;
           for (int64_t k = span.k0; k < span.k1; ++k)
             forward.Pack(pair, l.keys[k], first_key, head, row_buffer);
           for (int64_t q = span.q0; q < span.q1; ++q)
             forward.Attend(l, pair, l.queries[q], span.k0, span.k1, first_key, head, buffer);
-        }
+        });
       } else {
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < heads * most_keys; ++task) {
-          const int64_t pair = first + task / most_keys;
-          const Layout& l = layouts[pair / s.heads];
-          if (task % most_keys < l.key_count)
-            forward.Pack(pair, l.keys[task % most_keys], 0, packed + (pair - first) * head_units, row_buffer);
-        }
-        // Later queries see more keys: handed out first, they leave the short tasks to even out the end.
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < heads * most_queries; ++task) {
-          const int64_t pair = first + task / most_queries, q = most_queries - 1 - task % most_queries;
-          const Layout& l = layouts[pair / s.heads];
-          if (q < l.query_count)
-            forward.Attend(l, pair, l.queries[q], 0, l.key_count, 0, packed + (pair - first) * head_units,
-                           buffer);
-        }
+        const auto head_of = [&](int64_t pair) { return packed + (pair - first) * head_units; };
+        share(&Layout::key_count, most_keys, [&](int64_t pair, const Layout& l, int64_t k) {
+          forward.Pack(pair, l.keys[k], 0, head_of(pair), row_buffer);
+        });
+        share(&Layout::query_count, most_queries, [&](int64_t pair, const Layout& l, int64_t q) {
+          forward.Attend(l, pair, l.queries[q], 0, l.key_count, 0, head_of(pair), buffer);
+        });
       }
     }
   }

@@ -149,6 +149,20 @@ inline int64_t Most(const Layout* layouts, int64_t batch, int64_t Layout::*count
   return n;
 }
 
+// Inside a parallel region: shares out body(pair, its layout, i) for i below layout.*count, over heads first
+// .. first + heads - 1 of all batch entries. Higher i come first: later queries see more keys, and short
+// tasks at the end even out what is left.
+template <class Body>
+inline void ShareOut(const Layout* layouts, int64_t heads_per_batch, int64_t first, int64_t heads,
+                     int64_t Layout::*count, int64_t most, Body body) {
+#pragma omp for schedule(dynamic)
+  for (int64_t task = 0; task < heads * most; ++task) {
+    const int64_t pair = first + task / most, i = most - 1 - task % most;
+    const Layout& l = layouts[pair / heads_per_batch];
+    if (i < l.*count) body(pair, l, i);
+  }
+}
+
 // Longest stretches of padded keys and of padded queries in one span.
 inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int64_t* queries) {
   *keys = *queries = 0;
@@ -163,8 +177,9 @@ inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int
     }
 }
 
-// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never leave the
-// core's cache. Half of the second level is what such a span may take. The choice changes no bit of any result.
+// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never
+// leave the core's cache. Half of the second level is what such a span may take. The choice changes no bit of
+// any result.
 inline int64_t LocalUnits() {
   static const int64_t units = [] {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
