@@ -186,6 +186,7 @@ export class Pipeline {
     let transformer: PyramidFluxTransformer | undefined
     try {
       transformer = await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype })
+      checkWidths(dir, text, transformer)
       const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype })
       return new Pipeline({ transformer, vae, text, config, dtype })
     } catch (error) {
@@ -386,4 +387,15 @@ function readPipelineConfig(path: string): PipelineConfig {
     throw new PyraflowError('ERR_CHECKPOINT', { what: path, expected: 'a JSON object', cause })
   }
   return { normalisation: latentNormalisation.flux, ...config }
+}
+
+function checkWidths(dir: string, text: TextEncoder, { config }: PyramidFluxTransformer): void {
+  const [joint, pooled] = [config.joint_attention_dim, config.pooled_projection_dim]
+  if (text.jointDim === joint && text.pooledDim === pooled) return
+  throw new PyraflowError('ERR_CHECKPOINT', {
+    what: `model folder ${dir}: width of text features`,
+    expected: `${joint} and ${pooled} (joint and pooled), which the transformer takes`,
+    received: `${text.jointDim} and ${text.pooledDim}`,
+    remedy: 'Check that transformer and text encoders belong to one model.',
+  })
 }

@@ -59,9 +59,12 @@ function attentionTails(table: Tensor, mask: readonly (readonly number[])[]): Ta
   const { dtype } = table
   const heads = table.shape[1] as number
   const [rows, length] = [mask.length, (mask[0] as readonly number[]).length]
-  const buckets = Int32Array.from({ length: length * length }, (_, at) =>
-    relativeBucket((at % length) - Math.floor(at / length)),
-  )
+  const bucketOf = Int32Array.from({ length: 2 * length - 1 }, (_, i) => relativeBucket(i - length + 1))
+  const buckets = new Int32Array(length * length)
+  // Query i sees the positions −i to length − 1 − i.
+  for (let i = 0; i < length; i++) {
+    buckets.set(bucketOf.subarray(length - 1 - i, 2 * length - 1 - i), i * length)
+  }
   const keys = new Float32Array(rows * length * (length + 1))
   mask.forEach((row, r) => {
     row.forEach((seen, j) => {
