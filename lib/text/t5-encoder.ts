@@ -182,6 +182,7 @@ export class T5Encoder {
       })
     }
     const tails = attentionTails(this.#bias, mask)
+    yield
     let h = embedding(this.#table, ids) // [R·S, d]
     ids.dispose()
     for (const [i, block] of this.#blocks.entries()) {
