@@ -1,12 +1,12 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { abortable } from './engine/abortable.ts'
 import { engine } from './engine/engine.ts'
 import { PyraflowError } from './engine/errors.ts'
 import { denormaliseLatents, type LatentNormalisation, normaliseLatents } from './flow/normalise.ts'
 import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
 import { writeFileAtomically } from './io/atomic.ts'
 import { loadImage, saveVideo } from './io/image.ts'
-import { readConfig } from './io/pretrained.ts'
 import { CausalVideoVAE, samplePosterior } from './models/causal-vae.ts'
 import { PyramidFluxTransformer } from './models/dit-flux.ts'
 import { framesPerSecond, latentNormalisation, samplingPresets } from './models/presets.ts'
@@ -14,13 +14,13 @@ import { cast } from './ops/cast.ts'
 import { concat } from './ops/copy.ts'
 import { framesDecode, framesEncode } from './ops/frames.ts'
 import { latentFrames, noiseFrames, pixelFrames } from './pyramid/units.ts'
-import { abortable, type NoiseSource, sampleLatents, seededNoise } from './sample.ts'
+import { type NoiseSource, sampleLatents, seededNoise } from './sample.ts'
 import { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
 import { noGrad } from './tensor/tape.ts'
 import { Tensor } from './tensor/tensor.ts'
 import type { TextEncoder, TextFeatures } from './text/encoder.ts'
-import { WordEncoder } from './text/word-encoder.ts'
+import { loadTextEncoder } from './text/load.ts'
 
 /** `pyraflow.json` beside the networks: what a trained model needs besides their weights. */
 export interface PipelineConfig {
@@ -164,7 +164,7 @@ export class Pipeline {
   }
 
   /**
-   * Loads a model folder: `causal_video_vae`, `diffusion_transformer*`, `text_encoder`, `pyraflow.json`.
+   * Loads a model folder: `causal_video_vae`, `diffusion_transformer*`, `pyraflow.json` and what `loadTextEncoder` reads.
    * @throws ERR_CHECKPOINT naming what is missing or does not fit.
    */
   static async load(dir: string, options: PipelineOptions = {}): Promise<Pipeline> {
@@ -182,13 +182,16 @@ export class Pipeline {
       })
     }
     const config = readPipelineConfig(join(dir, 'pyraflow.json'))
-    const text = loadTextEncoder(join(dir, 'text_encoder'))
-    const transformer = await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype })
+    const text = await loadTextEncoder(dir, { dtype })
+    let transformer: PyramidFluxTransformer | undefined
     try {
+      transformer = await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype })
+      checkWidths(dir, text, transformer)
       const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype })
       return new Pipeline({ transformer, vae, text, config, dtype })
     } catch (error) {
-      transformer.dispose()
+      transformer?.dispose()
+      text.dispose?.()
       throw error
     }
   }
@@ -221,7 +224,7 @@ export class Pipeline {
     }
     const recipe: Recipe = {
       prompt: options.prompt,
-      negativePrompt: options.negativePrompt ?? '',
+      negativePrompt: options.negativePrompt ?? this.text.negativePrompt ?? '',
       width: options.width ?? width,
       height: options.height ?? height,
       frames: pixelFrames(latentFrames({ ...length, fps, framesPerUnit: c.framesPerUnit ?? 1 })),
@@ -258,10 +261,15 @@ export class Pipeline {
 
   async *#events(recipe: Recipe, signal: AbortSignal | undefined): AsyncGenerator<GenerateEvent, Video> {
     const generator = new Generator(recipe.seed).stream('generate')
-    const text = this.text.encode([recipe.prompt])
-    const negative = this.text.encode([recipe.negativePrompt])
-    const owned = [text.embeds, text.pooled, negative.embeds, negative.pooled].map(keep)
+    const owned: Tensor[] = []
+    const encode = async (prompt: string): Promise<TextFeatures> => {
+      const features = await this.text.encode([prompt], { signal })
+      owned.push(keep(features.embeds), keep(features.pooled))
+      return features
+    }
     try {
+      const text = await encode(recipe.prompt + (this.text.promptSuffix ?? ''))
+      const negative = await encode(recipe.negativePrompt)
       const first =
         recipe.image === undefined ? undefined : await this.encodeImage(recipe.image, recipe, generator)
       if (first) owned.push(first)
@@ -366,6 +374,7 @@ export class Pipeline {
   dispose(): void {
     this.transformer.dispose()
     this.vae.dispose()
+    this.text.dispose?.()
   }
 }
 
@@ -380,14 +389,13 @@ function readPipelineConfig(path: string): PipelineConfig {
   return { normalisation: latentNormalisation.flux, ...config }
 }
 
-function loadTextEncoder(dir: string): TextEncoder {
-  const config = readConfig(dir)
-  if (config._class_name === 'WordEncoder') return WordEncoder.fromPretrained(dir)
+function checkWidths(dir: string, text: TextEncoder, { config }: PyramidFluxTransformer): void {
+  const [joint, pooled] = [config.joint_attention_dim, config.pooled_projection_dim]
+  if (text.jointDim === joint && text.pooledDim === pooled) return
   throw new PyraflowError('ERR_CHECKPOINT', {
-    what: `text encoder ${dir}`,
-    expected: 'WordEncoder',
-    received: String(config._class_name ?? config.model_type ?? 'unknown'),
-    remedy:
-      'This version reads the word encoder of toy models; pass text features to sampleLatents for others.',
+    what: `model folder ${dir}: width of text features`,
+    expected: `${joint} and ${pooled} (joint and pooled), which the transformer takes`,
+    received: `${text.jointDim} and ${text.pooledDim}`,
+    remedy: 'Check that transformer and text encoders belong to one model.',
   })
 }

@@ -1,3 +1,4 @@
+import { abortable } from './engine/abortable.ts'
 import { engine } from './engine/engine.ts'
 import { PyraflowError, throwIfAborted } from './engine/errors.ts'
 import { type GuidanceOptions, guidanceForUnit } from './flow/guidance.ts'
@@ -212,27 +213,6 @@ export async function* sampleLatents(
     history.dispose()
     for (const t of owned) t.dispose()
   }
-}
-
-/** Waits for work of a job, or drops what is queued of it when the signal fires. @throws ERR_ABORTED */
-export async function abortable(
-  work: Promise<void>,
-  signal: AbortSignal | undefined,
-  job: number,
-): Promise<void> {
-  if (!signal) return await work
-  const stop = (): void => void engine.cancel(job)
-  if (signal.aborted) stop()
-  signal.addEventListener('abort', stop, { once: true })
-  try {
-    await work
-  } catch (error) {
-    throwIfAborted(signal, 'generation')
-    throw error
-  } finally {
-    signal.removeEventListener('abort', stop)
-  }
-  throwIfAborted(signal, 'generation')
 }
 
 function replace(before: Tensor, after: Tensor): Tensor {

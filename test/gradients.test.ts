@@ -25,12 +25,12 @@ import { gradcheck, live, numbers, random, worst } from './gradcheck.ts'
 // Thousands of tiny ops: a team of threads would only wait for each other.
 process.env.PYRAFLOW_THREADS ??= '1'
 
-const { add, axpby, clamp, div, exp, gatedAdd, geluTanh, mul, quickGelu, relu } = pointwise
+const { add, axpby, clamp, div, exp, gatedAdd, gelu, geluTanh, mul, quickGelu, relu } = pointwise
 const { scale, sigmoid, silu, sqrt, square, sub, tanh } = pointwise
 const ints = (values: number[], shape = [values.length]) => Tensor.from(Int32Array.from(values), shape)
 
 describe('pointwise ops differentiate', () => {
-  for (const [name, fn] of Object.entries({ silu, geluTanh, exp, square, sigmoid, tanh, quickGelu })) {
+  for (const [name, fn] of Object.entries({ silu, gelu, geluTanh, exp, square, sigmoid, tanh, quickGelu })) {
     it(name, () => gradcheck(fn, [random([3, 7], { scale: 2 })]))
   }
   it('sqrt', () => gradcheck(sqrt, [random([17], { offset: 2 })]))

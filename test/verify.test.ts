@@ -21,7 +21,7 @@ describe('the recorded cases', () => {
 
   it('are all found', () => {
     expect(f32.map((c) => c.name)).toEqual(recorded.sort())
-    expect(f32.length).toBeGreaterThanOrEqual(36)
+    expect(f32.length).toBeGreaterThanOrEqual(38)
   })
 
   it.each(recorded)('pass in f32: %s', (name) => {
@@ -41,6 +41,8 @@ describe('the recorded cases', () => {
       'vae_a_decode',
       'history',
       'stage_jump',
+      'text_flux',
+      'text_sd3',
     ]) {
       expect(passed.some((name) => name.startsWith(start))).toBe(true)
     }
@@ -73,6 +75,8 @@ describe('a corrupted case', () => {
     ['vae_a_decode', 'image.sample'],
     ['dit_flux_b_single', 'output.0'],
     ['e2e_flux_t2i', 'final_latents'],
+    ['text_flux', 't5.hidden_states.1'],
+    ['text_sd3', 'pooled_prompt_embeds'],
   ])('fails, under any folder name: %s', async (name, tensor) => {
     const [result] = await verifyFolder(corruptedCopy(name, tensor))
     expect(result).toMatchObject({ status: 'failed' })
@@ -98,7 +102,6 @@ describe('verifying a folder', () => {
     const root = mkdtempSync(join(folder, 'later-'))
     const kinds = {
       dit_mmdit_z: { what: 'PyramidDiffusionMMDiT forward', model: 'models/mmdit_z' },
-      text_z: { what: 'SD3-style text conditioning from given token ids' },
       loss_z: { what: 'LPIPS perceptual distance' },
       other: { what: 'something new' },
     }
@@ -111,7 +114,6 @@ describe('verifying a folder', () => {
       ['unsupported', 'MMDiT'],
       ['unsupported', 'LPIPS and GAN losses'],
       ['unsupported', 'unknown'],
-      ['unsupported', 'text encoders'],
     ])
   })
 

@@ -100,6 +100,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   {
     name: 'text encoders',
     is: (json, name) => name.startsWith('text') || /text conditioning/.test(json.what),
+    load: async () => (await import('./cases-text.ts')).runTextCase,
   },
   {
     name: 'LPIPS and GAN losses',

@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs'
 import { mkdir } from 'node:fs/promises'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 import { type WriteOptions, writeFileAtomic } from './atomic-stream.ts'
 import { type TensorToWrite, writeSafetensors } from './write-safetensors.ts'
@@ -17,20 +17,24 @@ export type ModelConfig = Record<string, unknown>
  * JSON object.
  */
 export function readConfig(folder: string): ModelConfig {
-  const path = join(folder, 'config.json')
-  let text: string
-  try {
-    text = readFileSync(path, 'utf8')
-  } catch (cause) {
-    const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT'
-    throw new PyraflowError('ERR_IO', {
-      what: path,
-      expected: 'the config.json of a model folder',
-      received: missing ? 'no such file' : cause instanceof Error ? cause.message : String(cause),
-      remedy: 'Give the folder that holds config.json and the weights, for example causal_video_vae.',
-      cause,
-    })
-  }
+  return readJsonObject(join(folder, 'config.json'), {
+    expected: 'the config.json of a model folder',
+    remedy: 'Give the folder that holds config.json and the weights, for example causal_video_vae.',
+  })
+}
+
+/**
+ * Reads a JSON file that holds an object.
+ *
+ * @param missing - what to tell when it cannot be read
+ * @throws PyraflowError `ERR_IO` when it is missing or unreadable, `ERR_CHECKPOINT` when it is not a
+ * JSON object.
+ */
+export function readJsonObject(
+  path: string,
+  missing: { readonly expected: string; readonly remedy: string },
+): Record<string, unknown> {
+  const text = readText(path, missing)
   let parsed: unknown
   let reason: unknown
   try {
@@ -38,14 +42,34 @@ export function readConfig(folder: string): ModelConfig {
   } catch (cause) {
     reason = cause
   }
-  if (typeof parsed === 'object' && parsed !== null && !Array.isArray(parsed)) return parsed as ModelConfig
+  if (typeof parsed === 'object' && parsed !== null && !Array.isArray(parsed)) {
+    return parsed as Record<string, unknown>
+  }
   throw new PyraflowError('ERR_CHECKPOINT', {
     what: path,
     expected: 'a JSON object',
     received: reason instanceof Error ? reason.message : text.slice(0, 40),
-    remedy: 'Download config.json again.',
+    remedy: `Download ${basename(path)} again.`,
     cause: reason,
   })
+}
+
+/** Reads a text file of a model folder. @throws PyraflowError `ERR_IO` saying what was expected there. */
+export function readText(
+  path: string,
+  missing: { readonly expected: string; readonly remedy: string },
+): string {
+  try {
+    return readFileSync(path, 'utf8')
+  } catch (cause) {
+    const absent = (cause as NodeJS.ErrnoException).code === 'ENOENT'
+    throw new PyraflowError('ERR_IO', {
+      what: path,
+      ...missing,
+      received: absent ? 'no such file' : cause instanceof Error ? cause.message : String(cause),
+      cause,
+    })
+  }
 }
 
 /**

@@ -6,7 +6,7 @@ import type { Init, Weights } from './weights.ts'
 export type Linear = (x: Tensor, options?: LinearOptions) => Tensor
 
 /**
- * The layer `weight` [N, K] and `bias` [N] below `weights`. For inference the weight is packed for the matrix kernels,
+ * The layer `weight` [N, K] and, unless `withBias` is false, `bias` [N] below `weights`. For inference the weight is packed for the matrix kernels,
  * once, when the layer is made.
  */
 export function linearLayer(
@@ -14,9 +14,10 @@ export function linearLayer(
   inputs: number,
   outputs: number,
   init: Init = 'xavier',
+  withBias = true,
 ): Linear {
   const weight = weights.get('weight', [outputs, inputs], init)
-  const bias = weights.get('bias', [outputs], 'zeros')
+  const bias = withBias ? weights.get('bias', [outputs], 'zeros') : null
   if (weights.pack) packWeight(weight)
   return (x, options) => linear(x, weight, bias, options)
 }

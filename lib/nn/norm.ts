@@ -1,5 +1,6 @@
-import { chunk } from '../ops/copy.ts'
+import { chunk, reshape } from '../ops/copy.ts'
 import { normModulate } from '../ops/norm.ts'
+import { scale as scaled } from '../ops/pointwise.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { linearLayer } from './linear.ts'
 import type { Weights } from './weights.ts'
@@ -28,4 +29,13 @@ export function modulatedNorm(
     const [scale, shift] = vectors(e) as [Tensor, Tensor]
     return modulate(x, shift, scale, rows)
   }
+}
+
+/** LN0(x)·weight + bias over the last axis; both are kept in f32, because the kernel wants weight − 1. */
+export function affineNorm(weights: Weights, width: number, eps: number): (x: Tensor) => Tensor {
+  const weight = weights.get('weight', [width], 'ones', { dtype: 'f32' })
+  const bias = weights.get('bias', [width], 'zeros', { dtype: 'f32' })
+  const row = [1, width]
+  return (x) =>
+    normModulate(x, { scale: reshape(scaled(weight, 1, -1), row), shift: reshape(bias, row), eps })
 }

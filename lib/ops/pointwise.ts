@@ -1,6 +1,7 @@
 import { engine } from '../engine/engine.ts'
 import { needsGrad, record } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
+import { cast } from './cast.ts'
 import { expectDType, expectFloats, expectShape, expectThat } from './check.ts'
 import { broadcasts, reduceTo } from './reduce.ts'
 
@@ -74,6 +75,24 @@ export function quickGelu(x: Tensor): Tensor {
 
 export function relu(x: Tensor): Tensor {
   return unary('relu', x)
+}
+
+// erfc(z) ≈ t·(c₁ + t·(c₂ + …))·exp(−z²) with t = 1/(1 + p·z), for z ≥ 0 to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+const ERFC_P = 0.3275911
+const ERFC_C = [0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429] as const
+
+/** x·Φ(x) with Φ the normal distribution function, to 1e-6: the GELU that is not approximated by tanh. */
+export function gelu(x: Tensor): Tensor {
+  const wide = cast(x, 'f32')
+  const positive = relu(wide)
+  const size = axpby(positive, wide, 2, -1)
+  const t = div(Tensor.full(x.shape, 1), scale(size, ERFC_P * Math.SQRT1_2, 1))
+  const series = ERFC_C.toReversed()
+  let y = scale(t, series[0] as number, series[1])
+  for (const c of series.slice(2)) y = scale(mul(y, t), 1, c)
+  // x·Φ(x) = max(x, 0) − ½|x|·erfc(|x|/√2).
+  const tail = mul(mul(mul(y, t), exp(scale(square(wide), -0.5))), size)
+  return cast(axpby(positive, tail, 1, -0.5), x.dtype)
 }
 
 function apply(kind: keyof typeof BINARY, a: Tensor, b: Tensor, dtype = a.dtype): Tensor {

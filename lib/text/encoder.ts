@@ -10,7 +10,7 @@ export interface TextFeatures {
   pooled: Tensor
 }
 
-/** What the pipeline and the trainer need of a text encoder, whatever its kind. */
+/** What the pipeline needs of a text encoder, whatever its kind. */
 export interface TextEncoder {
   /** Width of `embeds`. */
   readonly jointDim: number
@@ -18,6 +18,20 @@ export interface TextEncoder {
   readonly pooledDim: number
   /** Tokens a row. */
   readonly maxLength: number
+  /** Appended to every prompt at inference; nothing when absent. */
+  readonly promptSuffix?: string
+  /** The negative prompt of callers that give none; the null condition when absent. */
+  readonly negativePrompt?: string
   /** Features of R prompts; '' is the null condition. The caller disposes them. */
+  encode(
+    prompts: readonly string[],
+    options?: { readonly signal?: AbortSignal | undefined },
+  ): TextFeatures | Promise<TextFeatures>
+  /** Frees the weights; the encoder cannot be used afterwards. */
+  dispose?(): void
+}
+
+/** A text encoder so small that nobody waits for it: what a training step can call. */
+export interface ImmediateTextEncoder extends TextEncoder {
   encode(prompts: readonly string[]): TextFeatures
 }

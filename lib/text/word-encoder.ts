@@ -5,7 +5,7 @@ import { writeFileAtomically } from '../io/atomic.ts'
 import { readConfig } from '../io/pretrained.ts'
 import { uniformAt } from '../tensor/shuffle.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import type { TextEncoder, TextFeatures } from './encoder.ts'
+import type { ImmediateTextEncoder, TextFeatures } from './encoder.ts'
 
 export interface WordEncoderConfig {
   vocabulary: string[]
@@ -22,7 +22,7 @@ const END = '</s>'
  * A frozen encoder for closed vocabularies: every word has a fixed random unit-variance vector, its place a sinusoid.
  * It stands behind the same interface as the T5/CLIP pair, so that small models train and sample through the same code.
  */
-export class WordEncoder implements TextEncoder {
+export class WordEncoder implements ImmediateTextEncoder {
   readonly config: WordEncoderConfig
   readonly #index: Map<string, number>
   readonly #vectors = new Map<number, Float64Array>()

@@ -12,7 +12,7 @@ import { Generator } from '../tensor/generator.ts'
 import { shuffle } from '../tensor/shuffle.ts'
 import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
-import type { TextEncoder } from '../text/encoder.ts'
+import type { ImmediateTextEncoder } from '../text/encoder.ts'
 import type { LatentDataset } from './latents.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type PairDraws, trainingPairs } from './pairs.ts'
@@ -22,7 +22,7 @@ import { type RateOptions, ratesOf } from './schedule.ts'
 export interface TrainerOptions extends RateOptions {
   model: PyramidFluxTransformer
   data: LatentDataset
-  text: TextEncoder
+  text: ImmediateTextEncoder
   out: string
   /** Samples a step; a multiple of the columns. */
   batchSize: number

@@ -1,0 +1,55 @@
+import { join } from 'node:path'
+import { type PromptTokens, textLayoutOf, textLayouts } from './prompt-networks.ts'
+import { TextTokenizer } from './tokenizer.ts'
+
+/** Tokens of a T5 row; CLIP's comes from its tokenizer_config.json. */
+export const T5_LENGTH = 128
+
+// Where a CLIP tokenizer says nothing of its length.
+const CLIP_LENGTH = 77
+
+/** The tokenizers of a published model. */
+export class PromptTokenizers {
+  readonly clip: readonly TextTokenizer[]
+  readonly t5: TextTokenizer
+  /** Tokens of a CLIP row: what the first CLIP tokenizer says counts for all. */
+  readonly clipLength: number
+
+  constructor(clip: readonly TextTokenizer[], t5: TextTokenizer) {
+    this.clip = clip
+    this.t5 = t5
+    this.clipLength = clip[0]?.maxLength ?? CLIP_LENGTH
+  }
+
+  /**
+   * Loads the folders `tokenizer`, `tokenizer_2` and, for SD3 models, `tokenizer_3` of a model folder.
+   *
+   * @throws ERR_IO naming a missing file; ERR_CHECKPOINT naming one that holds no tokenizer.
+   */
+  static fromPretrained(dir: string): PromptTokenizers {
+    const parts = textLayouts[textLayoutOf(dir)]
+    const clip = parts.clip.map((suffix) =>
+      TextTokenizer.fromPretrained(join(dir, `tokenizer${suffix}`), 'clip'),
+    )
+    return new PromptTokenizers(clip, TextTokenizer.fromPretrained(join(dir, `tokenizer${parts.t5}`), 't5'))
+  }
+
+  /** Tokens of R prompts, padded; `warn` is told, once a prompt and network, what was cut. */
+  encode(prompts: readonly string[], warn: (message: string) => void): PromptTokens {
+    const rows = (tokenizer: TextTokenizer, length: number, name: string) =>
+      prompts.map((prompt) => {
+        const row = tokenizer.encode(prompt, length)
+        if (row.cut !== '')
+          warn(`The prompt is longer than ${length} tokens; ${name} does not see "${row.cut}"`)
+        return row
+      })
+    const t5 = rows(this.t5, T5_LENGTH, 'T5')
+    return {
+      t5: { ids: t5.map(({ ids }) => ids), mask: t5.map(({ mask }) => mask) },
+      clip: this.clip.map((tokenizer, i) => {
+        const name = this.clip.length > 1 ? `CLIP ${i + 1}` : 'CLIP'
+        return rows(tokenizer, this.clipLength, name).map(({ ids }) => ids)
+      }),
+    }
+  }
+}
