@@ -400,7 +400,7 @@ describe('the flow', () => {
       return [axpby(start, target(x.shape), 1, -1)]
     }
     return {
-      config: { in_channels: 64 },
+      latentChannels: 16,
       forwardSteps,
       layout: () => undefined,
     } as unknown as PyramidFluxTransformer
