@@ -166,7 +166,10 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
   const settings = resolveSettings(schema, command, flags.config)
   const { networkDefaults } = await import('../models/load-network.ts')
   const { CAUSAL_VAE_DEFAULTS } = await import('../models/causal-vae.ts')
-  checkNetwork(settings.network, task === 'vae' ? CAUSAL_VAE_DEFAULTS : networkDefaults(settings.network ?? {}))
+  checkNetwork(
+    settings.network,
+    task === 'vae' ? CAUSAL_VAE_DEFAULTS : networkDefaults(settings.network ?? {}),
+  )
   if (flags.dryRun) return resultJson(settings)
   await configureEngine(flags)
   const { signal, release } = interruptible()

@@ -112,11 +112,7 @@ export const runGeneration: CaseRunner = async (dir, json, ctx) => {
 }
 
 /** The network's very first answer: rows of the negative prompt, then of the prompt. */
-async function firstStep(
-  r: Recorded,
-  model: VelocityNetwork,
-  options: SampleOptions,
-): Promise<Check[]> {
+async function firstStep(r: Recorded, model: VelocityNetwork, options: SampleOptions): Promise<Check[]> {
   if (!r.has('first_step.dit_output')) return []
   const { stages, steps, firstFrame, framesPerUnit: f = 1, text, negative } = options
   const tau = stageSteps(stages, 0, steps[0] as number).timesteps[0] as number

@@ -111,8 +111,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   },
   {
     name: 'DiT',
-    is: (json, name) =>
-      name.startsWith('dit_') || /^Pyramid(FluxTransformer|DiffusionMMDiT)/.test(json.what),
+    is: (json, name) => name.startsWith('dit_') || /^Pyramid(FluxTransformer|DiffusionMMDiT)/.test(json.what),
     load: async () => (await import('./cases-dit.ts')).runDitCase,
   },
   {

@@ -33,10 +33,7 @@ export class PyramidDiffusionMMDiT extends PackedNetwork<MmditConfig> {
    * @throws ERR_IO when the folder cannot be read; ERR_CHECKPOINT naming the key that is missing, unknown, of another
    * shape or not finite, or the field of config.json that is wrong.
    */
-  static async fromPretrained(
-    dir: string,
-    options: TransformerOptions = {},
-  ): Promise<PyramidDiffusionMMDiT> {
+  static async fromPretrained(dir: string, options: TransformerOptions = {}): Promise<PyramidDiffusionMMDiT> {
     const config = checkMmditConfig(readConfig(dir), 'ERR_CHECKPOINT')
     return loadNetwork(dir, options, (weights) => new PyramidDiffusionMMDiT(config, weights))
   }

@@ -154,7 +154,8 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     const x = this.#trunk.embed(clips, layout, capture) // [N, d]
     yield
 
-    const apply: Pass['apply'] = (i, n, block, streams) => this.#runner(i, n, recording)(block, [...streams, e])
+    const apply: Pass['apply'] = (i, n, block, streams) =>
+      this.#runner(i, n, recording)(block, [...streams, e])
     const z = yield* this.#trunk.run(x, c, { e, arrays, recording, capture, apply })
     const normed = this.#normOut(z, e, arrays.latentRows)
     capture?.('norm_out', normed)

@@ -168,7 +168,10 @@ export function patchEmbed(
         const share = Tensor.from(corner.weight, [corner.weight.length, 1])
         return mul(embedding(rows, Tensor.from(corner.index)), share)
       })
-      return embedding(parts.reduce((a, b) => add(a, b)), Tensor.from(tokens)) // [N, d]
+      return embedding(
+        parts.reduce((a, b) => add(a, b)),
+        Tensor.from(tokens),
+      ) // [N, d]
     })
   return (patches, layout) => {
     // The convolution counts (channel, y, x) within a patch, packed patches (y, x, channel).
