@@ -1,5 +1,4 @@
 import { readConfig } from '../io/pretrained.ts'
-import { patchEmbed } from '../nn/patch-embed.ts'
 import { Weights } from '../nn/weights.ts'
 import { slice } from '../ops/copy.ts'
 import { packTokens } from '../ops/patchify.ts'
@@ -8,6 +7,7 @@ import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock } from './blocks.ts'
 import { checkMmditConfig, MMDIT_CLASS, type MmditConfig } from './mmdit-config.ts'
 import { loadNetwork, PackedNetwork, type Trunk } from './packed-network.ts'
+import { patchEmbed } from './patch-embed.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
 /**

@@ -1,4 +1,5 @@
 import { PyraflowError } from '../engine/errors.ts'
+import type { Weights } from '../nn/weights.ts'
 import { permute, reshape } from '../ops/copy.ts'
 import { embedding } from '../ops/embedding.ts'
 import { linear } from '../ops/matmul.ts'
@@ -6,7 +7,6 @@ import { add, mul } from '../ops/pointwise.ts'
 import { gridPositions, type Layout } from '../pyramid/layout.ts'
 import { scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import type { Weights } from './weights.ts'
 
 /** Sizes of a patch embedding with a table of positions. */
 export interface PatchEmbedOptions {
