@@ -248,7 +248,9 @@ describe('training the transformer', () => {
     const lossOf = async (data: LatentDataset, posterior: 'sample' | 'mean'): Promise<number> => {
       const out = join(folder, 'posterior')
       const { trainer, model } = tinyTrainer({ data, out, steps: 1, posterior })
-      const loss = await scope(() => keep(trainer.forward(0, trainer.indices(0)).loss)).item()
+      const kept = scope(() => keep(trainer.forward(0, trainer.indices(0)).loss))
+      const loss = await kept.item()
+      kept.dispose()
       trainer.dispose()
       model.dispose()
       return loss
