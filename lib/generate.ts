@@ -8,8 +8,9 @@ import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
 import { writeFileAtomically } from './io/atomic.ts'
 import { loadImage, saveVideo } from './io/image.ts'
 import { CausalVideoVAE, samplePosterior } from './models/causal-vae.ts'
-import { PyramidFluxTransformer } from './models/dit-flux.ts'
+import { loadVelocityNetwork, type NetworkKind, networkKind } from './models/load-network.ts'
 import { framesPerSecond, latentNormalisation, samplingPresets } from './models/presets.ts'
+import type { VelocityNetwork } from './models/velocity-network.ts'
 import { cast } from './ops/cast.ts'
 import { concat } from './ops/copy.ts'
 import { framesDecode, framesEncode } from './ops/frames.ts'
@@ -141,7 +142,7 @@ const VAE_FOLDER = 'causal_video_vae'
 
 /** A text encoder, a DiT and a VAE, loaded from one folder. */
 export class Pipeline {
-  readonly transformer: PyramidFluxTransformer
+  readonly transformer: VelocityNetwork
   readonly vae: CausalVideoVAE
   readonly text: TextEncoder
   readonly config: PipelineConfig
@@ -149,7 +150,7 @@ export class Pipeline {
   readonly dtype: 'f32' | 'bf16'
 
   constructor(parts: {
-    transformer: PyramidFluxTransformer
+    transformer: VelocityNetwork
     vae: CausalVideoVAE
     text: TextEncoder
     config: PipelineConfig
@@ -164,7 +165,8 @@ export class Pipeline {
   }
 
   /**
-   * Loads a model folder: `causal_video_vae`, `diffusion_transformer*`, `pyraflow.json` and what `loadTextEncoder` reads.
+   * Loads a model folder: `causal_video_vae`, `diffusion_transformer*` of either family, `pyraflow.json` and what
+   * `loadTextEncoder` reads.
    * @throws ERR_CHECKPOINT naming what is missing or does not fit.
    */
   static async load(dir: string, options: PipelineOptions = {}): Promise<Pipeline> {
@@ -181,11 +183,11 @@ export class Pipeline {
         received: variants.join(', ') || 'none',
       })
     }
-    const config = readPipelineConfig(join(dir, 'pyraflow.json'))
+    const config = readPipelineConfig(join(dir, 'pyraflow.json'), networkKind(join(dir, variant)))
     const text = await loadTextEncoder(dir, { dtype })
-    let transformer: PyramidFluxTransformer | undefined
+    let transformer: VelocityNetwork | undefined
     try {
-      transformer = await PyramidFluxTransformer.fromPretrained(join(dir, variant), { dtype })
+      transformer = await loadVelocityNetwork(join(dir, variant), { dtype })
       checkWidths(dir, text, transformer)
       const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype })
       return new Pipeline({ transformer, vae, text, config, dtype })
@@ -378,18 +380,19 @@ export class Pipeline {
   }
 }
 
-function readPipelineConfig(path: string): PipelineConfig {
-  if (!existsSync(path)) return { normalisation: latentNormalisation.flux }
+function readPipelineConfig(path: string, kind: NetworkKind): PipelineConfig {
+  const normalisation = latentNormalisation[kind]
+  if (!existsSync(path)) return { normalisation }
   let config: Partial<PipelineConfig> | null
   try {
     config = JSON.parse(readFileSync(path, 'utf8')) as Partial<PipelineConfig> | null
   } catch (cause) {
     throw new PyraflowError('ERR_CHECKPOINT', { what: path, expected: 'a JSON object', cause })
   }
-  return { normalisation: latentNormalisation.flux, ...config }
+  return { normalisation, ...config }
 }
 
-function checkWidths(dir: string, text: TextEncoder, { config }: PyramidFluxTransformer): void {
+function checkWidths(dir: string, text: TextEncoder, { config }: VelocityNetwork): void {
   const [joint, pooled] = [config.joint_attention_dim, config.pooled_projection_dim]
   if (text.jointDim === joint && text.pooledDim === pooled) return
   throw new PyraflowError('ERR_CHECKPOINT', {

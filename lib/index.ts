@@ -15,7 +15,11 @@ export {
 } from './generate.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
+export { PyramidDiffusionMMDiT } from './models/dit-mmdit.ts'
 export type { FluxConfig } from './models/flux-config.ts'
+export { loadVelocityNetwork } from './models/load-network.ts'
+export type { MmditConfig } from './models/mmdit-config.ts'
+export type { TransformerInputs, TransformerOptions, VelocityNetwork } from './models/velocity-network.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
 export {
   type NoiseSource,

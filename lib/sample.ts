@@ -4,7 +4,7 @@ import { PyraflowError, throwIfAborted } from './engine/errors.ts'
 import { type GuidanceOptions, guidanceForUnit } from './flow/guidance.ts'
 import { jumpCoefficients } from './flow/jump.ts'
 import { type Stages, stageSteps } from './flow/stages.ts'
-import type { PyramidFluxTransformer } from './models/dit-flux.ts'
+import type { VelocityNetwork } from './models/velocity-network.ts'
 import { concat, slice } from './ops/copy.ts'
 import { downsample } from './ops/downsample.ts'
 import { euler } from './ops/euler.ts'
@@ -114,14 +114,14 @@ const twice = (x: Tensor): Tensor => concat([x, x], 0)
  * @throws ERR_ABORTED within one op of the signal; ERR_SHAPE and ERR_OPTION before anything is computed.
  */
 export async function* sampleLatents(
-  model: PyramidFluxTransformer,
+  model: Pick<VelocityNetwork, 'latentChannels' | 'layout' | 'forwardSteps'>,
   options: SampleOptions,
 ): AsyncGenerator<SampleEvent> {
   const { stages, text, negative, framesPerUnit: f = 1, signal } = options
   const mode = options.firstFrame ? 'i2v' : 't2v'
   const units = unitsForFrames(options.frames, { framesPerUnit: f, mode }).filter((u) => !u.given)
   const batch = text.mask.length
-  const channels = model.config.in_channels / 4
+  const channels = model.latentChannels
   const k = stages.count
   checkSizes(options, batch)
   const total = units.reduce(

@@ -102,6 +102,10 @@ describe('settings', () => {
     [{ lerningRate: 1 }, /unknown setting "lerningRate"; did you mean "learningRate"/],
     [{ optimizer: { weigthDecay: 1 } }, /"optimizer\.weigthDecay"; did you mean "weightDecay"/],
     [{ network: { num_layer: 1 } }, /"network\.num_layer"; did you mean "num_layers"/],
+    [
+      { network: { _class_name: 'PyramidDiffusionMMDiT', num_single_layers: 1 } },
+      /"network\.num_single_layers"; did you mean "num_layers"/,
+    ],
     [{ steps: 0 }, /steps/],
     [{ task: 'vae' }, /missing --width/],
   ])('%o in the file is a usage error', (extra, why) => {

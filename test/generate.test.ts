@@ -9,7 +9,7 @@ import { jumpCoefficients } from '../lib/flow/jump.ts'
 import { makeStages, stageSteps } from '../lib/flow/stages.ts'
 import { type GenerateEvent, Pipeline } from '../lib/generate.ts'
 import { openSafetensors, writeSafetensors } from '../lib/io/safetensors.ts'
-import type { PyramidFluxTransformer, TransformerInputs } from '../lib/models/dit-flux.ts'
+import type { TransformerInputs, VelocityNetwork } from '../lib/models/velocity-network.ts'
 import { euler } from '../lib/ops/euler.ts'
 import { axpby } from '../lib/ops/pointwise.ts'
 import { renoise } from '../lib/ops/renoise.ts'
@@ -392,7 +392,7 @@ describe('the flow', () => {
   })
 
   // A network that knows the answer: it remembers where each stage began and points from there to `target`.
-  function oracle(target: (shape: readonly number[]) => Tensor): PyramidFluxTransformer {
+  function oracle(target: (shape: readonly number[]) => Tensor): VelocityNetwork {
     let start: Tensor | undefined
     function* forwardSteps({ columns }: TransformerInputs): Steps<Tensor[]> {
       yield
@@ -401,10 +401,10 @@ describe('the flow', () => {
       return [axpby(start, target(x.shape), 1, -1)]
     }
     return {
-      config: { in_channels: 64 },
+      latentChannels: 16,
       forwardSteps,
       layout: () => undefined,
-    } as unknown as PyramidFluxTransformer
+    } as unknown as VelocityNetwork
   }
 
   test('sampled with an oracle ends each stage on the target, with guidance and without', async () => {

@@ -2,7 +2,6 @@ import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, test } from 'vitest'
-import { engine } from '../lib/engine/engine.ts'
 import { normaliseLatents } from '../lib/flow/normalise.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { framesDecode } from '../lib/ops/frames.ts'
@@ -25,6 +24,7 @@ import {
   tinyVae,
 } from './fixtures/tiny.ts'
 import { golden, maxAbsolute, relativeL2 } from './golden.ts'
+import { live } from './gradcheck.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'train-'))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
@@ -136,8 +136,7 @@ describe('AdamW', () => {
       }
       for (const t of [...master.values(), ...ema.values(), ...parameters.values()]) t.dispose()
       optimizer.dispose()
-      await engine.idle()
-      expect(engine.memory().live).toBe(0)
+      expect(await live()).toBe(0)
     })
   }
 
@@ -293,8 +292,7 @@ describe('training the transformer', () => {
         model.dispose()
       }
       data.dispose()
-      await engine.idle()
-      expect(engine.memory().live).toBe(0)
+      expect(await live()).toBe(0)
     })
   }
 

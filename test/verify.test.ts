@@ -21,7 +21,7 @@ describe('the recorded cases', () => {
 
   it('are all found', () => {
     expect(f32.map((c) => c.name)).toEqual(recorded.sort())
-    expect(f32.length).toBeGreaterThanOrEqual(38)
+    expect(f32.length).toBeGreaterThanOrEqual(49)
   })
 
   it.each(recorded)('pass in f32: %s', (name) => {
@@ -37,6 +37,8 @@ describe('the recorded cases', () => {
     for (const start of [
       'dit_flux_a',
       'dit_flux_b',
+      'dit_mmdit_a',
+      'dit_mmdit_b',
       'vae_a_encode',
       'vae_a_decode',
       'history',
@@ -74,6 +76,8 @@ describe('a corrupted case', () => {
     ['train_noise_1', 'targets.2'],
     ['vae_a_decode', 'image.sample'],
     ['dit_flux_b_single', 'output.0'],
+    ['dit_mmdit_b_single', 'act.pos_embed.0'],
+    ['e2e_mmdit_t2v', 'final_latents'],
     ['e2e_flux_t2i', 'final_latents'],
     ['text_flux', 't5.hidden_states.1'],
     ['text_sd3', 'pooled_prompt_embeds'],
@@ -101,7 +105,6 @@ describe('verifying a folder', () => {
   it('names kinds it cannot run yet instead of failing them', async () => {
     const root = mkdtempSync(join(folder, 'later-'))
     const kinds = {
-      dit_mmdit_z: { what: 'PyramidDiffusionMMDiT forward', model: 'models/mmdit_z' },
       loss_z: { what: 'LPIPS perceptual distance' },
       other: { what: 'something new' },
     }
@@ -111,7 +114,6 @@ describe('verifying a folder', () => {
     }
     const results = await verifyFolder(root)
     expect(results.map((c) => [c.status, c.kind])).toEqual([
-      ['unsupported', 'MMDiT'],
       ['unsupported', 'LPIPS and GAN losses'],
       ['unsupported', 'unknown'],
     ])

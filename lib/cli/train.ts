@@ -41,7 +41,7 @@ const shared = {
   resume: z.boolean().default(false),
   /** Folder of weights to begin from. */
   init: z.string().optional(),
-  /** Fields of config.json for a new network. */
+  /** Fields of config.json for a new network; `_class_name` chooses its family. */
   network: z.record(z.string(), z.unknown()).optional(),
   learningRate: z.number().positive().default(1e-4),
   minLearningRate: z.number().nonnegative().default(1e-5),
@@ -164,9 +164,12 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
     throw new UsageError(`--${kebab(key)} is not a setting of task ${task}`)
   }
   const settings = resolveSettings(schema, command, flags.config)
-  const { FLUX_DEFAULTS } = await import('../models/flux-config.ts')
+  const { networkDefaults } = await import('../models/load-network.ts')
   const { CAUSAL_VAE_DEFAULTS } = await import('../models/causal-vae.ts')
-  checkNetwork(settings.network, task === 'vae' ? CAUSAL_VAE_DEFAULTS : FLUX_DEFAULTS)
+  checkNetwork(
+    settings.network,
+    task === 'vae' ? CAUSAL_VAE_DEFAULTS : networkDefaults(settings.network ?? {}),
+  )
   if (flags.dryRun) return resultJson(settings)
   await configureEngine(flags)
   const { signal, release } = interruptible()
@@ -280,12 +283,13 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
 }
 
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
-  const { makeStages, PyramidFluxTransformer, WordEncoder } = await import('../index.ts')
+  const { makeStages, WordEncoder } = await import('../index.ts')
+  const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
   const { LatentDataset, Trainer } = await import('../train/index.ts')
   const data = await LatentDataset.open(s.data)
   const model = s.init
-    ? await PyramidFluxTransformer.fromPretrained(s.init, { dtype: s.dtype, train: true })
-    : PyramidFluxTransformer.create(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
+    ? await loadVelocityNetwork(s.init, { dtype: s.dtype, train: true })
+    : createVelocityNetwork(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
   const text = s.textEncoder
     ? WordEncoder.fromPretrained(s.textEncoder)
     : new WordEncoder(wordsOf(data.captions, model.config))

@@ -1,4 +1,5 @@
-import { PyramidFluxTransformer, type TransformerInputs } from '../models/dit-flux.ts'
+import { loadVelocityNetwork } from '../models/load-network.ts'
+import type { TransformerInputs, VelocityNetwork } from '../models/velocity-network.ts'
 import { concat } from '../ops/copy.ts'
 import { mse } from '../ops/mse.ts'
 import { mean } from '../ops/reduce.ts'
@@ -43,7 +44,8 @@ function inputsOf(r: Recorded, dtype: 'f32' | 'bf16'): Inputs {
 
 /** Rows of a captured [tokens, d] tensor in the record's order [bs, columns side by side, d]. */
 function asRecorded(name: string, values: Float32Array, width: number, layout: Layout): Float32Array {
-  if (name === 'temb' || name === 'context_embedder' || name.endsWith('encoder_hidden_states')) return values
+  const whole = name === 'temb' || name === 'context_embedder' || name.endsWith('encoder_hidden_states')
+  if (whole || name.startsWith('pos_embed.')) return values
   const joint = name.startsWith('single_')
   const rows: number[] = []
   for (let b = 0; b < layout.batch; b++) {
@@ -123,7 +125,7 @@ async function compareOutputs(
 async function runFull(
   r: Recorded,
   json: { loss_value: number; gradient_table: { rows: [string, number, number][] } },
-  model: PyramidFluxTransformer,
+  model: VelocityNetwork,
 ): Promise<Check[]> {
   const inputs = inputsOf(r, 'f32')
   for (const tensor of inputs.all) tensor.requiresGrad = true
@@ -197,14 +199,14 @@ function half(r: Recorded): Recorded | undefined {
 }
 
 /**
- * A recorded call of the flux-variant network. f32: everything recorded, and the outputs on bf16-rounded inputs.
+ * A recorded call of a network. f32: everything recorded, and the outputs on bf16-rounded inputs.
  * bf16: the outputs against the f32 ones, with τ rounded as the sampler does where that was recorded.
  */
 export const runDitCase: CaseRunner = async (dir, json, ctx) => {
   const r = new Recorded(dir, json)
   const bf16 = half(r)
   const train = ctx.dtype === 'f32'
-  const model = await PyramidFluxTransformer.fromPretrained(r.sibling(json.model), {
+  const model = await loadVelocityNetwork(r.sibling(json.model), {
     dtype: ctx.dtype,
     train,
   })

@@ -1,7 +1,8 @@
 import { denormaliseLatents, type LatentNormalisation, normaliseLatents } from '../flow/normalise.ts'
 import { stageSteps } from '../flow/stages.ts'
 import { CausalVideoVAE, samplePosterior } from '../models/causal-vae.ts'
-import { PyramidFluxTransformer } from '../models/dit-flux.ts'
+import { loadVelocityNetwork } from '../models/load-network.ts'
+import type { VelocityNetwork } from '../models/velocity-network.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { framesDecode, framesEncode } from '../ops/frames.ts'
 import { latentPyramid, noisePyramid } from '../pyramid/latents.ts'
@@ -64,7 +65,7 @@ export const runGeneration: CaseRunner = async (dir, json, ctx) => {
   const c = json.config
   const folders = modelFolders(r, json.model)
   const constants = NORMALISATION[c.kind] as LatentNormalisation
-  const model = await PyramidFluxTransformer.fromPretrained(folders.dit, { dtype: 'f32' })
+  const model = await loadVelocityNetwork(folders.dit, { dtype: 'f32' })
   const vae = await CausalVideoVAE.fromPretrained(folders.vae, { dtype: 'f32' })
   const firstFrame = c.mode === 'i2v' ? encodeImage(r, vae, constants) : undefined
   const options: SampleOptions = {
@@ -111,11 +112,7 @@ export const runGeneration: CaseRunner = async (dir, json, ctx) => {
 }
 
 /** The network's very first answer: rows of the negative prompt, then of the prompt. */
-async function firstStep(
-  r: Recorded,
-  model: PyramidFluxTransformer,
-  options: SampleOptions,
-): Promise<Check[]> {
+async function firstStep(r: Recorded, model: VelocityNetwork, options: SampleOptions): Promise<Check[]> {
   if (!r.has('first_step.dit_output')) return []
   const { stages, steps, firstFrame, framesPerUnit: f = 1, text, negative } = options
   const tau = stageSteps(stages, 0, steps[0] as number).timesteps[0] as number

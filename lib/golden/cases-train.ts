@@ -1,6 +1,6 @@
 import { normaliseLatents } from '../flow/normalise.ts'
 import { openWeights } from '../io/safetensors.ts'
-import { PyramidFluxTransformer } from '../models/dit-flux.ts'
+import { loadVelocityNetwork } from '../models/load-network.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { mse } from '../ops/mse.ts'
 import { mean } from '../ops/reduce.ts'
@@ -179,7 +179,7 @@ export const runTrainLoss: CaseRunner = async (dir, json, ctx) => {
   if (ctx.dtype !== 'f32') return []
   const r = new Recorded(dir, json)
   const { config, normalisation: n } = json
-  const model = await PyramidFluxTransformer.fromPretrained(r.sibling(json.model), {
+  const model = await loadVelocityNetwork(r.sibling(json.model), {
     dtype: 'f32',
     train: true,
   })
@@ -244,7 +244,7 @@ export const runAdamW: CaseRunner = async (dir, json, ctx) => {
   const folder = r.sibling((json.inputs_from as string).split(' ')[0] as string)
   const inputs = new Recorded(folder, readCase(folder))
   const modelDir = r.sibling(json.model)
-  const model = await PyramidFluxTransformer.fromPretrained(modelDir, { dtype: 'f32', train: true })
+  const model = await loadVelocityNetwork(modelDir, { dtype: 'f32', train: true })
   const optimizer = new AdamW(model.parameters, {
     betas: config.betas,
     eps: config.eps,

@@ -43,8 +43,9 @@ export function exact(name: string, actual: unknown, expected: unknown): Check {
   return { name, error: JSON.stringify(actual) === JSON.stringify(expected) ? 0 : 1, tolerance: 0 }
 }
 
-/** |a − e| / |e|. */
+/** |a − e| / |e|, and 0 when both are equal: a recorded 0 must be met exactly. */
 export function scalar(name: string, actual: number, expected: number, tolerance: number): Check {
+  if (actual === expected) return { name, error: 0, tolerance }
   const error = Math.abs(actual - expected) / Math.abs(expected)
   return { name, error: Number.isNaN(error) ? Number.POSITIVE_INFINITY : error, tolerance }
 }

@@ -42,12 +42,6 @@ interface Kind {
 // biome-ignore lint/suspicious/noExplicitAny: every kind of case has a JSON layout of its own
 type CaseJson = any
 
-/** A model family reads as part of the name or of the model's folder. */
-const isMmdit = (json: CaseJson, name: string): boolean =>
-  /mmdit|sd3/i.test(
-    `${name} ${json.what} ${json.model ?? ''} ${json.config?.kind ?? ''} ${json.config?.model_name ?? ''}`,
-  )
-
 // The first entry that recognises a case runs it; the content decides where it can, so that folders named otherwise work.
 const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => boolean })[] = [
   {
@@ -106,8 +100,6 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
     name: 'LPIPS and GAN losses',
     is: (json, name) => name.startsWith('loss') || /LPIPS|Discriminator|adversarial/.test(json.what),
   },
-  // Everything below has a form of its own for each network family.
-  { name: 'MMDiT', is: isMmdit },
   {
     name: 'training objective',
     is: (json, name) => name.startsWith('train_loss') || /training objective/.test(json.what),
@@ -119,8 +111,8 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
     load: async () => (await import('./cases-train.ts')).runAdamW,
   },
   {
-    name: 'flux DiT',
-    is: (json, name) => name.startsWith('dit_flux') || /^PyramidFluxTransformer/.test(json.what),
+    name: 'DiT',
+    is: (json, name) => name.startsWith('dit_') || /^Pyramid(FluxTransformer|DiffusionMMDiT)/.test(json.what),
     load: async () => (await import('./cases-dit.ts')).runDitCase,
   },
   {

@@ -4,13 +4,15 @@ import { PyraflowError } from '../engine/errors.ts'
 import { type ModelConfig, readConfig } from '../io/pretrained.ts'
 import { openWeights } from '../io/safetensors.ts'
 import { nearestName } from '../nn/weights.ts'
+import { FLUX_CLASS } from './flux-config.ts'
+import { MMDIT_CLASS } from './mmdit-config.ts'
 
 /** What a checkpoint holds. */
 export type ModelKind = 'flux' | 'mmdit' | 'vae' | 't5' | 'clip'
 
 const CLASSES: Record<string, ModelKind> = {
-  PyramidFluxTransformer: 'flux',
-  PyramidDiffusionMMDiT: 'mmdit',
+  [FLUX_CLASS]: 'flux',
+  [MMDIT_CLASS]: 'mmdit',
   CausalVideoVAE: 'vae',
   T5EncoderModel: 't5',
   CLIPTextModel: 'clip',

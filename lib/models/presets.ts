@@ -1,4 +1,5 @@
 import type { FluxConfig } from './flux-config.ts'
+import { MMDIT_DEFAULTS, type MmditConfig } from './mmdit-config.ts'
 
 /** `config.json` of the published miniFLUX transformers; 384p, 768p and image share it. */
 export const miniFluxConfig: Readonly<FluxConfig> = Object.freeze<FluxConfig>({
@@ -17,6 +18,9 @@ export const miniFluxConfig: Readonly<FluxConfig> = Object.freeze<FluxConfig>({
   use_gradient_checkpointing: false,
   gradient_checkpointing_ratio: 0.6,
 })
+
+/** `config.json` of the published SD3-variant transformers, with the loader's settings; 384p and 768p share it. */
+export const sd3MmditConfig: Readonly<MmditConfig> = MMDIT_DEFAULTS
 
 /** z_norm = (z − shift)·scale, with one pair for images and first frames and another for later frames. */
 export interface NormalisationConstants {

@@ -10,8 +10,14 @@ import { sizeOf, Tensor } from '../tensor/tensor.ts'
 /** Types that weights may be computed in. */
 export type ComputeType = 'f32' | 'bf16'
 
-/** How a parameter begins when training starts from scratch. `truncNormal` cuts at ±2 (absolute). */
-export type Init = 'xavier' | 'zeros' | 'ones' | { normal: number } | { truncNormal: number }
+/** How a parameter begins when training starts from scratch. `truncNormal` cuts at ±2 (absolute), `uniform` lies within ±its bound. */
+export type Init =
+  | 'xavier'
+  | 'zeros'
+  | 'ones'
+  | { normal: number }
+  | { truncNormal: number }
+  | { uniform: number }
 
 /** What the parameters are made for. */
 export interface WeightsOptions {
@@ -31,6 +37,8 @@ export interface GetOptions {
   dtype?: ComputeType
   /** A buffer is saved with the parameters but never trained. */
   buffer?: boolean
+  /** What a tensor that can be computed holds, for files that lack it and when initialising. */
+  values?: () => Float32Array
 }
 
 const FILE_TYPES: Partial<Record<SafetensorsDtype, DType>> = {
@@ -99,12 +107,12 @@ export class Weights {
     return new Weights({ label, entries, generator, dtype, train, pack, ...empty }, '')
   }
 
-  /** Every parameter and buffer that was asked for so far, by its full published key. */
+  /** Every parameter that was asked for so far, by its full published key. */
   get parameters(): Map<string, Tensor> {
     return this.#shared.parameters
   }
 
-  /** Those of `parameters` that are buffers. */
+  /** The same of buffers. */
   get buffers(): Map<string, Tensor> {
     return this.#shared.buffers
   }
@@ -139,14 +147,19 @@ export class Weights {
    */
   get(name: string, shape: readonly number[], init?: Init, options: GetOptions = {}): Tensor {
     const key = this.#prefix + name
-    const { parameters, buffers, entries, train } = this.#shared
-    const known = parameters.get(key)
+    const { entries, train } = this.#shared
+    const own = options.buffer ? this.#shared.buffers : this.#shared.parameters
+    const known = own.get(key)
     if (known) return known
     const dtype = options.dtype ?? this.#shared.dtype
-    const tensor = keep(entries ? this.#load(key, shape, dtype) : this.#draw(key, shape, dtype, init))
+    const values = entries?.has(key) ? undefined : options.values
+    const make = (): Tensor => {
+      if (values) return Tensor.from(values(), shape, dtype)
+      return entries ? this.#load(key, shape, dtype) : this.#draw(key, shape, dtype, init)
+    }
+    const tensor = keep(make())
     tensor.requiresGrad = train && !options.buffer
-    parameters.set(key, tensor)
-    if (options.buffer) buffers.set(key, tensor)
+    own.set(key, tensor)
     return tensor
   }
 
@@ -200,6 +213,7 @@ export class Weights {
       const high = Math.sqrt(6 / (((shape[0] ?? 1) + (shape[1] ?? 1)) * area))
       return generator.uniform(shape, { low: -high, high, dtype })
     }
+    if ('uniform' in kind) return generator.uniform(shape, { low: -kind.uniform, high: kind.uniform, dtype })
     if ('normal' in kind) return generator.normal(shape, { mean: 0, std: kind.normal, dtype })
     const std = kind.truncNormal
     // At the usual std of 0.02 the cut lies at 100 σ, where clamping and redrawing agree.
@@ -213,16 +227,17 @@ export class Weights {
    */
   assertAllUsed(options: { ignorePrefixes?: readonly string[] } = {}): void {
     this.close()
-    const { entries, parameters, label } = this.#shared
+    const { entries, label } = this.#shared
     if (!entries) return
+    const known = new Set(this.#all().map(([key]) => key))
     const ignored = options.ignorePrefixes ?? []
     const extra = [...entries.keys()].filter(
-      (key) => !parameters.has(key) && !ignored.some((prefix) => key.startsWith(prefix)),
+      (key) => !known.has(key) && !ignored.some((prefix) => key.startsWith(prefix)),
     )
     if (extra.length === 0) return
     throw new PyraflowError('ERR_CHECKPOINT', {
       what: `${label}: keys of another model`,
-      expected: `only the ${parameters.size} keys of this one`,
+      expected: `only the ${known.size} keys of this one`,
       received: `${extra.length} more: ${extra.slice(0, 4).join(', ')}${extra.length > 4 ? ', …' : ''}`,
       remedy: 'Check that the weights belong to this config.json.',
     })
@@ -240,7 +255,7 @@ export class Weights {
    * @throws ERR_CHECKPOINT naming the parameters that hold NaN or infinity.
    */
   async checkFinite(): Promise<void> {
-    const entries = [...this.#shared.parameters]
+    const entries = this.#all()
     const sums = Tensor.empty([entries.length], 'f32')
     // A sum is finite only if all its terms are; one number a tensor keeps this to a single wait.
     entries.forEach(([, tensor], i) => {
@@ -260,10 +275,14 @@ export class Weights {
     })
   }
 
-  /** Frees every parameter. */
+  #all(): [string, Tensor][] {
+    return [...this.#shared.buffers, ...this.#shared.parameters]
+  }
+
+  /** Frees every parameter and buffer. */
   dispose(): void {
     this.close()
-    for (const tensor of this.#shared.parameters.values()) tensor.dispose()
+    for (const [, tensor] of this.#all()) tensor.dispose()
     this.#shared.parameters.clear()
     this.#shared.buffers.clear()
   }

@@ -1,6 +1,8 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { fillPositions, fillRotations } from './positions.ts'
 
+export { gridPositions } from './positions.ts'
+
 /** Latent size of one clip, before patching. */
 export interface ClipSize {
   readonly frames: number

@@ -161,15 +161,16 @@ export class AdamW {
     return this.#named(this.#ema ?? this.#master)
   }
 
-  /** Writes the moving average (or the weights, without one) as a diffusers-style folder. */
+  /** Writes the moving average (or the weights, without one) and a model's buffers as a diffusers-style folder. */
   async saveEma(
     dir: string,
     config: Readonly<Record<string, unknown>>,
     dtype: 'f32' | 'bf16',
+    buffers: ReadonlyMap<string, Tensor> = new Map(),
   ): Promise<void> {
     const tensors = this.emaTensors()
     try {
-      await writePretrained(dir, config, tensorsToWrite(tensors, dtype))
+      await writePretrained(dir, config, [...tensorsToWrite(buffers), ...tensorsToWrite(tensors, dtype)])
     } finally {
       for (const t of tensors.values()) t.dispose()
     }

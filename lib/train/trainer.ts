@@ -3,7 +3,7 @@ import { PyraflowError } from '../engine/errors.ts'
 import { normaliseLatents } from '../flow/normalise.ts'
 import { makeStages, type Stages } from '../flow/stages.ts'
 import { samplePosterior } from '../models/causal-vae.ts'
-import type { PyramidFluxTransformer } from '../models/dit-flux.ts'
+import type { VelocityNetwork } from '../models/velocity-network.ts'
 import { concat } from '../ops/copy.ts'
 import { mse } from '../ops/mse.ts'
 import { mean } from '../ops/reduce.ts'
@@ -20,7 +20,7 @@ import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 
 export interface TrainerOptions extends RateOptions {
-  model: PyramidFluxTransformer
+  model: VelocityNetwork
   data: LatentDataset
   text: ImmediateTextEncoder
   out: string
@@ -194,11 +194,8 @@ export class Trainer {
 
   /** Writes the moving average of the weights as a diffusers-style folder. */
   async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
-    await this.optimizer.saveEma(
-      dir,
-      { _class_name: 'PyramidFluxTransformer', ...this.#options.model.config },
-      dtype,
-    )
+    const { model } = this.#options
+    await this.optimizer.saveEma(dir, model.modelConfig(), dtype, model.buffers)
   }
 
   dispose(): void {

@@ -1,0 +1,231 @@
+import { type ModelConfig, writePretrained } from '../io/pretrained.ts'
+import { type TokenArrays, uploadLayout } from '../nn/attention.ts'
+import { conditioning, roundToBf16 } from '../nn/embed.ts'
+import { tensorsToWrite } from '../nn/export.ts'
+import { type Linear, linearLayer } from '../nn/linear.ts'
+import { modulatedNorm } from '../nn/norm.ts'
+import { type ComputeType, Weights } from '../nn/weights.ts'
+import { cast } from '../ops/cast.ts'
+import { reshape } from '../ops/copy.ts'
+import { unpatchify } from '../ops/patchify.ts'
+import { silu } from '../ops/pointwise.ts'
+import { type Layout, makeLayout } from '../pyramid/layout.ts'
+import { scope } from '../tensor/scope.ts'
+import { checkpoint, drain, needsGrad, type Steps } from '../tensor/tape.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import { checkInputs, checkLayout } from './network-inputs.ts'
+import type {
+  NetworkConfig,
+  TransformerInputs,
+  TransformerOptions,
+  VelocityNetwork,
+} from './velocity-network.ts'
+
+type Capture = TransformerInputs['capture']
+
+/** One call on its way through the blocks. */
+export interface Pass {
+  /** SiLU(temb), [R, d]. */
+  readonly e: Tensor
+  readonly arrays: TokenArrays
+  readonly recording: boolean
+  readonly capture: Capture
+  /** Runs block `i` of `n` on the streams and e: freeing what it used, kept for backward, or to be computed again. */
+  readonly apply: (i: number, n: number, block: Block, streams: readonly Tensor[]) => Tensor[]
+}
+
+type Block = (...inputs: Tensor[]) => Tensor[]
+
+/** What differs between the network families. */
+export interface Trunk {
+  /** Clips of the compute type → tokens [N, d]. */
+  readonly embed: (clips: readonly (readonly Tensor[])[], layout: Layout, capture: Capture) => Tensor
+  /** Latent tokens [N, d] and text tokens [R·S, d] → the latent tokens after all blocks. Pauses after every block. */
+  readonly run: (x: Tensor, c: Tensor, pass: Pass) => Steps<Tensor>
+  /** Whether block `i` of `n` is computed again in backward at this share. */
+  readonly recomputes: (i: number, n: number, share: number) => boolean
+}
+
+/** What a network is made of besides the parts that both families share. */
+export interface NetworkForm<C extends NetworkConfig> {
+  readonly className: string
+  readonly config: C
+  readonly latentChannels: number
+  /** Head channels of each rotary axis. */
+  readonly headAxes: readonly number[]
+  /** Asks for its weights in the published order, on which optimizer states depend. */
+  readonly trunk: (w: Weights) => Trunk
+}
+
+/**
+ * What the published velocity networks share (spec/dit-flux.md §2–5, §7.4): conditioning by time and text, the packed
+ * token layout, the head, loading and saving. Each brings its patch embedding and its blocks.
+ */
+export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
+  readonly config: C
+  readonly dtype: ComputeType
+  readonly latentChannels: number
+  /** What is trained, under the published keys. */
+  readonly parameters: Map<string, Tensor>
+  /** What is saved with the parameters but never trained. */
+  readonly buffers: ReadonlyMap<string, Tensor>
+  /**
+   * Share of the blocks that are computed again in backward instead of kept (spec/training.md §3), or false.
+   * Begins as the config says.
+   */
+  checkpointing: number | false
+  readonly #form: NetworkForm<C>
+  readonly #weights: Weights
+  readonly #embedTime: (timesteps: ArrayLike<number>, pooled: Tensor) => Tensor
+  readonly #embedText: Linear
+  readonly #trunk: Trunk
+  readonly #normOut: (x: Tensor, e: Tensor, rows: Tensor) => Tensor
+  readonly #projOut: Linear
+
+  protected constructor(w: Weights, form: NetworkForm<C>) {
+    const { config } = form
+    const width = config.num_attention_heads * config.attention_head_dim
+    this.config = config
+    this.dtype = w.dtype
+    this.latentChannels = form.latentChannels
+    this.checkpointing = config.use_gradient_checkpointing && config.gradient_checkpointing_ratio
+    this.#form = form
+    this.#embedTime = conditioning(w.sub('time_text_embed'), config.pooled_projection_dim, width)
+    this.#embedText = linearLayer(w.sub('context_embedder'), config.joint_attention_dim, width, {
+      normal: 0.02,
+    })
+    this.#trunk = form.trunk(w)
+    this.#normOut = modulatedNorm(w.sub('norm_out'), width)
+    this.#projOut = linearLayer(w.sub('proj_out'), width, 4 * form.latentChannels, 'zeros')
+    this.#weights = w
+    this.parameters = w.parameters
+    this.buffers = w.buffers
+  }
+
+  /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
+  layout(inputs: Pick<TransformerInputs, 'columns' | 'text' | 'textMask' | 'causal'>): Layout {
+    const { columns, text, textMask, causal = this.config.use_temporal_causal } = inputs
+    return makeLayout({
+      columns: columns.map((clips) => ({
+        clips: clips.map(({ shape }) => ({ frames: shape[2], height: shape[3], width: shape[4] })),
+      })),
+      batch: columns[0]?.[0]?.shape[0] ?? 0,
+      textLength: text.shape[1] as number,
+      textMask,
+      headAxes: this.#form.headAxes,
+      causal,
+    })
+  }
+
+  /**
+   * The velocity of each column's last clip, of that clip's shape. Without training everything else is freed at once;
+   * while recording, call it inside a scope that ends after backward.
+   *
+   * @throws ERR_SHAPE or ERR_DTYPE naming the input that does not fit.
+   */
+  forward(inputs: TransformerInputs): Tensor[] {
+    const run = (): Tensor[] => drain(this.forwardSteps(inputs))
+    return this.#recording(inputs) ? run() : scope(run)
+  }
+
+  /** `forward` that pauses after every block, for `sliced`; what it makes belongs to the surrounding scope. */
+  *forwardSteps(inputs: TransformerInputs): Steps<Tensor[]> {
+    const { config, dtype } = this
+    checkInputs(inputs, {
+      channels: this.latentChannels,
+      textWidth: config.joint_attention_dim,
+      pooledWidth: config.pooled_projection_dim,
+    })
+    const layout = inputs.layout ?? this.layout(inputs)
+    checkLayout(inputs, layout)
+    yield
+    const recording = this.#recording(inputs)
+    const { capture, columns, text, pooled } = inputs
+    const arrays = uploadLayout(layout, recording)
+    const round = inputs.roundTimesteps ?? dtype === 'bf16'
+    const timesteps = round ? Array.from(inputs.timesteps, roundToBf16) : inputs.timesteps
+
+    const temb = this.#embedTime(timesteps, cast(pooled, dtype)) // [R, d]
+    capture?.('temb', temb)
+    const e = silu(temb)
+    const c = this.#embedText(reshape(cast(text, dtype), [layout.textTokens, -1])) // [R·S, d]
+    capture?.('context_embedder', c)
+    const clips = columns.map((column) => column.map((clip) => cast(clip, dtype)))
+    const x = this.#trunk.embed(clips, layout, capture) // [N, d]
+    yield
+
+    const apply: Pass['apply'] = (i, n, block, streams) =>
+      this.#runner(i, n, recording)(block, [...streams, e])
+    const z = yield* this.#trunk.run(x, c, { e, arrays, recording, capture, apply })
+    const normed = this.#normOut(z, e, arrays.latentRows)
+    capture?.('norm_out', normed)
+    const y = this.#projOut(normed) // [N, 4C]
+    return columns.map((clips, c) => {
+      const { shape } = clips[clips.length - 1] as Tensor
+      const { rowOffset, rowStride } = layout.predictionTokens[c]
+      return unpatchify(y, { rowOffset, rowStride, shape })
+    })
+  }
+
+  #recording({ text, pooled, columns }: TransformerInputs): boolean {
+    return [text, pooled, ...columns.flat()].some(needsGrad) || [...this.parameters.values()].some(needsGrad)
+  }
+
+  #runner(i: number, n: number, recording: boolean): (block: Block, inputs: Tensor[]) => Tensor[] {
+    if (!recording) return runAndFree
+    const share = this.checkpointing
+    if (share !== false && this.#trunk.recomputes(i, n, share)) return checkpoint
+    return (block, inputs) => block(...inputs)
+  }
+
+  /** The whole config.json, with the class that it names. */
+  modelConfig(): ModelConfig {
+    return Object.fromEntries([['_class_name', this.#form.className], ...Object.entries(this.config)])
+  }
+
+  /** Writes config.json and the weights as published folders hold them; buffers keep their type. @throws ERR_IO */
+  async save(dir: string, options: { dtype?: ComputeType; signal?: AbortSignal } = {}): Promise<void> {
+    const { dtype, ...rest } = options
+    const tensors = [...tensorsToWrite(this.buffers), ...tensorsToWrite(this.parameters, dtype)]
+    await writePretrained(dir, this.modelConfig(), tensors, rest)
+  }
+
+  /** Frees the parameters. */
+  dispose(): void {
+    this.#weights.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+/**
+ * A network over the weights of a folder, all of which it must use; keys may begin with `dit.`, as training writes them.
+ *
+ * @throws as `fromPretrained` of the networks does.
+ */
+export async function loadNetwork<T>(
+  dir: string,
+  options: TransformerOptions,
+  make: (weights: Weights) => T,
+): Promise<T> {
+  const weights = Weights.open(dir, { ...options, stripPrefix: 'dit.' })
+  try {
+    const model = make(weights)
+    weights.assertAllUsed({ ignorePrefixes: ['vae', 'text_encoder'] })
+    await weights.checkFinite()
+    return model
+  } catch (error) {
+    weights.dispose()
+    throw error
+  }
+}
+
+// Without backward nobody needs a block's inputs again, and a scope would hold those of all blocks to the end. The
+// last input is e, which every block gets.
+function runAndFree(block: Block, inputs: Tensor[]): Tensor[] {
+  const results = scope(() => block(...inputs))
+  for (const x of inputs.slice(0, -1)) if (!results.includes(x)) x.dispose()
+  return results
+}

@@ -1,0 +1,75 @@
+import type { ModelConfig } from '../io/pretrained.ts'
+import type { ComputeType } from '../nn/weights.ts'
+import type { Layout } from '../pyramid/layout.ts'
+import type { Steps } from '../tensor/tape.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+
+/** How to make a network. */
+export interface TransformerOptions {
+  /** Type of weights and activations; sums and statistics are f32 in both. Default `f32`. */
+  dtype?: ComputeType
+  /** Parameters want gradients. Default false. */
+  train?: boolean
+  /** Keep packed copies of the weights, which inference runs faster on. Default: unless training. */
+  pack?: boolean
+}
+
+/** What one call of the network gets. R = bs·C rows; row b·C + c belongs to sequence b of column c. */
+export interface TransformerInputs {
+  /** Columns of clips [bs, 16, t, h, w], oldest first; the last clip of each is the noisy one. */
+  columns: readonly (readonly Tensor[])[]
+  /** τ in 0 to 1000, [R]. */
+  timesteps: ArrayLike<number>
+  /** [R, S, joint_attention_dim]. */
+  text: Tensor
+  /** [R, S], 1 for a token and 0 for padding. */
+  textMask?: readonly ArrayLike<number>[] | ArrayLike<number> | undefined
+  /** [R, pooled_projection_dim]. */
+  pooled: Tensor
+  /** Whether frames see no later frames; default from the config. */
+  causal?: boolean | undefined
+  /** What `layout()` gave for inputs of these sizes, mask and causality; made anew when absent. */
+  layout?: Layout | undefined
+  /** Round τ to bf16 before it is embedded; default in bf16, as the reference's sampler does (its trainer does not). */
+  roundTimesteps?: boolean | undefined
+  /** Is shown intermediate results while they live. */
+  capture?: ((name: string, tensor: Tensor) => void) | undefined
+}
+
+/** Fields of config.json that both network families have. */
+export interface NetworkConfig {
+  num_layers: number
+  attention_head_dim: number
+  num_attention_heads: number
+  joint_attention_dim: number
+  pooled_projection_dim: number
+  use_temporal_causal: boolean
+  use_gradient_checkpointing: boolean
+  gradient_checkpointing_ratio: number
+}
+
+/** A network that predicts velocities of packed columns of clips: what sampling, training and pipelines need of it. */
+export interface VelocityNetwork {
+  readonly config: NetworkConfig
+  readonly dtype: ComputeType
+  /** Channels of the latents it takes and gives. */
+  readonly latentChannels: number
+  /** What is trained, under the published keys. */
+  readonly parameters: ReadonlyMap<string, Tensor>
+  /** What is saved with the parameters but never trained. */
+  readonly buffers: ReadonlyMap<string, Tensor>
+  /** Share of the blocks that are computed again in backward instead of kept (spec/training.md §3), or false. */
+  checkpointing: number | false
+  /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
+  layout(inputs: Pick<TransformerInputs, 'columns' | 'text' | 'textMask' | 'causal'>): Layout
+  /** The velocity of each column's last clip, of that clip's shape. @throws ERR_SHAPE or ERR_DTYPE */
+  forward(inputs: TransformerInputs): Tensor[]
+  /** `forward` that pauses after every block, for `sliced`. */
+  forwardSteps(inputs: TransformerInputs): Steps<Tensor[]>
+  /** The whole config.json, with the class that it names. */
+  modelConfig(): ModelConfig
+  /** Writes config.json and the weights as published folders hold them. @throws ERR_IO */
+  save(dir: string, options?: { dtype?: ComputeType; signal?: AbortSignal }): Promise<void>
+  /** Frees the parameters. */
+  dispose(): void
+}
