@@ -16,6 +16,8 @@ export {
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
 export type { FluxConfig } from './models/flux-config.ts'
+export type { VaePieces, VaePlan } from './models/vae-plan.ts'
+export { DecodeStream } from './models/vae-stream.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
 export {
   type NoiseSource,

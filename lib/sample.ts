@@ -13,6 +13,7 @@ import { type Unit, unitsForFrames } from './pyramid/units.ts'
 import type { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
 import { sliced } from './tensor/sliced.ts'
+import type { Steps } from './tensor/tape.ts'
 import type { Tensor } from './tensor/tensor.ts'
 import type { TextFeatures } from './text/encoder.ts'
 
@@ -233,6 +234,20 @@ export async function abortable(
     signal.removeEventListener('abort', stop)
   }
   throwIfAborted(signal, 'generation')
+}
+
+/** Ends work that pauses at the first pause after the signal has fired. @throws ERR_ABORTED */
+export function* abortableSteps<T>(steps: Steps<T>, signal: AbortSignal | undefined): Steps<T> {
+  try {
+    for (;;) {
+      throwIfAborted(signal, 'generation')
+      const { value, done } = steps.next()
+      if (done) return value
+      yield
+    }
+  } finally {
+    steps.return(undefined as never)
+  }
 }
 
 function replace(before: Tensor, after: Tensor): Tensor {
