@@ -10,15 +10,16 @@ import { loadImage, saveVideo } from './io/image.ts'
 import { CausalVideoVAE, samplePosterior } from './models/causal-vae.ts'
 import { loadVelocityNetwork, type NetworkKind, networkKind } from './models/load-network.ts'
 import { framesPerSecond, latentNormalisation, samplingPresets } from './models/presets.ts'
+import { checkPieces, type VaePieces } from './models/vae-plan.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import { cast } from './ops/cast.ts'
-import { concat } from './ops/copy.ts'
 import { framesDecode, framesEncode } from './ops/frames.ts'
 import { latentFrames, noiseFrames, pixelFrames } from './pyramid/units.ts'
-import { type NoiseSource, sampleLatents, seededNoise } from './sample.ts'
+import { type NoiseSource, type SampleEvent, sampleLatents, seededNoise } from './sample.ts'
 import { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
-import { noGrad } from './tensor/tape.ts'
+import { abortableSteps, sliced } from './tensor/sliced.ts'
+import { noGrad, type Steps } from './tensor/tape.ts'
 import { Tensor } from './tensor/tensor.ts'
 import type { TextEncoder, TextFeatures } from './text/encoder.ts'
 import { loadTextEncoder } from './text/load.ts'
@@ -61,16 +62,19 @@ export interface GenerateOptions {
   guidanceScale?: number
   videoGuidanceScale?: number
   allowUntrained?: boolean
+  /** Bytes that decoding may take besides the weights; see {@link VaePieces}. Frames are the whole clip's by default. */
+  maxMemory?: number
   signal?: AbortSignal
 }
 
 /** What a result was made from; the same recipe gives the same video. */
 export type Recipe = Required<
-  Omit<GenerateOptions, 'signal' | 'image' | 'frames' | 'seconds' | 'allowUntrained'>
+  Omit<GenerateOptions, 'signal' | 'image' | 'frames' | 'seconds' | 'allowUntrained' | 'maxMemory'>
 > & {
   frames: number
   fps: number
   image?: string
+  maxMemory?: number
   dtype: string
 }
 
@@ -84,6 +88,7 @@ export type GenerateEvent =
       total: number
       etaMs: number
     }
+  /** Decoded frames of one unit, u8 RGB [count, height, width, 3]; `first` counts from the video's first frame. */
   | { type: 'frames'; first: number; frames: Uint8Array; width: number; height: number; count: number }
 
 export interface Video {
@@ -137,6 +142,8 @@ export class Generation implements AsyncIterable<GenerateEvent> {
     return video
   }
 }
+
+type UnitEvent = Extract<SampleEvent, { type: 'unit' }>
 
 const VAE_FOLDER = 'causal_video_vae'
 
@@ -238,7 +245,9 @@ export class Pipeline {
       videoGuidanceScale: options.videoGuidanceScale ?? c.videoGuidanceScale ?? preset.videoGuidance,
       dtype: this.dtype,
       ...(options.image === undefined ? {} : { image: options.image }),
+      ...(options.maxMemory === undefined ? {} : { maxMemory: options.maxMemory }),
     }
+    checkPieces({ maxMemory: options.maxMemory }, this.vae.spatialFactor)
     const trained = c.sizes
     if (
       trained &&
@@ -269,21 +278,49 @@ export class Pipeline {
       owned.push(keep(features.embeds), keep(features.pooled))
       return features
     }
+    const { width, height, maxMemory } = recipe
+    const stream = this.vae.decodeStream({ maxMemory })
+    const job = engine.newJob()
+    const parts: Uint8Array[] = []
+    let count = 0
+    const show = async (latent: Tensor): Promise<GenerateEvent> => {
+      const frames = await this.#bytes(latent, {
+        begins: count === 0,
+        decode: (z) => stream.pushSteps(z),
+        signal,
+        job,
+      })
+      parts.push(frames)
+      const first = count
+      count += frames.length / (width * height * 3)
+      return { type: 'frames', first, frames, width, height, count: count - first }
+    }
     try {
       const text = await encode(recipe.prompt + (this.text.promptSuffix ?? ''))
       const negative = await encode(recipe.negativePrompt)
       const first =
         recipe.image === undefined ? undefined : await this.encodeImage(recipe.image, recipe, generator)
-      if (first) owned.push(first)
+      if (first) {
+        owned.push(first)
+        yield await show(first)
+      }
       const noise = seededNoise(generator)
-      const latents = yield* this.#denoise({ recipe, text, negative, noise, first, signal, owned })
-      owned.push(latents)
-      const frames = await this.decode(latents, signal)
-      const { width, height } = recipe
-      const count = frames.length / (width * height * 3)
-      yield { type: 'frames', first: 0, frames, width, height, count }
+      for await (const event of this.#denoise({ recipe, text, negative, noise, first, signal })) {
+        if (event.type === 'progress') yield event
+        else {
+          owned.push(event.latent)
+          yield await show(event.latent)
+        }
+      }
+      const frames = new Uint8Array(count * width * height * 3)
+      let at = 0
+      for (const part of parts) {
+        frames.set(part, at)
+        at += part.length
+      }
       return { frames, count, width, height, fps: recipe.fps, recipe }
     } finally {
+      stream.dispose()
       for (const t of owned) t.dispose()
       await engine.idle().catch(() => undefined)
     }
@@ -296,14 +333,12 @@ export class Pipeline {
     noise: NoiseSource
     first: Tensor | undefined
     signal: AbortSignal | undefined
-    owned: Tensor[]
-  }): AsyncGenerator<GenerateEvent, Tensor> {
+  }): AsyncGenerator<Extract<GenerateEvent, { type: 'progress' }> | UnitEvent> {
     const { recipe, first } = job
     const factor = this.vae.spatialFactor
     const f = this.config.framesPerUnit ?? 1
     const wanted = (recipe.frames - 1) / this.vae.temporalFactor + 1
     const mode = first ? 'i2v' : 't2v'
-    const units: Tensor[] = []
     const began = performance.now()
     for await (const event of sampleLatents(this.transformer, {
       stages: this.stages,
@@ -320,16 +355,13 @@ export class Pipeline {
       framesPerUnit: f,
       signal: job.signal,
     })) {
-      if (event.type === 'unit') {
-        units.push(event.latent)
-        job.owned.push(event.latent)
-      } else if (event.type === 'step') {
+      if (event.type === 'unit') yield event
+      else if (event.type === 'step') {
         const { unit, stage, done, total } = event
         const etaMs = ((performance.now() - began) / done) * (total - done)
         yield { type: 'progress', phase: 'denoise', unit, stage, done, total, etaMs }
       }
     }
-    return keep(concat(first ? [first, ...units] : units, 2))
   }
 
   /** A still image as the normalised latent of a first frame [1, C, 1, h, w] (spec/method.md §8.3). */
@@ -353,23 +385,44 @@ export class Pipeline {
     )
   }
 
-  /** u8 RGB frames [T, H, W, 3] of normalised latents [1, C, t, h, w]. */
-  async decode(latents: Tensor, signal?: AbortSignal): Promise<Uint8Array> {
-    const job = engine.newJob()
-    const bytes = engine.within(job, () =>
-      noGrad(() =>
-        scope(() =>
-          framesEncode(
-            this.vae.decode(cast(denormaliseLatents(latents, this.config.normalisation), this.dtype)),
-          ),
-        ),
-      ),
-    )
+  /** u8 RGB frames [T, H, W, 3] of a whole video's normalised latents [1, C, t, h, w]. */
+  async decode(latents: Tensor, signal?: AbortSignal, pieces: VaePieces = {}): Promise<Uint8Array> {
+    return await this.#bytes(latents, {
+      begins: true,
+      decode: (z) => this.vae.decodeSteps(z, pieces),
+      signal,
+      job: engine.newJob(),
+    })
+  }
+
+  async #bytes(
+    latents: Tensor,
+    how: {
+      begins: boolean
+      decode: (z: Tensor) => Steps<Tensor>
+      signal: AbortSignal | undefined
+      job: number
+    },
+  ): Promise<Uint8Array> {
+    const { begins, decode, signal, job } = how
+    const { config, dtype } = this
+    let bytes: Tensor | undefined
     try {
+      bytes = await sliced(
+        function* () {
+          const z = cast(denormaliseLatents(latents, config.normalisation, begins), dtype)
+          return framesEncode(yield* abortableSteps(decode(z), signal))
+        },
+        { grad: false, job },
+      )
       await abortable(engine.idle(job), signal, job)
       return (await bytes.read()) as Uint8Array
+    } catch (error) {
+      // Nobody waits for what is still queued.
+      await engine.cancel(job)
+      throw error
     } finally {
-      bytes.dispose()
+      bytes?.dispose()
     }
   }
 

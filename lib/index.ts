@@ -19,6 +19,8 @@ export { PyramidDiffusionMMDiT } from './models/dit-mmdit.ts'
 export type { FluxConfig } from './models/flux-config.ts'
 export { loadVelocityNetwork } from './models/load-network.ts'
 export type { MmditConfig } from './models/mmdit-config.ts'
+export type { VaePieces, VaePlan } from './models/vae-plan.ts'
+export { DecodeStream } from './models/vae-stream.ts'
 export type { TransformerInputs, TransformerOptions, VelocityNetwork } from './models/velocity-network.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
 export {

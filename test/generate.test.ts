@@ -64,7 +64,7 @@ describe('a generation', () => {
     expect(await frames({ seed: 1, prompt: 'a blue square' })).not.toEqual(first)
   })
 
-  test('tells of every step in order, then gives the frames, and frees all it made', async () => {
+  test('tells of every step in order, gives the frames of each unit when it is done, and frees all it made', async () => {
     const before = await live()
     const events: GenerateEvent[] = []
     const run = pipe.generate({ prompt: PROMPT, frames: 17, seed: 3 })
@@ -86,9 +86,15 @@ describe('a generation', () => {
     expect(progress.every(({ total, etaMs }) => total === order.length && etaMs >= 0)).toBe(true)
     expect(progress.at(-1)!.etaMs).toBe(0)
     const frames = events.flatMap((event) => (event.type === 'frames' ? [event] : []))
-    expect(events.indexOf(frames[0]!)).toBe(progress.length)
-    expect(frames.reduce((n, { count }) => n + count, 0)).toBe(17)
+    // After the last step of each unit, before the first of the next.
+    expect(frames.map((event) => events.indexOf(event))).toEqual([6, 10, 14])
+    expect(frames.map(({ first, count }) => [first, count])).toEqual([
+      [0, 1],
+      [1, 8],
+      [9, 8],
+    ])
     const video = await run.result()
+    expect(Buffer.concat(frames.map((event) => event.frames)).equals(video.frames)).toBe(true)
     expect(video).toMatchObject({ count: 17, width: 64, height: 64, fps: 8 })
     expect(video.frames).toHaveLength(17 * 64 * 64 * 3)
     expect(await live()).toBe(before)
@@ -171,6 +177,7 @@ describe('a generation', () => {
       [{ steps: [1, 1] }, /steps: expected 3/],
       [{ videoSteps: [1, 0, 1] }, /videoSteps/],
       [{ prompt: undefined }, /prompt/],
+      [{ maxMemory: -1 }, /maxMemory: expected a positive number/],
     ]
     for (const [options, message] of wrong) {
       expect(() => pipe.generate({ prompt: PROMPT, ...options })).toThrow(
@@ -182,6 +189,9 @@ describe('a generation', () => {
     await expect(odd.result()).rejects.toMatchObject({ code: 'ERR_OPTION' })
     await expect(pipe.generate({ prompt: 'a green circle' }).result()).rejects.toMatchObject({
       code: 'ERR_OPTION',
+    })
+    await expect(pipe.generate({ prompt: PROMPT, frames: 1, maxMemory: 1 }).result()).rejects.toMatchObject({
+      code: 'ERR_MEMORY',
     })
     const other = await pipe
       .generate({ prompt: PROMPT, width: 128, height: 64, frames: 1, allowUntrained: true })

@@ -8,7 +8,8 @@ export interface LatentNormalisation {
   readonly video: { readonly shift: number; readonly scale: number }
 }
 
-function perFrame(z: Tensor, apply: (part: Tensor, first: boolean) => Tensor): Tensor {
+function perFrame(z: Tensor, begins: boolean, apply: (part: Tensor, first: boolean) => Tensor): Tensor {
+  if (!begins) return apply(z, false)
   const frames = z.shape[2] as number
   const first = apply(frames === 1 ? z : slice(z, 2, 0, 1), true)
   return frames === 1 ? first : concat([first, apply(slice(z, 2, 1, frames - 1), false)], 2)
@@ -16,15 +17,15 @@ function perFrame(z: Tensor, apply: (part: Tensor, first: boolean) => Tensor): T
 
 /** Normalises latents [B, C, T, H, W] that begin a video. */
 export function normaliseLatents(z: Tensor, constants: LatentNormalisation): Tensor {
-  return perFrame(z, (part, first) => {
+  return perFrame(z, true, (part, first) => {
     const c = first ? constants.image : constants.video
     return scale(part, c.scale, -c.shift * c.scale)
   })
 }
 
-/** The inverse of {@link normaliseLatents}. */
-export function denormaliseLatents(z: Tensor, constants: LatentNormalisation): Tensor {
-  return perFrame(z, (part, first) => {
+/** The inverse of {@link normaliseLatents}; latents that do not begin a video have no first frame. */
+export function denormaliseLatents(z: Tensor, constants: LatentNormalisation, begins = true): Tensor {
+  return perFrame(z, begins, (part, first) => {
     const c = first ? constants.image : constants.video
     return scale(part, 1 / c.scale, c.shift)
   })

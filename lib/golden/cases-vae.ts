@@ -1,5 +1,5 @@
 import { CausalVideoVAE, klLoss, type Posterior, samplePosterior } from '../models/causal-vae.ts'
-import { permute, reshape, slice } from '../ops/copy.ts'
+import { concat, permute, reshape, slice } from '../ops/copy.ts'
 import { mse } from '../ops/mse.ts'
 import { axpby } from '../ops/pointwise.ts'
 import { mean } from '../ops/reduce.ts'
@@ -34,7 +34,7 @@ function caught<T>(
       const activations = new Map<string, Tensor>()
       const result = network((name, x) => {
         const full = `${prefix}.act.${name}`
-        if (wanted && r.has(full)) activations.set(full, asRecorded(x, r.shape(full).length))
+        if (wanted && r.has(full)) activations.set(full, keep(asRecorded(x, r.shape(full).length)))
       })
       return { result, activations }
     }),
@@ -64,7 +64,7 @@ function load(r: Recorded, model: string, ctx: CaseContext, train = false): Prom
   return CausalVideoVAE.fromPretrained(r.sibling(model), { dtype: ctx.dtype, train })
 }
 
-/** Posterior and activations of images and clips; recorded chunked runs must equal the whole clip. */
+/** Posterior and activations of images and clips, of the whole clip and in the recorded chunks. */
 export const runVaeEncode: CaseRunner = async (dir, json, ctx) => {
   const r = new Recorded(dir, json)
   const vae = await load(r, json.model, ctx)
@@ -73,13 +73,16 @@ export const runVaeEncode: CaseRunner = async (dir, json, ctx) => {
     const x = r.tensor(`${prefix}.x`, ctx.dtype)
     // Intermediate results have no recorded bf16 tolerance.
     const { result, activations } = caught(r, prefix, ctx.dtype === 'f32', (capture) =>
-      vae.encode(x, capture),
+      vae.encode(x, { capture }),
     )
     for (const name of r.names) {
-      const part = new RegExp(`^${prefix}\\.(chunk\\d+\\.)?(mean|logvar)$`).exec(name)?.[2] as
-        | keyof Posterior
-        | undefined
-      if (part) checks.push(await compare(name, result[part], expected(r, name), TOLERANCE[ctx.dtype]))
+      const [, chunk, part] = new RegExp(`^${prefix}\\.(?:chunk(\\d+)\\.)?(mean|logvar)$`).exec(name) ?? []
+      if (!part) continue
+      const window = chunk === undefined ? undefined : Number(chunk) / vae.temporalFactor
+      const found = window ? noGrad(() => vae.encode(x, { window })) : result
+      const values = found[part as keyof Posterior]
+      checks.push(await compare(name, values, expected(r, name), TOLERANCE[ctx.dtype]))
+      if (window) for (const t of [found.mean, found.logvar]) t.dispose()
     }
     if (ctx.dtype === 'f32') checks.push(...(await compareAll(r, activations, prefix, TOLERANCE.f32)))
     for (const t of [x, result.mean, result.logvar]) t.dispose()
@@ -98,10 +101,15 @@ export const runVaeDecode: CaseRunner = async (dir, json, ctx) => {
   for (const prefix of inputs(r, 'z')) {
     const z = r.tensor(`${prefix}.z`, ctx.dtype)
     const { result, activations } = caught(r, prefix, ctx.dtype === 'f32', (capture) =>
-      vae.decode(z, capture),
+      vae.decode(z, { capture }),
     )
     const name = `${prefix}.sample`
     checks.push(await compare(name, result, expected(r, name), tolerance))
+    for (const window of [1, 2]) {
+      const chunked = noGrad(() => vae.decode(z, { window }))
+      checks.push(await compare(`${name}, window ${window}`, chunked, expected(r, name), tolerance))
+      chunked.dispose()
+    }
     if (ctx.dtype === 'bf16' && half?.entries.has(name)) {
       const values = { values: half.readFloats(name), shape: half.entries.get(name)?.shape ?? [] }
       checks.push(await compare(`${name} against the bf16 record`, result, values, tolerance))
@@ -116,6 +124,49 @@ export const runVaeDecode: CaseRunner = async (dir, json, ctx) => {
     first.dispose()
   }
   vae.dispose()
+  return checks
+}
+
+/** Tiles of the recorded size, of the whole clip and in chunks, by the batch and as a stream. */
+export const runVaeTiled: CaseRunner = async (dir, json, ctx) => {
+  const r = new Recorded(dir, json)
+  const vae = await load(r, json.model, ctx)
+  const checks: Check[] = []
+  const tile = json.tile_sample_min_size as number
+  const frozen = <T>(fn: () => T): T => noGrad(() => scope(fn))
+  const check = async (name: string, record: string, actual: Tensor): Promise<void> => {
+    checks.push(await compare(name, actual, expected(r, record), TOLERANCE[ctx.dtype]))
+    actual.dispose()
+  }
+  const x = r.tensor('x', ctx.dtype)
+  const z = r.tensor('z', ctx.dtype)
+  // Chunk lengths are recorded in pixel frames for encoding, in latent frames for decoding.
+  const windows = r.names.map((name) => Number(/^encode\.chunk(\d+)\.mean$/.exec(name)?.[1]))
+  for (const frames of [undefined, ...windows.filter((n) => n > 0)]) {
+    const window = frames && frames / vae.temporalFactor
+    const { mean, logvar } = frozen(() => vae.encode(x, { tile, window }))
+    const record = frames ? `encode.chunk${frames}.mean` : 'encode.mean'
+    await check(record, record, mean)
+    await check(`encode.logvar, window ${window}`, 'encode.logvar', logvar)
+  }
+  for (const window of [undefined, 1, 2]) {
+    const frames = frozen(() => vae.decode(z, { tile, window }))
+    await check(`decode.sample, window ${window}`, 'decode.sample', frames)
+  }
+  const image = frozen(() => vae.encode(slice(x, 2, 0, 1), { tile }).mean)
+  await check('encode.image.mean', 'encode.image.mean', image)
+  const first = frozen(() => vae.decode(slice(z, 2, 0, 1), { tile }))
+  await check('decode.image.sample', 'decode.image.sample', first)
+  const stream = vae.decodeStream({ tile })
+  const units = frozen(() => {
+    const count = z.shape[2] as number
+    return concat(
+      Array.from({ length: count }, (_, t) => stream.push(slice(z, 2, t, 1))),
+      2,
+    )
+  })
+  await check('decode.sample, streamed', 'decode.sample', units)
+  for (const held of [stream, x, z, vae]) held.dispose()
   return checks
 }
 

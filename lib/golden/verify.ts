@@ -118,6 +118,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
   {
     name: 'tiled VAE',
     is: (json, name) => name.includes('tiled') || json.tile_sample_min_size !== undefined,
+    load: async () => (await import('./cases-vae.ts')).runVaeTiled,
   },
   {
     name: 'VAE encode',

@@ -1,60 +1,44 @@
-import { engine } from '../engine/engine.ts'
+import { DTYPES, engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { readConfig, writePretrained } from '../io/pretrained.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { Weights } from '../nn/weights.ts'
 import { cast } from '../ops/cast.ts'
-import { permute, slice } from '../ops/copy.ts'
+import { slice } from '../ops/copy.ts'
 import { axpby, clamp, exp, mul, scale, square, sub } from '../ops/pointwise.ts'
 import { sum } from '../ops/reduce.ts'
 import type { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
-import { noGrad } from '../tensor/tape.ts'
+import { drain, needsGrad, noGrad, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
-import { causalConv, frameNorm, type Layer, midBlock, resBlock, spatialUp, temporalUp } from './vae-blocks.ts'
 import { startAsResampler } from './vae-init.ts'
+import { CAUSAL_VAE_DEFAULTS, type CausalVaeConfig, checkConfig, VaeNetwork } from './vae-network.ts'
+import { type Capture, Pass } from './vae-pass.ts'
+import { decodeGrid, encodeGrid, overTiles, overTime, runChunk, type TileGrid } from './vae-pieces.ts'
+import {
+  checkPieces,
+  choosePieces,
+  chunkLengths,
+  estimateElements,
+  type PlannedClip,
+  pixelLengths,
+  type VaePieces,
+  type VaePlan,
+} from './vae-plan.ts'
+import { DecodeStream } from './vae-stream.ts'
 
-/** Fields of the published `causal_video_vae/config.json` that shape the network (spec/vae.md §1). */
-export interface CausalVaeConfig {
-  encoder_in_channels: number
-  encoder_out_channels: number
-  encoder_block_out_channels: number[]
-  encoder_layers_per_block: number[]
-  encoder_spatial_down_sample: boolean[]
-  encoder_temporal_down_sample: boolean[]
-  encoder_norm_num_groups: number
-  decoder_in_channels: number
-  decoder_out_channels: number
-  decoder_block_out_channels: number[]
-  decoder_layers_per_block: number[]
-  decoder_spatial_up_sample: boolean[]
-  decoder_temporal_up_sample: boolean[]
-  decoder_norm_num_groups: number
-}
-
-export const CAUSAL_VAE_DEFAULTS: CausalVaeConfig = {
-  encoder_in_channels: 3,
-  encoder_out_channels: 16,
-  encoder_block_out_channels: [128, 256, 512, 512],
-  encoder_layers_per_block: [2, 2, 2, 2],
-  encoder_spatial_down_sample: [true, true, true, false],
-  encoder_temporal_down_sample: [true, true, true, false],
-  encoder_norm_num_groups: 32,
-  decoder_in_channels: 16,
-  decoder_out_channels: 3,
-  decoder_block_out_channels: [128, 256, 512, 512],
-  decoder_layers_per_block: [3, 3, 3, 3],
-  decoder_spatial_up_sample: [true, true, true, false],
-  decoder_temporal_up_sample: [true, true, true, false],
-  decoder_norm_num_groups: 32,
-}
-
-export type Capture = (name: string, value: Tensor) => void
+export { CAUSAL_VAE_DEFAULTS, type CausalVaeConfig } from './vae-network.ts'
+export type { Capture } from './vae-pass.ts'
 
 export interface VaeOptions {
   dtype?: 'f32' | 'bf16'
   /** Make the parameters leaves that collect gradients. */
   train?: boolean
+}
+
+export interface VaeRunOptions extends VaePieces {
+  /** Sees intermediate results of every piece. */
+  capture?: Capture | undefined
 }
 
 /** Gaussian over latents; both [B, C, T, H, W]. */
@@ -72,16 +56,15 @@ export class CausalVideoVAE {
   readonly config: CausalVaeConfig
   readonly dtype: 'f32' | 'bf16'
   readonly parameters: Map<string, Tensor>
-  readonly #encoder: Layer
-  readonly #decoder: Layer
-  #capture: Capture | undefined
+  readonly #encoder: VaeNetwork
+  readonly #decoder: VaeNetwork
 
   private constructor(config: CausalVaeConfig, weights: Weights, dtype: 'f32' | 'bf16') {
     checkConfig(config)
     this.config = config
     this.dtype = dtype
-    this.#encoder = this.#buildEncoder(weights)
-    this.#decoder = this.#buildDecoder(weights)
+    this.#encoder = VaeNetwork.encoder(config, weights)
+    this.#decoder = VaeNetwork.decoder(config, weights)
     this.parameters = weights.parameters
   }
 
@@ -142,140 +125,171 @@ export class CausalVideoVAE {
     return this.config.encoder_out_channels
   }
 
-  #buildEncoder(root: Weights): Layer {
-    const c = this.config
-    const w = root.sub('encoder')
-    const widths = c.encoder_block_out_channels
-    const groups = c.encoder_norm_num_groups
-    const layers: Layer[] = [
-      this.#named(
-        'encoder.conv_in',
-        causalConv(w.sub('conv_in'), c.encoder_in_channels, widths[0] as number, 3),
-      ),
-    ]
-    let channels = widths[0] as number
-    widths.forEach((width, i) => {
-      const block = w.sub(`down_blocks.${i}`)
-      const parts: Layer[] = []
-      for (let j = 0; j < (c.encoder_layers_per_block[i] as number); j++) {
-        parts.push(resBlock(block.sub(`resnets.${j}`), channels, width, groups))
-        channels = width
-      }
-      if (c.encoder_spatial_down_sample[i]) {
-        parts.push(causalConv(block.sub('downsamplers.0.conv'), width, width, 3, [1, 2, 2]))
-      }
-      if (c.encoder_temporal_down_sample[i]) {
-        parts.push(causalConv(block.sub('temporal_downsamplers.0.conv'), width, width, 3, [2, 1, 1]))
-      }
-      layers.push(this.#named(`encoder.down_blocks.${i}`, chain(parts)))
-    })
-    layers.push(this.#middle('encoder.mid_block', w.sub('mid_block'), channels, groups))
-    layers.push(frameNorm(w.sub('conv_norm_out'), channels, groups, true))
-    layers.push(
-      this.#named('encoder', causalConv(w.sub('conv_out'), channels, 2 * c.encoder_out_channels, 3)),
+  /**
+   * Posterior of the latents of a clip [B, 3, 1 + 8m, H, W]; H and W multiples of the spatial factor. In pieces or
+   * under a budget it works without a tape only; chunks change nothing but rounding, tiles blend moments at their seams.
+   * @throws ERR_SHAPE; ERR_OPTION for pieces that cannot be; ERR_MEMORY when nothing fits the budget.
+   */
+  encode(x: Tensor, options: VaeRunOptions = {}): Posterior {
+    const run = (): Posterior => drain(this.encodeSteps(x, options))
+    return this.#recording(x) ? run() : scope(run)
+  }
+
+  /** `encode` that pauses after every layer, for `sliced`; what it makes belongs to the surrounding scope. */
+  *encodeSteps(x: Tensor, options: VaeRunOptions = {}): Steps<Posterior> {
+    this.#checkVideo(x)
+    const f = this.temporalFactor
+    const plan = this.planEncode(x.shape, options)
+    const grid = plan.tile === null ? null : encodeGrid(plan.tile, this.spatialFactor)
+    const moments = yield* this.#run(
+      this.#encoder,
+      x,
+      grid,
+      pixelLengths(x.shape[2] as number, plan, f),
+      options,
     )
-    layers.push(causalConv(root.sub('quant_conv'), 2 * c.encoder_out_channels, 2 * c.encoder_out_channels, 1))
-    return chain(layers)
-  }
-
-  #buildDecoder(root: Weights): Layer {
-    const c = this.config
-    const w = root.sub('decoder')
-    const widths = [...c.decoder_block_out_channels].reverse()
-    const groups = c.decoder_norm_num_groups
-    let channels = widths[0] as number
-    const layers: Layer[] = [
-      causalConv(root.sub('post_quant_conv'), c.decoder_in_channels, c.decoder_in_channels, 1),
-      this.#named('decoder.conv_in', causalConv(w.sub('conv_in'), c.decoder_in_channels, channels, 3)),
-      this.#middle('decoder.mid_block', w.sub('mid_block'), channels, groups),
-    ]
-    widths.forEach((width, i) => {
-      const block = w.sub(`up_blocks.${i}`)
-      const parts: Layer[] = []
-      for (let j = 0; j < (c.decoder_layers_per_block[i] as number); j++) {
-        parts.push(resBlock(block.sub(`resnets.${j}`), channels, width, groups))
-        channels = width
-      }
-      if (c.decoder_spatial_up_sample[i]) parts.push(spatialUp(block.sub('upsamplers.0'), width))
-      if (c.decoder_temporal_up_sample[i]) {
-        const up = temporalUp(block.sub('temporal_upsamplers.0'), width)
-        parts.push((x) => up(x, true))
-      }
-      layers.push(this.#named(`decoder.up_blocks.${i}`, chain(parts)))
-    })
-    layers.push(frameNorm(w.sub('conv_norm_out'), channels, groups, true))
-    layers.push(causalConv(w.sub('conv_out'), channels, c.decoder_out_channels, 3))
-    return chain(layers)
-  }
-
-  #named(name: string, layer: Layer): Layer {
-    return (x) => {
-      const y = layer(x)
-      this.#capture?.(name, y)
-      return y
-    }
-  }
-
-  #middle(name: string, w: Weights, channels: number, groups: number): Layer {
-    const block = midBlock(w, channels, groups, (part, x) => {
-      this.#capture?.(`${name}.${part}`, x)
-      return x
-    })
-    return this.#named(name, block)
+    const z = this.latentChannels
+    const mean = slice(moments, 1, 0, z)
+    return { mean, logvar: clamp(slice(moments, 1, z, z), -30, 20) }
   }
 
   /**
-   * Posterior of the latents of a clip [B, 3, 1 + 8m, H, W]; H and W multiples of the spatial factor.
-   * `capture` sees intermediate results, channels last [B, T, H, W, C].
-   * @throws ERR_SHAPE
+   * Frames [B, 3, 1 + 8m, 8h, 8w] of latents [B, 16, 1 + m, h, w], nominally in [−1, 1]; pieces as in {@link encode}.
+   * @throws ERR_SHAPE; ERR_OPTION; ERR_MEMORY.
    */
-  encode(x: Tensor, capture?: Capture): Posterior {
-    const f = this.spatialFactor
-    const t = this.temporalFactor
-    const [, c, frames, h, w] = x.shape
-    if (
-      x.rank !== 5 ||
-      c !== this.config.encoder_in_channels ||
-      (frames as number) % t !== 1 % t ||
-      (h as number) % f ||
-      (w as number) % f
-    ) {
-      throw new PyraflowError('ERR_SHAPE', {
-        what: 'CausalVideoVAE.encode',
-        expected: `[B, ${this.config.encoder_in_channels}, 1 + ${t}m, H, W] with H and W multiples of ${f}`,
-        received: `[${x.shape}]`,
-      })
-    }
-    this.#capture = capture
-    try {
-      const moments = this.#encoder(permute(x, [0, 2, 3, 4, 1]))
-      const z = this.latentChannels
-      const mean = permute(slice(moments, 4, 0, z), [0, 4, 1, 2, 3])
-      const logvar = clamp(permute(slice(moments, 4, z, z), [0, 4, 1, 2, 3]), -30, 20)
-      return { mean, logvar }
-    } finally {
-      this.#capture = undefined
-    }
+  decode(z: Tensor, options: VaeRunOptions = {}): Tensor {
+    const run = (): Tensor => drain(this.decodeSteps(z, options))
+    return this.#recording(z) ? run() : scope(run)
+  }
+
+  /** `decode` that pauses after every layer, for `sliced`; what it makes belongs to the surrounding scope. */
+  *decodeSteps(z: Tensor, options: VaeRunOptions = {}): Steps<Tensor> {
+    this.#checkLatents(z)
+    const plan = this.planDecode(z.shape, options)
+    const grid = plan.tile === null ? null : decodeGrid(plan.tile, this.spatialFactor)
+    return yield* this.#run(this.#decoder, z, grid, chunkLengths(z.shape[2] as number, plan.window), options)
   }
 
   /**
-   * Frames [B, 3, 1 + 8m, 8h, 8w] of latents [B, 16, 1 + m, h, w], nominally in [−1, 1].
-   * @throws ERR_SHAPE
+   * Decodes a clip unit by unit: the same frames as {@link decode} with the same pieces, as soon as their latents are
+   * there. The budget counts what all tiles carry along.
    */
-  decode(z: Tensor, capture?: Capture): Tensor {
-    if (z.rank !== 5 || z.shape[1] !== this.config.decoder_in_channels) {
-      throw new PyraflowError('ERR_SHAPE', {
-        what: 'CausalVideoVAE.decode',
-        expected: `[B, ${this.config.decoder_in_channels}, T, H, W]`,
-        received: `[${z.shape}]`,
+  decodeStream(options: VaePieces = {}): DecodeStream {
+    checkPieces(options, this.spatialFactor)
+    return new DecodeStream(this.#decoder, {
+      check: (z) => this.#checkStream(z),
+      plan: (shape, how) => this.#planDecode(shape, options, { ...how, stream: true }),
+      grid: (tile) => decodeGrid(tile, this.spatialFactor),
+    })
+  }
+
+  /** The pieces in which {@link encode} would work on a clip of this shape. @throws ERR_OPTION, ERR_MEMORY */
+  planEncode(shape: readonly number[], pieces: VaePieces = {}): VaePlan {
+    const [f, t] = [this.spatialFactor, this.temporalFactor]
+    const [, , frames, h, w] = shape as [number, number, number, number, number]
+    const clip = { frames: (frames - 1) / t + 1, height: h / f, width: w / f, factor: f, initial: true }
+    return choosePieces(pieces, clip, (plan) =>
+      this.#bytes(this.#encoder, {
+        shape,
+        grid: plan.tile === null ? null : encodeGrid(plan.tile, f),
+        lengths: pixelLengths(frames, plan, t),
+        initial: true,
+        stream: false,
+      }),
+    )
+  }
+
+  /** The pieces in which {@link decode} would work on latents of this shape. @throws ERR_OPTION, ERR_MEMORY */
+  planDecode(shape: readonly number[], pieces: VaePieces = {}): VaePlan {
+    return this.#planDecode(shape, pieces, { initial: true, stream: false })
+  }
+
+  #planDecode(
+    shape: readonly number[],
+    pieces: VaePieces,
+    how: { initial: boolean; stream: boolean; tile?: number | null | undefined },
+  ): VaePlan {
+    const factor = this.spatialFactor
+    const { initial, stream, tile } = how
+    const [, , frames, height, width] = shape as [number, number, number, number, number]
+    return choosePieces(pieces, { frames, height, width, factor, initial, tile }, (plan) => {
+      const grid = plan.tile === null ? null : decodeGrid(plan.tile, factor)
+      const lengths = chunkLengths(frames, plan.window, initial)
+      const now = this.#bytes(this.#decoder, { shape, grid, lengths, initial, stream })
+      if (!stream || !initial) return now
+      // The tiles must also do for the units that follow, which are at least one latent frame.
+      const next = shape.map((n, i) => (i === 2 ? 1 : n))
+      const then = { shape: next, grid, lengths: [1], initial: false, stream }
+      return Math.max(now, this.#bytes(this.#decoder, then))
+    })
+  }
+
+  #bytes(network: VaeNetwork, clip: Omit<PlannedClip, 'widened'>): number {
+    const widened = this.dtype === 'bf16' && !/bf16|amx/.test(engine.device.backend)
+    return estimateElements(network, { ...clip, widened }) * DTYPES[this.dtype].bytes
+  }
+
+  *#run(
+    network: VaeNetwork,
+    x: Tensor,
+    grid: TileGrid | null,
+    lengths: readonly number[],
+    options: VaeRunOptions,
+  ): Steps<Tensor> {
+    const recording = this.#recording(x)
+    const { capture, maxMemory, tile, window } = options
+    if (recording && (maxMemory ?? tile ?? window) !== undefined) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'maxMemory, tile and window of the VAE',
+        expected: 'none of them while gradients are recorded',
+        received: 'a tensor or a parameter that wants a gradient',
+        remedy: 'Call it inside noGrad().',
       })
     }
-    this.#capture = capture
-    try {
-      return permute(this.#decoder(permute(z, [0, 2, 3, 4, 1])), [0, 4, 1, 2, 3])
-    } finally {
-      this.#capture = undefined
-    }
+    // Tile by tile, each through all its chunks: only one tile's frames have to be carried.
+    return yield* overTiles(x, grid, function* (part) {
+      const pass = new Pass({ carry: lengths.length > 1, recording, capture })
+      try {
+        return yield* overTime(part, lengths, (chunk) => runChunk(network, chunk, pass))
+      } finally {
+        pass.dispose()
+      }
+    })
+  }
+
+  #recording(x: Tensor): boolean {
+    return needsGrad(x) || [...this.parameters.values()].some(needsGrad)
+  }
+
+  #checkVideo(x: Tensor): void {
+    const [f, t, channels] = [this.spatialFactor, this.temporalFactor, this.config.encoder_in_channels]
+    const [, c, frames, h, w] = x.shape as [number, number, number, number, number]
+    if (x.rank === 5 && c === channels && frames % t === 1 % t && h % f === 0 && w % f === 0) return
+    throw new PyraflowError('ERR_SHAPE', {
+      what: 'CausalVideoVAE.encode',
+      expected: `[B, ${channels}, 1 + ${t}m, H, W] with H and W multiples of ${f}`,
+      received: `[${x.shape}]`,
+    })
+  }
+
+  #checkLatents(z: Tensor): void {
+    if (z.rank === 5 && z.shape[1] === this.config.decoder_in_channels && z.size > 0) return
+    throw new PyraflowError('ERR_SHAPE', {
+      what: 'CausalVideoVAE.decode',
+      expected: `[B, ${this.config.decoder_in_channels}, T, H, W]`,
+      received: `[${z.shape}]`,
+    })
+  }
+
+  #checkStream(z: Tensor): void {
+    this.#checkLatents(z)
+    if (!this.#recording(z)) return
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'a stream of frames',
+      expected: 'no gradients being recorded',
+      received: 'a tensor or a parameter that wants a gradient',
+      remedy: 'Call it inside noGrad().',
+    })
   }
 
   /** Writes config.json and weights as a diffusers-style folder; files appear whole or not at all. */
@@ -313,31 +327,4 @@ export function encodeFrozen(vae: CausalVideoVAE, x: Tensor): Posterior {
     const result = scope(() => vae.encode(x))
     return { mean: keep(result.mean), logvar: keep(result.logvar) }
   })
-}
-
-function chain(layers: Layer[]): Layer {
-  return (x) => layers.reduce((y, layer) => layer(y), x)
-}
-
-function checkConfig(c: CausalVaeConfig): void {
-  const n = c.encoder_block_out_channels.length
-  const lists: (keyof CausalVaeConfig)[] = [
-    'encoder_layers_per_block',
-    'encoder_spatial_down_sample',
-    'encoder_temporal_down_sample',
-    'decoder_block_out_channels',
-    'decoder_layers_per_block',
-    'decoder_spatial_up_sample',
-    'decoder_temporal_up_sample',
-  ]
-  for (const key of lists) {
-    const list = c[key]
-    if (!Array.isArray(list) || list.length !== n) {
-      throw new PyraflowError('ERR_CHECKPOINT', {
-        what: `VAE config: ${key}`,
-        expected: `a list of ${n} entries, one a block`,
-        received: JSON.stringify(list),
-      })
-    }
-  }
 }

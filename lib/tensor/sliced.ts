@@ -1,5 +1,6 @@
 import { setImmediate } from 'node:timers/promises'
 import { engine } from '../engine/engine.ts'
+import { throwIfAborted } from '../engine/errors.ts'
 import { OpenScope } from './scope.ts'
 import { type Steps, Tape } from './tape.ts'
 
@@ -33,5 +34,19 @@ export async function sliced<T>(
     }
   } finally {
     scope.close()
+  }
+}
+
+/** Ends work that pauses at the first pause after the signal has fired. @throws ERR_ABORTED */
+export function* abortableSteps<T>(steps: Steps<T>, signal: AbortSignal | undefined): Steps<T> {
+  try {
+    for (;;) {
+      throwIfAborted(signal, 'generation')
+      const { value, done } = steps.next()
+      if (done) return value
+      yield
+    }
+  } finally {
+    steps.return(undefined as never)
   }
 }
