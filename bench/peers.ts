@@ -64,9 +64,9 @@ export async function onnxAttention(ort: Ort, length: number, heads: number, hea
 // The few fields of the ONNX protocol buffers that a graph of one node needs, by their numbers.
 const varint = (value: number): number[] =>
   value < 128 ? [value] : [(value & 127) | 128, ...varint(value >>> 7)]
-const number = (field: number, value: number): number[] => [field << 3, ...varint(value)]
+const number = (field: number, value: number): number[] => [...varint(field << 3), ...varint(value)]
 const bytes = (field: number, value: ArrayLike<number>): number[] => [
-  (field << 3) | 2,
+  ...varint((field << 3) | 2),
   ...varint(value.length),
   ...Array.from(value),
 ]

@@ -160,7 +160,8 @@ test('the last blocks, from the share on, are computed again in backward, with t
     run.mockRestore()
     expect(attentions, `at ${share}`).toBe(3 + blocks)
     for (const [name, gradient] of kept) {
-      expect(maxAbsolute(again.get(name) ?? [], gradient), `${name} at ${share}`).toBeLessThan(1e-6)
+      // Summed in another order: equal but for rounding.
+      expect(relativeL2(again.get(name) ?? [], gradient), `${name} at ${share}`).toBeLessThan(1e-5)
     }
   }
   model.dispose()

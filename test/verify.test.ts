@@ -86,7 +86,9 @@ describe('a corrupted case', () => {
     const [result] = await verifyFolder(corruptedCopy(name, tensor))
     expect(result).toMatchObject({ status: 'failed' })
     expect(result?.error).toBeGreaterThan(result?.tolerance as number)
-    expect(result?.checks.filter((check) => !(check.error <= check.tolerance)).length).toBe(1)
+    // Several ways to one recorded tensor (whole, in chunks, streamed) fail together; nothing else does.
+    const failed = result?.checks.filter((check) => !(check.error <= check.tolerance)) ?? []
+    expect(new Set(failed.map((check) => check.name.split(',')[0])).size).toBe(1)
   })
 
   it('fails when its JSON or its tensors cannot be read, and the others still run', async () => {
