@@ -241,6 +241,7 @@ async function histories(effort: Effort): Promise<Unnamed[]> {
 async function memory(effort: Effort): Promise<Unnamed[]> {
   const length = effort.quick ? 512 : 15_488
   const bytes = await withOp({ dtype: 'bf16', heads: HEADS, length, pairs: 1 }, async (op) => {
+    await engine.idle()
     const before = engine.memory().live
     engine.resetPeak()
     const o = op()
