@@ -1,4 +1,3 @@
-import { availableParallelism } from 'node:os'
 import { type DType, engine } from '../lib/engine/engine.ts'
 import { attention as attend } from '../lib/ops/attention.ts'
 import { planHistory } from '../lib/pyramid/history.ts'
@@ -16,11 +15,9 @@ import {
   interleave,
   median,
   type Required,
-  type Row,
+  type Unnamed,
 } from './harness.ts'
 import { findOnnxRuntime, INSTALL, onnxAttention } from './peers.ts'
-
-type Unnamed = Omit<Row, 'group'>
 
 // The published heads. Fewer of them do the same work per FLOP where a whole call would take minutes.
 const HEADS = 30
@@ -252,7 +249,7 @@ async function memory(effort: Effort): Promise<Unnamed[]> {
   })
   return [
     {
-      name: `memory beside operands and result, ${length} tokens, ${HEADS} heads, bf16, ${availableParallelism()} threads`,
+      name: `memory beside operands and result, ${length} tokens, ${HEADS} heads, bf16, ${engine.device.threads} threads`,
       value: bytes / 2 ** 20,
       unit: 'MiB',
       required: { of: 'value', atMost: 64 },

@@ -1,7 +1,7 @@
 import { engine } from '../lib/engine/engine.ts'
 import { add } from '../lib/ops/pointwise.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
-import { type Effort, engineSeconds, median, type Row } from './harness.ts'
+import { type Effort, engineSeconds, median, type Unnamed } from './harness.ts'
 
 const BATCH = 64
 
@@ -31,7 +31,7 @@ async function latency(effort: Effort, wait: () => Promise<unknown>): Promise<nu
 }
 
 /** What an op costs besides its arithmetic: for JavaScript to queue it, for the engine to run it, to read a result. */
-export async function dispatch(effort: Effort): Promise<Omit<Row, 'group'>[]> {
+export async function dispatch(effort: Effort): Promise<Unnamed[]> {
   const a = Tensor.full([16], 1)
   const b = Tensor.full([16], 2)
   const y = Tensor.empty([16])
@@ -43,7 +43,7 @@ export async function dispatch(effort: Effort): Promise<Omit<Row, 'group'>[]> {
   // Compiled before the clock starts.
   await queueingCost({ ...effort, quick: true }, command)
   await queueingCost({ ...effort, quick: true }, op)
-  const rows: Omit<Row, 'group'>[] = [
+  const rows: Unnamed[] = [
     {
       name: 'queue one op: add(a, b), result made and freed',
       value: await queueingCost(effort, op),

@@ -6,10 +6,8 @@ import { Pipeline } from '../lib/generate.ts'
 import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import { breakdown, type Effort, type Row } from './harness.ts'
+import { breakdown, type Effort, type Unnamed } from './harness.ts'
 import { NORMALISATION, PROMPT, wordEncoder } from './toy.ts'
-
-type Unnamed = Omit<Row, 'group'>
 
 /** One toy generation: how long its phases take and which ops they consist of. */
 export async function generate(effort: Effort): Promise<Unnamed[]> {

@@ -34,7 +34,10 @@ export interface Effort {
   rounds: number
 }
 
-export type Group = (effort: Effort) => Promise<Omit<Row, 'group'>[]>
+/** A row as a group gives it. */
+export type Unnamed = Omit<Row, 'group'>
+
+export type Group = (effort: Effort) => Promise<Unnamed[]>
 
 export function effortOf(quick: boolean): Effort {
   return quick ? { quick, seconds: 0.005, rounds: 3 } : { quick, seconds: 0.2, rounds: 9 }
@@ -130,10 +133,10 @@ export async function interleave(
 }
 
 /** Kernel time per op since `engine.profile(true)`, most first, for one of `runs`; the small rest is one row. */
-export function breakdown(prefix: string, runs = 1, most = 10): Omit<Row, 'group'>[] {
+export function breakdown(prefix: string, runs = 1, most = 10): Unnamed[] {
   const ops = engine.profileRead()
   const sum = (list: typeof ops): number => list.reduce((n, { seconds }) => n + seconds, 0)
-  const row = (name: string, seconds: number): Omit<Row, 'group'> => ({
+  const row = (name: string, seconds: number): Unnamed => ({
     name: `${prefix}: ${name}`,
     value: (1000 * seconds) / runs,
     unit: 'ms',

@@ -12,10 +12,8 @@ import {
   engineSeconds,
   interleave,
   type Required,
-  type Row,
+  type Unnamed,
 } from './harness.ts'
-
-type Unnamed = Omit<Row, 'group'>
 
 // The published width; rows enough that no cache holds the operands.
 const WIDTH = 1920

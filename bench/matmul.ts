@@ -7,7 +7,7 @@ import {
   engineSeconds,
   interleave,
   type Required,
-  type Row,
+  type Unnamed,
 } from './harness.ts'
 
 // [M, K, N]: an MLP of the published transformer over one 384p unit, and its square projections over two.
@@ -17,8 +17,8 @@ const SHAPES: [number, number, number, Required | undefined][] = [
 ]
 
 /** `linear` with packed weights through the public API against oneDNN called in a bare loop. */
-export async function matmul(effort: Effort): Promise<Omit<Row, 'group'>[]> {
-  const rows: Omit<Row, 'group'>[] = []
+export async function matmul(effort: Effort): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
   for (const [m, k, n, required] of SHAPES) {
     for (const dtype of ['bf16', 'f32'] as const) {
       const rounds = effort.quick ? 1 : effort.rounds

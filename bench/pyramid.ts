@@ -15,11 +15,9 @@ import {
   interleave,
   median,
   type Required,
-  type Row,
+  type Unnamed,
 } from './harness.ts'
 import { naiveBlockNoise } from './naive-noise.ts'
-
-type Unnamed = Omit<Row, 'group'>
 
 // One frame of a 768p latent, and an array that no cache holds.
 const SIZES = [

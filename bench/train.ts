@@ -6,7 +6,7 @@ import { sliced } from '../lib/tensor/sliced.ts'
 import { backwardSteps } from '../lib/tensor/tape.ts'
 import type { LatentDataset } from '../lib/train/latents.ts'
 import { Trainer } from '../lib/train/trainer.ts'
-import { breakdown, type Effort, median, type Row } from './harness.ts'
+import { breakdown, type Effort, median, type Unnamed } from './harness.ts'
 import { withRandomLatents, wordEncoder } from './toy.ts'
 
 /** Longest time in ms between two turns of the event loop while `work` goes on. */
@@ -24,8 +24,6 @@ async function longestPause(work: () => Promise<unknown>): Promise<number> {
   going = false
   return longest
 }
-
-type Unnamed = Omit<Row, 'group'>
 
 /** One step of the toy recipe, from latents to updated weights. */
 export async function train(effort: Effort): Promise<Unnamed[]> {

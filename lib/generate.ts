@@ -1,4 +1,4 @@
-import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { abortable } from './engine/abortable.ts'
 import { engine } from './engine/engine.ts'
@@ -7,6 +7,7 @@ import { denormaliseLatents, type LatentNormalisation, normaliseLatents } from '
 import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
 import { writeFileAtomically } from './io/atomic.ts'
 import { loadImage, saveVideo } from './io/image.ts'
+import { readJsonObject } from './io/pretrained.ts'
 import { CausalVideoVAE, samplePosterior } from './models/causal-vae.ts'
 import { loadVelocityNetwork, type NetworkKind, networkKind } from './models/load-network.ts'
 import { framesPerSecond, latentNormalisation, samplingPresets } from './models/presets.ts'
@@ -436,12 +437,10 @@ export class Pipeline {
 function readPipelineConfig(path: string, kind: NetworkKind): PipelineConfig {
   const normalisation = latentNormalisation[kind]
   if (!existsSync(path)) return { normalisation }
-  let config: Partial<PipelineConfig> | null
-  try {
-    config = JSON.parse(readFileSync(path, 'utf8')) as Partial<PipelineConfig> | null
-  } catch (cause) {
-    throw new PyraflowError('ERR_CHECKPOINT', { what: path, expected: 'a JSON object', cause })
-  }
+  const config: Partial<PipelineConfig> = readJsonObject(path, {
+    expected: 'settings of the pipeline',
+    remedy: 'Check that the file can be read.',
+  })
   return { normalisation, ...config }
 }
 

@@ -6,10 +6,10 @@ import { jumpCoefficients } from './flow/jump.ts'
 import { type Stages, stageSteps } from './flow/stages.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import { concat, slice } from './ops/copy.ts'
-import { downsample } from './ops/downsample.ts'
 import { euler } from './ops/euler.ts'
 import { renoise } from './ops/renoise.ts'
 import { planHistory } from './pyramid/history.ts'
+import { historyClips, latentPyramid, noisePyramid } from './pyramid/latents.ts'
 import { type Unit, unitsForFrames } from './pyramid/units.ts'
 import type { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
@@ -74,12 +74,7 @@ class History {
 
   append(latent: Tensor): void {
     const pyramid = scope(() => {
-      let x = latent.view(latent.shape)
-      const levels = [x]
-      for (let k = 1; k < this.#levels.length; k++) {
-        x = downsample(x, 1)
-        levels.unshift(x)
-      }
+      const levels = latentPyramid(latent.view(latent.shape), this.#levels.length)
       return levels.map((level, k) => {
         const before = this.#levels[k]
         return before ? concat([before, level], 2) : level
@@ -92,9 +87,8 @@ class History {
   }
 
   clips(unit: number, stage: number, framesPerUnit: number): Tensor[] {
-    return planHistory(unit, stage, this.#levels.length, framesPerUnit).map((piece) =>
-      slice(this.#levels[piece.level] as Tensor, 2, piece.firstFrame, piece.frameCount),
-    )
+    const levels = this.#levels.filter((level) => level !== null)
+    return historyClips(levels, planHistory(unit, stage, this.#levels.length, framesPerUnit))
   }
 
   dispose(): void {
@@ -141,7 +135,7 @@ export async function* sampleLatents(
     const { firstFrame } = options
     if (firstFrame) queued(() => history.append(firstFrame))
     const shape = [batch, channels, options.frames, options.height, options.width]
-    const start = keep(queued(() => scope(() => reduced(options.noise.initial(shape), k))))
+    const start = keep(queued(() => scope(() => noisePyramid(options.noise.initial(shape), k)[0] as Tensor)))
     owned.push(start)
 
     for (const unit of units) {
@@ -233,13 +227,6 @@ function bothHalves(text: TextFeatures, negative: TextFeatures | undefined): Tex
     mask: [...negative.mask, ...text.mask],
     pooled: concat([negative.pooled, text.pooled], 0),
   }
-}
-
-/** Noise pyramid (4): the mean of four unit normals, times two, is unit normal again. */
-function reduced(noise: Tensor, stages: number): Tensor {
-  let z = noise
-  for (let i = 1; i < stages; i++) z = downsample(z, 2)
-  return z
 }
 
 /** α·Up2(latent) + β·n' (spec/method.md §6). */

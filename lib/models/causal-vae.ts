@@ -75,16 +75,8 @@ export class CausalVideoVAE {
   static async fromPretrained(dir: string, options: VaeOptions = {}): Promise<CausalVideoVAE> {
     const config = { ...CAUSAL_VAE_DEFAULTS, ...(readConfig(dir) as Partial<CausalVaeConfig>) }
     const dtype = options.dtype ?? 'f32'
-    const weights = Weights.open(dir, { dtype, train: options.train ?? false, stripPrefix: 'vae.' })
-    try {
-      const vae = new CausalVideoVAE(config, weights, dtype)
-      weights.assertAllUsed({ ignorePrefixes: ['loss.'] })
-      await weights.checkFinite()
-      return vae
-    } catch (error) {
-      weights.dispose()
-      throw error
-    }
+    const how = { dtype, train: options.train ?? false, stripPrefix: 'vae.', ignorePrefixes: ['loss.'] }
+    return Weights.load(dir, how, (weights) => new CausalVideoVAE(config, weights, dtype))
   }
 
   /**

@@ -1,4 +1,5 @@
 import { type ErrorCode, PyraflowError } from '../engine/errors.ts'
+import type { NetworkConfig } from './velocity-network.ts'
 
 /** Refuses one field of a config.json. */
 export type FieldError = (field: string, expected: string, received: unknown) => PyraflowError
@@ -63,6 +64,13 @@ export interface ParameterSizes {
   readonly text: number
   /** 4 × latent channels. */
   readonly patch: number
+}
+
+/** The sizes of a configuration; `patch` is 4 × latent channels. */
+export function parameterSizes(c: NetworkConfig, patch: number): ParameterSizes {
+  const headDim = c.attention_head_dim
+  const width = c.num_attention_heads * headDim
+  return { width, headDim, pooled: c.pooled_projection_dim, text: c.joint_attention_dim, patch }
 }
 
 /** Parameters of a two-stream block (spec/dit-flux.md eq. 14). */

@@ -7,7 +7,7 @@ import { Generator } from '../tensor/generator.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock, singleBlock } from './blocks.ts'
 import { checkFluxConfig, FLUX_CLASS, type FluxConfig } from './flux-config.ts'
-import { loadNetwork, PackedNetwork, type Trunk } from './packed-network.ts'
+import { NETWORK_KEYS, PackedNetwork, type Trunk } from './packed-network.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
 export { type FluxConfig, parameterCount } from './flux-config.ts'
@@ -40,7 +40,7 @@ export class PyramidFluxTransformer extends PackedNetwork<FluxConfig> {
     options: TransformerOptions = {},
   ): Promise<PyramidFluxTransformer> {
     const config = checkFluxConfig(readConfig(dir), 'ERR_CHECKPOINT')
-    return loadNetwork(dir, options, (weights) => new PyramidFluxTransformer(config, weights))
+    return Weights.load(dir, { ...options, ...NETWORK_KEYS }, (w) => new PyramidFluxTransformer(config, w))
   }
 
   /**

@@ -6,7 +6,7 @@ import { Generator } from '../tensor/generator.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock } from './blocks.ts'
 import { checkMmditConfig, MMDIT_CLASS, type MmditConfig } from './mmdit-config.ts'
-import { loadNetwork, PackedNetwork, type Trunk } from './packed-network.ts'
+import { NETWORK_KEYS, PackedNetwork, type Trunk } from './packed-network.ts'
 import { patchEmbed } from './patch-embed.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
@@ -35,7 +35,7 @@ export class PyramidDiffusionMMDiT extends PackedNetwork<MmditConfig> {
    */
   static async fromPretrained(dir: string, options: TransformerOptions = {}): Promise<PyramidDiffusionMMDiT> {
     const config = checkMmditConfig(readConfig(dir), 'ERR_CHECKPOINT')
-    return loadNetwork(dir, options, (weights) => new PyramidDiffusionMMDiT(config, weights))
+    return Weights.load(dir, { ...options, ...NETWORK_KEYS }, (w) => new PyramidDiffusionMMDiT(config, w))
   }
 
   /**

@@ -4,6 +4,7 @@ import {
   type FieldRules,
   fieldError,
   outerParameters,
+  parameterSizes,
   readFields,
 } from './config-fields.ts'
 import type { NetworkConfig } from './velocity-network.ts'
@@ -79,15 +80,8 @@ export function checkFluxConfig(
  */
 export function parameterCount(config: Partial<FluxConfig>): number {
   const c = checkFluxConfig(config, 'ERR_OPTION')
-  const headDim = c.attention_head_dim
-  const d = c.num_attention_heads * headDim
-  const sizes = {
-    width: d,
-    headDim,
-    pooled: c.pooled_projection_dim,
-    text: c.joint_attention_dim,
-    patch: c.in_channels,
-  }
+  const sizes = parameterSizes(c, c.in_channels)
+  const { width: d, headDim } = sizes
   const single = 15 * d ** 2 + 11 * d + 2 * headDim
   return c.num_layers * doubleBlockParameters(sizes) + c.num_single_layers * single + outerParameters(sizes)
 }

@@ -4,6 +4,7 @@ import {
   type FieldRules,
   fieldError,
   outerParameters,
+  parameterSizes,
   readFields,
 } from './config-fields.ts'
 import type { NetworkConfig } from './velocity-network.ts'
@@ -115,15 +116,8 @@ export function checkMmditConfig(
  */
 export function mmditParameterCount(config: Partial<MmditConfig>): number {
   const c = checkMmditConfig(config, 'ERR_OPTION')
-  const headDim = c.attention_head_dim
-  const d = c.num_attention_heads * headDim
-  const sizes = {
-    width: d,
-    headDim,
-    pooled: c.pooled_projection_dim,
-    text: c.joint_attention_dim,
-    patch: 4 * c.in_channels,
-  }
+  const sizes = parameterSizes(c, 4 * c.in_channels)
+  const { width: d } = sizes
   // The last block lacks four of six modulation vectors, the output projection and the FF of the text stream.
   const missing = 13 * d ** 2 + 10 * d
   return c.num_layers * doubleBlockParameters(sizes) - missing + outerParameters(sizes)

@@ -4,7 +4,7 @@ import { conditioning, roundToBf16 } from '../nn/embed.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { type Linear, linearLayer } from '../nn/linear.ts'
 import { modulatedNorm } from '../nn/norm.ts'
-import { type ComputeType, Weights } from '../nn/weights.ts'
+import type { ComputeType, Weights } from '../nn/weights.ts'
 import { cast } from '../ops/cast.ts'
 import { reshape } from '../ops/copy.ts'
 import { unpatchify } from '../ops/patchify.ts'
@@ -14,12 +14,7 @@ import { scope } from '../tensor/scope.ts'
 import { checkpoint, drain, needsGrad, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { checkInputs, checkLayout } from './network-inputs.ts'
-import type {
-  NetworkConfig,
-  TransformerInputs,
-  TransformerOptions,
-  VelocityNetwork,
-} from './velocity-network.ts'
+import type { NetworkConfig, TransformerInputs, VelocityNetwork } from './velocity-network.ts'
 
 type Capture = TransformerInputs['capture']
 
@@ -200,27 +195,8 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
   }
 }
 
-/**
- * A network over the weights of a folder, all of which it must use; keys may begin with `dit.`, as training writes them.
- *
- * @throws as `fromPretrained` of the networks does.
- */
-export async function loadNetwork<T>(
-  dir: string,
-  options: TransformerOptions,
-  make: (weights: Weights) => T,
-): Promise<T> {
-  const weights = Weights.open(dir, { ...options, stripPrefix: 'dit.' })
-  try {
-    const model = make(weights)
-    weights.assertAllUsed({ ignorePrefixes: ['vae', 'text_encoder'] })
-    await weights.checkFinite()
-    return model
-  } catch (error) {
-    weights.dispose()
-    throw error
-  }
-}
+/** How the weights of a velocity network are loaded: training writes keys that begin with `dit.`, and others beside them. */
+export const NETWORK_KEYS = { stripPrefix: 'dit.', ignorePrefixes: ['vae', 'text_encoder'] } as const
 
 // Without backward nobody needs a block's inputs again, and a scope would hold those of all blocks to the end. The
 // last input is e, which every block gets.

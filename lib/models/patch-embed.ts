@@ -160,9 +160,16 @@ export function patchEmbed(
   const weight = w.get('proj.weight', [width, channels, 2, 2], { uniform })
   const bias = w.get('proj.bias', [width], 'zeros')
 
+  // Every step of a stage comes with the same layout.
+  const known = new WeakMap<Layout, Places>()
+  const placesOf = (layout: Layout): Places => {
+    const places = known.get(layout) ?? tablePlaces(layout, options)
+    known.set(layout, places)
+    return places
+  }
   const positions = (layout: Layout): Tensor =>
     scope(() => {
-      const { corners, tokens } = tablePlaces(layout, options)
+      const { corners, tokens } = placesOf(layout)
       const rows = table.view([tableSize ** 2, width])
       const parts = corners.map((corner) => {
         const share = Tensor.from(corner.weight, [corner.weight.length, 1])

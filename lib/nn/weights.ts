@@ -107,6 +107,30 @@ export class Weights {
     return new Weights({ label, entries, generator, dtype, train, pack, ...empty }, '')
   }
 
+  /**
+   * A network that `make` asks the weights of a folder for; it must use all of them.
+   *
+   * @throws as `open` and `make` do; ERR_CHECKPOINT for keys that nothing asked for, except those with one of the ignored
+   * prefixes, and for values that are not finite. The weights are freed then.
+   */
+  static async load<T>(
+    dir: string,
+    options: WeightsOptions & { ignorePrefixes: readonly string[] },
+    make: (weights: Weights) => T,
+  ): Promise<T> {
+    const { ignorePrefixes, ...rest } = options
+    const weights = Weights.open(dir, rest)
+    try {
+      const network = make(weights)
+      weights.assertAllUsed({ ignorePrefixes })
+      await weights.checkFinite()
+      return network
+    } catch (error) {
+      weights.dispose()
+      throw error
+    }
+  }
+
   /** Every parameter that was asked for so far, by its full published key. */
   get parameters(): Map<string, Tensor> {
     return this.#shared.parameters

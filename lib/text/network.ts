@@ -72,28 +72,16 @@ export function architectureOf(config: Record<string, unknown>): string | undefi
 }
 
 /**
- * Loads a network that `make` asks its weights for. Nothing is packed: a text encoder runs once a prompt, and packed
- * copies would double the largest part of a model.
- *
- * @throws as `Weights.open` and `make` do; ERR_CHECKPOINT for keys that nothing asked for, except those with one of
- * the ignored prefixes, and for values that are not finite.
+ * `Weights.load` for a text network. Nothing is packed: a text encoder runs once a prompt, and packed copies would double
+ * the largest part of a model.
  */
-export async function loadNetwork<T>(
+export function loadNetwork<T>(
   folder: string,
   options: TextNetworkOptions,
   make: (weights: Weights) => T,
   ignorePrefixes: readonly string[],
 ): Promise<T> {
-  const weights = Weights.open(folder, { ...options, pack: false })
-  try {
-    const network = make(weights)
-    weights.assertAllUsed({ ignorePrefixes })
-    await weights.checkFinite()
-    return network
-  } catch (error) {
-    weights.dispose()
-    throw error
-  }
+  return Weights.load(folder, { ...options, pack: false, ignorePrefixes }, make)
 }
 
 /** Runs a block whose input nobody needs afterwards. */

@@ -1,12 +1,13 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { coupleCoefficients, drawPosition } from '../flow/couple.ts'
 import type { Stages } from '../flow/stages.ts'
-import { concat, reshape, slice } from '../ops/copy.ts'
+import { reshape, slice } from '../ops/copy.ts'
 import { downsample } from '../ops/downsample.ts'
 import { mix } from '../ops/mix.ts'
 import { axpby } from '../ops/pointwise.ts'
 import { upsample } from '../ops/upsample.ts'
 import { planHistory } from '../pyramid/history.ts'
+import { latentPyramid, noisePyramid } from '../pyramid/latents.ts'
 import { unitsInClip } from '../pyramid/units.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
@@ -53,12 +54,6 @@ export function columnRows(x: Tensor, column: number, count: number): Tensor {
   return reshape(slice(grouped, 1, column, 1), [batch / count, ...rest])
 }
 
-function down(x: Tensor, times: number, factor: number): Tensor {
-  let y = x
-  for (let i = 0; i < times; i++) y = downsample(y, factor)
-  return y
-}
-
 /**
  * Coupled training pairs of one batch of normalised latents [B, C, T, H, W] (spec/method.md §4, §8.5; training.md §1
  * steps 3–7): one noise draw serves both ends of every stage.
@@ -87,8 +82,8 @@ export function trainingPairs(latents: Tensor, draws: PairDraws, options: PairOp
     const take = (t: Tensor): Tensor => (length === frames ? t : slice(t, 2, start, length))
 
     const steps = stages.count - 1 - k
-    const data = down(take(x), steps, 1)
-    const noise = down(take(columnRows(draws.noise, c, count)), steps, 2)
+    const data = latentPyramid(take(x), steps + 1)[0] as Tensor
+    const noise = noisePyramid(take(columnRows(draws.noise, c, count)), steps + 1)[0] as Tensor
     const q = coupleCoefficients(stages, k)
     const begin = k === 0 ? noise : axpby(noise, upsample(downsample(data, 1)), q.startNoise, q.startData) // (14)
     const end = q.endNoise === 0 ? data : axpby(noise, data, q.endNoise, q.endData) // (15)
@@ -110,16 +105,12 @@ export function trainingPairs(latents: Tensor, draws: PairDraws, options: PairOp
       // Drawn from the newest clip back, as the reference does, so that recorded draws line up.
       for (let i = pieces.length - 1; i >= 0; i--) {
         const piece = pieces[i] as (typeof pieces)[number]
-        const clip = down(slice(x, 2, piece.firstFrame, piece.frameCount), stages.count - 1 - piece.level, 1)
+        const full = slice(x, 2, piece.firstFrame, piece.frameCount)
+        const clip = latentPyramid(full, stages.count - piece.level)[0] as Tensor
         history.unshift(mix(draws.history(c, pieces.length - 1 - i, clip.shape), clip, levels)) // (31)
       }
     }
     result.columns.push([...history, noisy])
   })
   return result
-}
-
-/** Mean over samples of the mean squared error, every sample weighing the same: gathers the columns' [B] losses. */
-export function gatherLosses(losses: Tensor[]): Tensor {
-  return losses.length === 1 ? (losses[0] as Tensor) : concat(losses, 0)
 }

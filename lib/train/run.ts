@@ -236,8 +236,3 @@ export async function latestCheckpoint(out: string): Promise<{ step: number; pat
     throw ioError(error, 'read checkpoint', found.path)
   }
 }
-
-/** Waits for the engine so that a trainer can be disposed. */
-export async function settle(): Promise<void> {
-  await engine.idle()
-}

@@ -147,10 +147,10 @@ struct Forward {
           s.d, q.padded,
           {Units(k.count, kPerUnit<E>), v_pairs, 1, width, weights, kQueryBlock, o, kQueryBlock, true});
     }
-    Write(l, pair, q, offset, softmax, o, buffer);
+    Write(pair, q, offset, softmax, o, buffer);
   }
 
-  void Write(const Layout&, int64_t pair, const Block& q, int64_t offset, const Softmax& softmax, float* o,
+  void Write(int64_t pair, const Block& q, int64_t offset, const Softmax& softmax, float* o,
              float* buffer) const {
     // The largest visible logit adds at least 2^-8, so a sum of 0 means that nothing was visible.
     for (int64_t c = 0; c < q.padded; c += kLanes) {

@@ -296,7 +296,7 @@ inline Vf Exp2(Vf x) {
 }
 #endif
 
-// Four rows of values as the four-byte units that Multiply reads as its second operand: row pairs for bf16.
+// One row of values as units of Multiply's second operand; for bf16 two neighbouring rows.
 template <class E>
 inline void PutUnits(Unit* to, Vf first, Vf second) {
   if constexpr (kPerUnit<E> == 2) {
