@@ -37,6 +37,90 @@ static inline float RowSum(int64_t n, F term) {
   return Sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+// y[i] = value(i, lanes) for a row, two vectors at a time.
+template <class T, class F>
+static inline void WriteRow(T* y, int64_t n, F value) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    StorePair(y + i, value(i, int64_t{kLanes}), value(i + kLanes, int64_t{kLanes}));
+  for (; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    StoreN(y + i, value(i, m), m);
+  }
+}
+
+template <class T>
+static inline float SquareSum(const T* x, int64_t n) {
+  return RowSum(n, [=](int64_t i, int64_t m) {
+    const Vf v = LoadN(x + i, m);
+    return v * v;
+  });
+}
+struct Moments {
+  float mean, variance;
+};
+// Centred before squaring: a row far from zero keeps its digits. Missing lanes read as the mean.
+template <class T>
+static inline Moments ExactMoments(const T* x, int64_t n) {
+  const float mean = RowSum(n, [=](int64_t i, int64_t m) { return LoadN(x + i, m); }) / n;
+  const float squares = RowSum(n, [=](int64_t i, int64_t m) {
+    const Vf c = LoadN(x + i, m, mean) - mean;
+    return c * c;
+  });
+  return {mean, squares / n};
+}
+template <class T>
+static inline Moments MomentsOf(const T* x, int64_t n) {
+  return ExactMoments(x, n);
+}
+
+#if defined(__AVX512BF16__)
+static constexpr int kPairs = 2 * kLanes;
+// Whether E[x²] - E[x]² kept digits enough for a result in bf16: at most ten of 24 bits cancelled.
+static inline bool FewCancelled(float mean, float variance) { return variance > 1e-3f * mean * mean; }
+static inline Vf DotPairs(Vf sum, __m512bh a, __m512bh b) { return (Vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
+static inline __m512bh LoadPairs(const Bf16* p) {
+  __m512bh v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+static inline __m512bh OnePairs() { return (__m512bh)_mm512_set1_epi16(0x3f80); }
+
+// The dot product of pairs adds and squares 32 values in an instruction each; products of bf16 are exact in
+// f32.
+static inline float SquareSum(const Bf16* x, int64_t n) {
+  Vf a = {}, b = {};
+  int64_t i = 0;
+  for (; i + 2 * kPairs <= n; i += 2 * kPairs) {
+    const __m512bh u = LoadPairs(x + i), v = LoadPairs(x + i + kPairs);
+    a = DotPairs(a, u, u);
+    b = DotPairs(b, v, v);
+  }
+  for (; i < n; i += kLanes) {
+    const Vf v = LoadN(x + i, n - i);
+    a += v * v;
+  }
+  return Sum(a + b);
+}
+static inline Moments MomentsOf(const Bf16* x, int64_t n) {
+  Vf sum[2] = {}, square[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kPairs <= n; i += 2 * kPairs)
+    for (int k = 0; k < 2; ++k) {
+      const __m512bh v = LoadPairs(x + i + k * kPairs);
+      sum[k] = DotPairs(sum[k], v, OnePairs());
+      square[k] = DotPairs(square[k], v, v);
+    }
+  for (; i < n; i += kLanes) {
+    const Vf v = LoadN(x + i, n - i);
+    sum[0] += v;
+    square[0] += v * v;
+  }
+  const float mean = Sum(sum[0] + sum[1]) / n, variance = Sum(square[0] + square[1]) / n - mean * mean;
+  return FewCancelled(mean, variance) ? Moments{mean, variance} : ExactMoments(x, n);
+}
+#endif
+
 // n values from element offset on: the memory itself when it is f32, otherwise converted into buffer.
 static inline const float* ReadRow(const PfView& v, int64_t offset, int64_t n, float* buffer) {
   if (v.dtype == PF_F32) return PfData<float>(v) + offset;

@@ -30,17 +30,28 @@ static inline Vf LoadF(const float* p) {
   memcpy(&v, p, sizeof(v));
   return v;
 }
+// Every 16-bit value in the lower half of a lane. GCC 12 makes five instructions of the conversion that is
+// one.
+static inline Vu Widen(Vh h) {
+#if defined(__AVX512F__)
+  return (Vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif defined(__AVX2__)
+  return (Vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Vu);
+#endif
+}
 static inline Vf LoadF(const Bf16* p) {
   Vh h;
   memcpy(&h, p, sizeof(h));
-  return (Vf)(__builtin_convertvector(h, Vu) << 16);
+  return (Vf)(Widen(h) << 16);
 }
 static inline void StoreF(float* p, Vf v) { memcpy(p, &v, sizeof(v)); }
 // v rounded to bf16, in the lower half of every lane.
 static inline Vu Bf16Bits(Vf v) {
 #if defined(__AVX512BF16__)
   // The instruction takes subnormal numbers for zero; nothing here lives below 1e-38.
-  return __builtin_convertvector((Vh)_mm512_cvtneps_pbh((__m512)v), Vu);
+  return Widen((Vh)_mm512_cvtneps_pbh((__m512)v));
 #else
   const Vu u = (Vu)v;
   const Vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
@@ -48,34 +59,37 @@ static inline Vu Bf16Bits(Vf v) {
   return (rounded & ~nan) | (((u >> 16) | 0x40) & nan);
 #endif
 }
+static inline Vh Narrow(Vu u) {
+#if defined(__AVX512F__)
+  return (Vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // each 128-bit half packs its own
+  return (Vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(lanes, 0x08));
+#else
+  return __builtin_convertvector(u, Vh);
+#endif
+}
 static inline void StoreF(Bf16* p, Vf v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
 #else
-  const Vh h = __builtin_convertvector(Bf16Bits(v), Vh);
+  const Vh h = Narrow(Bf16Bits(v));
 #endif
   memcpy(p, &h, sizeof(h));
 }
 
-// Results larger than this leave the caches before anybody reads them: written past the caches they need not
-// be read first. That takes vectors at aligned addresses.
-static constexpr int64_t kStreamBytes = 16 << 20;
-static inline bool WorthStreaming(const void* y, int64_t bytes, int64_t row_bytes) {
-  return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(y) % sizeof(Vf) == 0 &&
-         row_bytes % sizeof(Vf) == 0;
+// Two vectors of neighbours: one rounding and one store where the level has them.
+static inline void StorePair(float* p, Vf a, Vf b) {
+  StoreF(p, a);
+  StoreF(p + kLanes, b);
 }
-// A whole vector, past the caches if asked; whoever streams ends with _mm_sfence.
-template <bool kStream>
-static inline void Put(void* p, Vf v) {
-  if constexpr (!kStream)
-    memcpy(p, &v, sizeof(v));
-  else
-#if defined(__AVX512F__)
-    _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
-#elif defined(__AVX2__)
-    _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+static inline void StorePair(Bf16* p, Vf a, Vf b) {
+#if defined(__AVX512BF16__)
+  const __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  memcpy(p, &h, sizeof(h));
 #else
-    _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+  StoreF(p, a);
+  StoreF(p + kLanes, b);
 #endif
 }
 // The last, incomplete vector of a row: missing lanes read as fill and are not written.
@@ -133,13 +147,26 @@ static inline Vf Sqrt(Vf x) {
   return (Vf)_mm_sqrt_ps((__m128)x);
 #endif
 }
+#if PF_LANES == 16
+static constexpr Vi kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static constexpr Vf kAlternate = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+#elif PF_LANES == 8
+static constexpr Vi kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7};
+static constexpr Vf kAlternate = {-1, 1, -1, 1, -1, 1, -1, 1};
+#else
+static constexpr Vi kLaneIndex = {0, 1, 2, 3};
+static constexpr Vf kAlternate = {-1, 1, -1, 1};
+#endif
+// Neighbours change places.
+static inline Vf SwapPairs(Vf v) { return __builtin_shuffle(v, kLaneIndex ^ 1); }
+// v0 v0 v1 v1 .. of the lower or the upper half of v.
+static inline Vf TwiceLow(Vf v) { return __builtin_shuffle(v, kLaneIndex >> 1); }
+static inline Vf TwiceHigh(Vf v) { return __builtin_shuffle(v, (kLaneIndex >> 1) + kLanes / 2); }
 // Lanes are added pairwise in a fixed order, so the result does not depend on the compiler.
 static inline float Sum(Vf v) {
-  float t[kLanes];
-  StoreF(t, v);
-  for (int w = kLanes / 2; w; w /= 2)
-    for (int i = 0; i < w; ++i) t[i] += t[i + w];
-  return t[0];
+#pragma GCC unroll 4
+  for (int w = kLanes / 2; w; w /= 2) v += __builtin_shuffle(v, (kLaneIndex + w) & (kLanes - 1));
+  return v[0];
 }
 static inline float MaxLane(Vf v) {
   float m = v[0];
@@ -171,9 +198,77 @@ static inline Vf Exp(Vf x) {
   p = x > hi ? Set1(INFINITY) : p;
   return x != x ? x : p;
 }
-static inline Vf Sigmoid(Vf x) { return 1.0f / (1.0f + Exp(-x)); }
+// 2^x for x below 127, practically 0 below -125; NaN stays. Polynomials of least relative error: below 1e-7,
+// or below 8e-5 if kCoarse.
+#if defined(__AVX512F__)
+// One instruction takes the fraction, one scales by the whole part, and -infinity needs no care.
+template <bool kCoarse>
+static inline Vf Exp2(Vf x) {
+  constexpr int kFloor = 1;
+  const Vf f = (Vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, kFloor);
+  Vf p;
+  if constexpr (kCoarse) {
+    p = Fma(Set1(7.802451966e-2f), f, Set1(2.260671597e-1f));
+    p = Fma(p, f, Set1(6.958335390e-1f));
+    p = Fma(p, f, Set1(9.999252186e-1f));
+  } else {
+    p = Fma(Set1(1.877569049e-3f), f, Set1(8.989358501e-3f));
+    p = Fma(p, f, Set1(5.582630266e-2f));
+    p = Fma(p, f, Set1(2.401536222e-1f));
+    p = Fma(p, f, Set1(6.931530726e-1f));
+    p = Fma(p, f, Set1(9.999999251e-1f));
+  }
+  return (Vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
+}
+#else
+template <bool kCoarse>
+static inline Vf Exp2(Vf x) {
+  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold.
+  const Vf magic = Set1(12582912.0f);
+  x = Max(Set1(-125.0f), x);
+  const Vf shifted = x + magic;
+  const Vf f = x - (shifted - magic);
+  Vf p;
+  if constexpr (kCoarse) {
+    p = Fma(Set1(5.517166695e-2f), f, Set1(2.426111220e-1f));
+    p = Fma(p, f, Set1(6.932609859e-1f));
+    p = Fma(p, f, Set1(9.999280736e-1f));
+  } else {
+    p = Fma(Set1(1.327640379e-3f), f, Set1(9.675540790e-3f));
+    p = Fma(p, f, Set1(5.550713484e-2f));
+    p = Fma(p, f, Set1(2.402211974e-1f));
+    p = Fma(p, f, Set1(6.931469669e-1f));
+    p = Fma(p, f, Set1(1.000000072f));
+  }
+  return (Vf)((Vi)p + ((Vi)shifted << 23));
+}
+#endif
+// 1 / x for finite x of at least 2^-126; relative error below 2e-7, or below 7e-5 if kCoarse.
+template <bool kCoarse = false>
+static inline Vf Reciprocal(Vf x) {
+#if defined(__AVX512F__)
+  const Vf r = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return kCoarse ? r : r * Fma(-x, r, Set1(2.0f));
+#else
+  return 1.0f / x;
+#endif
+}
+// kCoarse is for results that are rounded to bf16 (4e-3): below 2e-4.
+template <bool kCoarse = false>
+static inline Vf Sigmoid(Vf x) {
+  Vf t = x * -1.44269504f;
+#if defined(__AVX512F__)
+  // Without Newton's step infinity has the reciprocal 0.
+  if (!kCoarse)
+#endif
+    t = Min(Set1(126.0f), t);
+  return Reciprocal<kCoarse>(1.0f + Exp2<kCoarse>(t));
+}
 static inline Vf Tanh(Vf x) { return 1.0f - 2.0f / (1.0f + Exp(x + x)); }
-static inline Vf Silu(Vf x) { return x * Sigmoid(x); }
+template <bool kCoarse = false>
+static inline Vf Silu(Vf x) {
+  return x * Sigmoid<kCoarse>(x);
+}
 // GELU, tanh form: 0.5 x (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 static inline Vf GeluTanh(Vf x) { return x * Sigmoid(1.5957691216f * Fma(x * x * x, Set1(0.044715f), x)); }
 

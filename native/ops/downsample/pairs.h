@@ -2,27 +2,9 @@
 #pragma once
 #include "ops/pointwise/blocks.h"
 
-#if PF_LANES == 16
-static constexpr Vi kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-static constexpr Vi kTwiceLow = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
-static constexpr Vi kSwap = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-#elif PF_LANES == 8
-static constexpr Vi kEven = {0, 2, 4, 6, 8, 10, 12, 14};
-static constexpr Vi kTwiceLow = {0, 0, 1, 1, 2, 2, 3, 3};
-static constexpr Vi kSwap = {1, 0, 3, 2, 5, 4, 7, 6};
-#else
-static constexpr Vi kEven = {0, 2, 4, 6};
-static constexpr Vi kTwiceLow = {0, 0, 1, 1};
-static constexpr Vi kSwap = {1, 0, 3, 2};
-#endif
-
-static inline Vf SwapPairs(Vf v) { return __builtin_shuffle(v, kSwap); }
-// v0 v0 v1 v1 .. of the lower or the upper half of v.
-static inline Vf TwiceLow(Vf v) { return __builtin_shuffle(v, kTwiceLow); }
-static inline Vf TwiceHigh(Vf v) { return __builtin_shuffle(v, kTwiceLow + kLanes / 2); }
 // Sums of neighbours of the 2 kLanes values a, b.
 static inline Vf PairSums(Vf a, Vf b) {
-  return __builtin_shuffle(a, b, kEven) + __builtin_shuffle(a, b, kEven + 1);
+  return __builtin_shuffle(a, b, 2 * kLaneIndex) + __builtin_shuffle(a, b, 2 * kLaneIndex + 1);
 }
 
 // y[2j] = y[2j + 1] = factor * x[j], j < n.
@@ -51,40 +33,48 @@ static inline Vf BlockSums(const Bf16* a, const Bf16* b) {
 }
 
 // Every value of v twice, 2 kLanes values in all, to one row.
-template <bool kStream>
 static inline void PutTwice(float* y, Vf v) {
-  Put<kStream>(y, TwiceLow(v));
-  Put<kStream>(y + kLanes, TwiceHigh(v));
+  StoreF(y, TwiceLow(v));
+  StoreF(y + kLanes, TwiceHigh(v));
 }
-template <bool kStream>
 static inline void PutTwice(Bf16* y, Vf v) {
-  const Vu bits = Bf16Bits(v);
-  Put<kStream>(y, (Vf)(bits | bits << 16));
+  const Vu bits = Bf16Bits(v), both = bits | bits << 16;
+  memcpy(y, &both, sizeof(both));
+}
+
+static inline void RepeatBits(const Bf16* x, void* y) {
+  Vh h;
+  memcpy(&h, x, sizeof(h));
+  const Vu bits = Widen(h), both = bits | bits << 16;
+  memcpy(y, &both, sizeof(both));
 }
 
 // body(row pair) in tasks of about a thousand values of the small side.
 template <class Body>
-static inline void ForRowPairs(int64_t row_pairs, int64_t w, bool stream, Body body) {
+static inline void ForRowPairs(int64_t row_pairs, int64_t w, Body body) {
   const int64_t group = w < 1024 ? 1024 / w : 1;
   ForTasks((row_pairs + group - 1) / group, row_pairs * w * 4, [&](int64_t task) {
     for (int64_t row = task * group; row < MinOf(row_pairs, (task + 1) * group); ++row) body(row);
-    if (stream) _mm_sfence();
   });
 }
 
-template <bool kStream, class X, class Y>
+template <class X, class Y>
 static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w, float factor) {
-  ForRowPairs(row_pairs, w, kStream, [=](int64_t row) {
+  // Two streams of short rows are more than the hardware foresees: in bf16 half as fast without the hint.
+  constexpr int64_t kAhead = 4096 / sizeof(X);
+  ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X *a = large + row * 4 * w, *b = a + 2 * w;
     Y* y = small + row * w;
+    const auto sums = [=](int64_t j) {
+      if (sizeof(X) == sizeof(Bf16)) {
+        __builtin_prefetch(a + 2 * j + kAhead);
+        __builtin_prefetch(b + 2 * j + kAhead);
+      }
+      return factor * BlockSums(a + 2 * j, b + 2 * j);
+    };
     int64_t j = 0;
-    for (; j + kLanes <= w; j += kLanes) {
-      const Vf v = factor * BlockSums(a + 2 * j, b + 2 * j);
-      if constexpr (kStream && sizeof(Y) == sizeof(float))
-        Put<true>(y + j, v);
-      else
-        StoreF(y + j, v);
-    }
+    for (; j + 2 * kLanes <= w; j += 2 * kLanes) StorePair(y + j, sums(j), sums(j + kLanes));
+    for (; j + kLanes <= w; j += kLanes) StoreF(y + j, sums(j));
     for (; j < w; ++j) {
       const float even = ToFloat(a[2 * j]) + ToFloat(b[2 * j]);
       y[j] = FromFloat<Y>(factor * (even + (ToFloat(a[2 * j + 1]) + ToFloat(b[2 * j + 1]))));
@@ -92,19 +82,19 @@ static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w,
   });
 }
 
-template <bool kStream, class X, class Y>
+template <class X, class Y>
 static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
-  ForRowPairs(row_pairs, w, kStream, [=](int64_t row) {
+  ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X* x = small + row * w;
-    Y *top = large + row * 4 * w, *low = top + 2 * w;
-    int64_t j = 0;
-    for (; j + kLanes <= w; j += kLanes) {
-      const Vf v = factor * LoadF(x + j);
-      PutTwice<kStream>(top + 2 * j, v);
-      PutTwice<kStream>(low + 2 * j, v);
+    // One row after the other: written in turns the two are half as fast, past the caches slower than either.
+    for (int k = 0; k < 2; ++k) {
+      Y* y = large + (2 * row + k) * 2 * w;
+      int64_t j = 0;
+      if (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16) && factor == 1)
+        for (; j + kLanes <= w; j += kLanes) RepeatBits(reinterpret_cast<const Bf16*>(x) + j, y + 2 * j);
+      for (; j + kLanes <= w; j += kLanes) PutTwice(y + 2 * j, factor * LoadF(x + j));
+      for (; j < w; ++j) y[2 * j] = y[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
     }
-    for (; j < w; ++j)
-      top[2 * j] = top[2 * j + 1] = low[2 * j] = low[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
   });
 }
 
@@ -112,23 +102,13 @@ static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w
 static inline void HalvePlanes(const PfView& large, const PfView& small, int64_t row_pairs, int64_t w,
                                float factor) {
   PF_FLOAT_DISPATCH(large, X, PF_FLOAT_DISPATCH(small, Y, {
-                      const X* x = PfData<X>(large);
-                      Y* y = PfData<Y>(small);
-                      if (WorthStreaming(y, row_pairs * w * sizeof(Y), w * sizeof(Y)))
-                        Halve<true>(x, y, row_pairs, w, factor);
-                      else
-                        Halve<false>(x, y, row_pairs, w, factor);
+                      Halve(PfData<X>(large), PfData<Y>(small), row_pairs, w, factor);
                     }););
 }
 // large = factor * small, every value repeated into its 2x2 block.
 static inline void DoublePlanes(const PfView& small, const PfView& large, int64_t row_pairs, int64_t w,
                                 float factor) {
   PF_FLOAT_DISPATCH(small, X, PF_FLOAT_DISPATCH(large, Y, {
-                      const X* x = PfData<X>(small);
-                      Y* y = PfData<Y>(large);
-                      if (WorthStreaming(y, 4 * row_pairs * w * sizeof(Y), 2 * w * sizeof(Y)))
-                        Double<true>(x, y, row_pairs, w, factor);
-                      else
-                        Double<false>(x, y, row_pairs, w, factor);
+                      Double(PfData<X>(small), PfData<Y>(large), row_pairs, w, factor);
                     }););
 }

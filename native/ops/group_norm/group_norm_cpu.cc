@@ -6,11 +6,19 @@ namespace {
 // Frames are cut into chunks of whole pixels that stay in a core's cache between the passes over them. The
 // cut depends on the shape alone, and partial results are combined in chunk order: any number of threads,
 // same bits.
-constexpr int64_t kChunkElements = 16384;
+constexpr int64_t kChunkElements = 8192;
 
 struct Chunks {
   int64_t pixels, per_frame, total, elements;
   int64_t First(int64_t chunk) const { return chunk % per_frame * pixels; }
+  int64_t Pixels(const GroupNormShape& s, int64_t chunk) const {
+    const int64_t rest = s.pixels - First(chunk);
+    return rest < pixels ? rest : pixels;
+  }
+  // First element of the chunk.
+  int64_t Offset(const GroupNormShape& s, int64_t chunk) const {
+    return (chunk / per_frame * s.pixels + First(chunk)) * s.channels;
+  }
 };
 
 Chunks MakeChunks(const GroupNormShape& s) {
@@ -32,19 +40,120 @@ int32_t Refuse(const PfArgs* a, const char* op, unsigned f32_inputs, unsigned f3
   return PF_OK;
 }
 
-// sums[c] += term over the pixels of a chunk; one vector of channels at a time stays in registers.
+// Vectors of channels whose sums stay in registers while a chunk is walked pixel by pixel, as it lies in
+// memory: one vector at a time jumps, and hardware does not foresee that.
+constexpr int kTile = 4;
+
+// add(sums, pixel, c, lanes) for the pixels of a chunk and every vector of channels, then done(c, lanes,
+// sums).
+template <int kStep, class Sums, class Add, class Done>
+void ForChannelTiles(int64_t pixels, int64_t channels, Add add, Done done) {
+  int64_t c = 0;
+  for (; c + kTile * kStep <= channels; c += kTile * kStep) {
+    Sums sums[kTile] = {};
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int k = 0; k < kTile; ++k) add(sums[k], p, c + k * kStep, int64_t{kStep});
+    for (int k = 0; k < kTile; ++k) done(c + k * kStep, int64_t{kStep}, sums[k]);
+  }
+  for (; c < channels; c += kStep) {
+    const int64_t lanes = channels - c < kStep ? channels - c : kStep;
+    Sums sums = {};
+    for (int64_t p = 0; p < pixels; ++p) add(sums, p, c, lanes);
+    done(c, lanes, sums);
+  }
+}
+
+// sums[c] = term over the pixels of a chunk.
 template <class F>
 void ChannelSums(int64_t pixels, int64_t channels, float* sums, F term) {
-  ForLanes(channels, [&](int64_t c, int64_t m) {
-    Vf even = {}, odd = {};
-    int64_t p = 0;
-    for (; p + 2 <= pixels; p += 2) {
-      even += term(p * channels + c, c, m);
-      odd += term((p + 1) * channels + c, c, m);
-    }
-    if (p < pixels) even += term(p * channels + c, c, m);
-    StoreN(sums + c, even + odd, m);
+  ForChannelTiles<kLanes, Vf>(
+      pixels, channels,
+      [=](Vf& sum, int64_t p, int64_t c, int64_t m) { sum += term(p * channels + c, c, m); },
+      [=](int64_t c, int64_t m, Vf sum) { StoreN(sums + c, sum, m); });
+}
+
+// Mean and centred square sum of every group over the pixels of a chunk, [groups, 2]; sums and means are
+// buffers of a value a channel.
+template <class T>
+void ExactStatistics(const T* x, int64_t pixels, int64_t channels, int64_t groups, float* sums, float* means,
+                     float* out) {
+  const int64_t width = channels / groups;
+  const float count = static_cast<float>(pixels * width);
+  const auto group_sum = [=](int64_t g) {
+    float sum = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) sum += sums[c];
+    return sum;
+  };
+  ChannelSums(pixels, channels, sums, [=](int64_t i, int64_t, int64_t m) { return LoadN(x + i, m); });
+  for (int64_t g = 0; g < groups; ++g) {
+    out[2 * g] = group_sum(g) / count;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) means[c] = out[2 * g];
+  }
+  ChannelSums(pixels, channels, sums, [=](int64_t i, int64_t c, int64_t m) {
+    const Vf centred = LoadN(x + i, m) - LoadN(means + c, m);
+    return centred * centred;
   });
+  for (int64_t g = 0; g < groups; ++g) out[2 * g + 1] = group_sum(g);
+}
+
+template <class T>
+void ChunkStatistics(const T* x, int64_t pixels, int64_t channels, int64_t groups, float* sums, float* means,
+                     float* out) {
+  ExactStatistics(x, pixels, channels, groups, sums, means, out);
+}
+
+#if defined(__AVX512BF16__)
+// Sums and squares of neighbouring channels in one pass, an instruction each for 32 values. False where that
+// does not serve: groups that part neighbours, or values so far from zero that the variance would drown.
+bool PairStatistics(const Bf16* x, int64_t pixels, int64_t channels, int64_t groups, float* sums,
+                    float* squares, float* out) {
+  const int64_t width = channels / groups;
+  if (width % 2 || channels % kPairs) return false;
+  struct PairSums {
+    Vf sum, square;
+  };
+  ForChannelTiles<kPairs, PairSums>(
+      pixels, channels,
+      [=](PairSums& s, int64_t p, int64_t c, int64_t) {
+        const __m512bh v = LoadPairs(x + p * channels + c);
+        s.sum = DotPairs(s.sum, v, OnePairs());
+        s.square = DotPairs(s.square, v, v);
+      },
+      [=](int64_t c, int64_t, const PairSums& s) {
+        StoreF(sums + c / 2, s.sum);
+        StoreF(squares + c / 2, s.square);
+      });
+  const float count = static_cast<float>(pixels * width);
+  for (int64_t g = 0; g < groups; ++g) {
+    float sum = 0, square = 0;
+    for (int64_t c = g * width / 2; c < (g + 1) * width / 2; ++c) sum += sums[c], square += squares[c];
+    const float mean = sum / count, variance = square / count - mean * mean;
+    if (!FewCancelled(mean, variance)) return false;
+    out[2 * g] = mean;
+    out[2 * g + 1] = variance * count;
+  }
+  return true;
+}
+void ChunkStatistics(const Bf16* x, int64_t pixels, int64_t channels, int64_t groups, float* sums,
+                     float* means, float* out) {
+  if (!PairStatistics(x, pixels, channels, groups, sums, means, out))
+    ExactStatistics(x, pixels, channels, groups, sums, means, out);
+}
+#endif
+
+// y = SiLU?((x − mean)·factor + b) = SiLU?(x·factor + offset) for the pixels of a chunk, which share these.
+template <bool kSilu, class X, class Y>
+void NormaliseChunk(const X* x, int64_t pixels, int64_t channels, const float* stats, const float* b, Y* y) {
+  constexpr bool kCoarse = sizeof(Y) == sizeof(Bf16);
+  const float *mean = stats, *factor = mean + channels, *offset = factor + channels;
+  for (int64_t at = 0; at < pixels * channels; at += channels)
+    WriteRow(y + at, channels, [=](int64_t c, int64_t m) {
+      const Vf v = LoadN(x + at + c, m), f = LoadN(factor + c, m);
+      // Values far from zero would lose digits in the second form that bf16 does not have.
+      const Vf z = sizeof(X) == sizeof(Bf16) ? Fma(v, f, LoadN(offset + c, m))
+                                             : Fma(v - LoadN(mean + c, m), f, LoadN(b + c, m));
+      return kSilu ? Silu<kCoarse>(z) : z;
+    });
 }
 
 }  // namespace
@@ -59,39 +168,22 @@ int32_t pf_cpu_group_norm(const PfArgs* a) {
   const bool silu = params.silu != 0;
   const int64_t C = s.channels, G = s.groups, width = C / G;
   const Chunks chunks = MakeChunks(s);
-  const int64_t stride = 2 * chunks.elements + 2 * RoundUp(C, 16);
+  const int64_t stride = 2 * RoundUp(C, 16);
   const float *w, *b;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
   float* partial = Scratch<float>(a, chunks.total * G * 2);  // mean and centred square sum of a chunk
-  float* stats = Scratch<float>(a, s.frames * 2 * C);        // mean and rstd·w, spread over channels
+  float* stats = Scratch<float>(a, s.frames * 3 * C);        // of every channel: see NormaliseChunk
   if (!buffers || !partial || !stats || !AsFloats(a, a->in[1], &w) || !AsFloats(a, a->in[2], &b))
     return NoMemory(a, op);
   const bool parallel = PfCount(a->in[0]) > kParallelWork;
 
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t chunk = 0; chunk < chunks.total; ++chunk) {
-    float* buffer = buffers + omp_get_thread_num() * stride;
-    float *sums = buffer + 2 * chunks.elements, *means = sums + RoundUp(C, 16);
-    const int64_t first = chunks.First(chunk);
-    const int64_t pixels = s.pixels - first < chunks.pixels ? s.pixels - first : chunks.pixels;
-    const float* x = ReadRow(a->in[0], (chunk / chunks.per_frame * s.pixels + first) * C, pixels * C, buffer);
-    ChannelSums(pixels, C, sums, [&](int64_t i, int64_t, int64_t m) { return LoadN(x + i, m); });
-    for (int64_t g = 0; g < G; ++g) {
-      float sum = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) sum += sums[c];
-      const float mean = sum / static_cast<float>(pixels * width);
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) means[c] = mean;
-      partial[(chunk * G + g) * 2] = mean;
-    }
-    ChannelSums(pixels, C, sums, [&](int64_t i, int64_t c, int64_t m) {
-      const Vf centred = LoadN(x + i, m) - LoadN(means + c, m);
-      return centred * centred;
-    });
-    for (int64_t g = 0; g < G; ++g) {
-      float sum = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) sum += sums[c];
-      partial[(chunk * G + g) * 2 + 1] = sum;
-    }
+    float *sums = buffers + omp_get_thread_num() * stride, *means = sums + RoundUp(C, 16);
+    float* out = partial + chunk * G * 2;
+    const int64_t offset = chunks.Offset(s, chunk), pixels = chunks.Pixels(s, chunk);
+    PF_FLOAT_DISPATCH(a->in[0], T,
+                      { ChunkStatistics(PfData<T>(a->in[0]) + offset, pixels, C, G, sums, means, out); });
   }
 
   for (int64_t f = 0; f < s.frames; ++f)
@@ -110,27 +202,26 @@ int32_t pf_cpu_group_norm(const PfArgs* a) {
       const double rstd = 1 / sqrt(square / (static_cast<double>(s.pixels) * width) + params.eps);
       if (PfPresent(a->out[1])) PfData<float>(a->out[1])[f * G + g] = static_cast<float>(mean);
       if (PfPresent(a->out[2])) PfData<float>(a->out[2])[f * G + g] = static_cast<float>(rstd);
+      float *means = stats + f * 3 * C, *factors = means + C, *offsets = factors + C;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        stats[f * 2 * C + c] = static_cast<float>(mean);
-        stats[f * 2 * C + C + c] = static_cast<float>(rstd) * w[c];
+        means[c] = static_cast<float>(mean);
+        factors[c] = static_cast<float>(rstd) * w[c];
+        offsets[c] = static_cast<float>(b[c] - mean * rstd * w[c]);
       }
     }
 
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t chunk = 0; chunk < chunks.total; ++chunk) {
-    float* buffer = buffers + omp_get_thread_num() * stride;
-    const int64_t frame = chunk / chunks.per_frame, first = chunks.First(chunk);
-    const int64_t pixels = s.pixels - first < chunks.pixels ? s.pixels - first : chunks.pixels;
-    const int64_t offset = (frame * s.pixels + first) * C;
-    const float* x = ReadRow(a->in[0], offset, pixels * C, buffer);
-    float* y = OpenRow(a->out[0], offset, buffer + chunks.elements);
-    const float *mean = stats + frame * 2 * C, *factor = mean + C;
-    for (int64_t p = 0; p < pixels; ++p)
-      ForLanes(C, [&](int64_t c, int64_t m) {
-        const Vf z = (LoadN(x + p * C + c, m) - LoadN(mean + c, m)) * LoadN(factor + c, m) + LoadN(b + c, m);
-        StoreN(y + p * C + c, silu ? Silu(z) : z, m);
-      });
-    CommitRow(a->out[0], offset, pixels * C, y);
+    const int64_t offset = chunks.Offset(s, chunk), pixels = chunks.Pixels(s, chunk);
+    const float* shared = stats + chunk / chunks.per_frame * 3 * C;
+    PF_FLOAT_DISPATCH(a->in[0], X, PF_FLOAT_DISPATCH(a->out[0], Y, {
+                        const X* x = PfData<X>(a->in[0]) + offset;
+                        Y* y = PfData<Y>(a->out[0]) + offset;
+                        if (silu)
+                          NormaliseChunk<true>(x, pixels, C, shared, b, y);
+                        else
+                          NormaliseChunk<false>(x, pixels, C, shared, b, y);
+                      }););
   }
   return PF_OK;
 }
@@ -175,9 +266,8 @@ int32_t pf_cpu_group_norm_backward(const PfArgs* a) {
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t chunk = 0; chunk < chunks.total; ++chunk) {
     float* buffer = buffers + omp_get_thread_num() * stride;
-    const int64_t frame = chunk / chunks.per_frame, first = chunks.First(chunk);
-    const int64_t pixels = s.pixels - first < chunks.pixels ? s.pixels - first : chunks.pixels;
-    const int64_t offset = (frame * s.pixels + first) * C;
+    const int64_t frame = chunk / chunks.per_frame, pixels = chunks.Pixels(s, chunk);
+    const int64_t offset = chunks.Offset(s, chunk);
     const float* x = ReadRow(a->in[0], offset, pixels * C, buffer);
     const float* dy = ReadRow(a->in[5], offset, pixels * C, buffer + chunks.elements);
     const float *mean = stats + frame * 4 * C, *rstd = mean + C;
@@ -224,9 +314,8 @@ int32_t pf_cpu_group_norm_backward(const PfArgs* a) {
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t chunk = 0; chunk < chunks.total; ++chunk) {
     float* buffer = buffers + omp_get_thread_num() * stride;
-    const int64_t frame = chunk / chunks.per_frame, first = chunks.First(chunk);
-    const int64_t pixels = s.pixels - first < chunks.pixels ? s.pixels - first : chunks.pixels;
-    const int64_t offset = (frame * s.pixels + first) * C;
+    const int64_t frame = chunk / chunks.per_frame, pixels = chunks.Pixels(s, chunk);
+    const int64_t offset = chunks.Offset(s, chunk);
     const float* x = ReadRow(a->in[0], offset, pixels * C, buffer);
     const float* dy = ReadRow(a->in[5], offset, pixels * C, buffer + chunks.elements);
     float* dx = OpenRow(a->out[0], offset, buffer + 2 * chunks.elements);

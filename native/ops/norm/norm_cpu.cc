@@ -14,6 +14,39 @@ static int32_t RefuseNotF32(const PfArgs* a, const char* op, const char* name, c
   return Fail(a, PF_ERR_DTYPE, "%s: expected %s as f32", op, name);
 }
 
+// One row: y = (x − mean)·rstd·(1 + scale) + shift.
+template <class X, class Y>
+static void ModulateRow(const X* x, int64_t d, float mean, float rstd, const float* scale, const float* shift,
+                        Y* y) {
+  WriteRow(y, d, [=](int64_t i, int64_t m) {
+    Vf v = (LoadN(x + i, m) - mean) * rstd;
+    if (scale) {
+      const Vf s = LoadN(scale + i, m);
+      v = Fma(v, s, v);
+    }
+    return shift ? v + LoadN(shift + i, m) : v;
+  });
+}
+
+template <class X, class Y>
+static void NormModulate(const PfArgs* a, const NormShape& s, const float* scale, const float* shift) {
+  const float eps = static_cast<float>(PfParams<NormParams>(a).eps);
+  const int32_t* rows = PfPresent(a->in[3]) ? PfData<int32_t>(a->in[3]) : nullptr;
+  float *means = PfData<float>(a->out[1]), *rstds = PfData<float>(a->out[2]);
+  const int64_t d = s.d;
+#pragma omp parallel for schedule(static) if (s.rows * d > kParallelWork)
+  for (int64_t n = 0; n < s.rows; ++n) {
+    const X* x = PfData<X>(a->in[0]) + n * d;
+    const Moments moments = MomentsOf(x, d);
+    const float rstd = 1 / sqrtf(moments.variance + eps);
+    const int64_t entry = (rows ? rows[n] : 0) * d;
+    ModulateRow(x, d, moments.mean, rstd, scale ? scale + entry : nullptr, shift ? shift + entry : nullptr,
+                PfData<Y>(a->out[0]) + n * d);
+    if (means) means[n] = moments.mean;
+    if (rstds) rstds[n] = rstd;
+  }
+}
+
 int32_t pf_cpu_norm_modulate(const PfArgs* a) {
   const char* op = "norm_modulate";
   NormShape s;
@@ -21,39 +54,10 @@ int32_t pf_cpu_norm_modulate(const PfArgs* a) {
   if (int32_t e = Refuse(a, op, 1u << 3)) return e;
   if (int32_t e = RefuseNotF32(a, op, "mean", a->out[1])) return e;
   if (int32_t e = RefuseNotF32(a, op, "rstd", a->out[2])) return e;
-  const int64_t d = s.d, stride = RoundUp(d, 16);
   const float *shift, *scale;
-  float* buffers = Scratch<float>(a, omp_get_max_threads() * 2 * stride);
-  if (!buffers || !AsFloats(a, a->in[1], &shift) || !AsFloats(a, a->in[2], &scale)) return NoMemory(a, op);
-  const float eps = static_cast<float>(PfParams<NormParams>(a).eps);
-  const int32_t* rows = PfPresent(a->in[3]) ? PfData<int32_t>(a->in[3]) : nullptr;
-  float* means = PfData<float>(a->out[1]);
-  float* rstds = PfData<float>(a->out[2]);
-#pragma omp parallel for schedule(static) if (s.rows * d > kParallelWork)
-  for (int64_t n = 0; n < s.rows; ++n) {
-    float* buffer = buffers + omp_get_thread_num() * 2 * stride;
-    const float* x = ReadRow(a->in[0], n * d, d, buffer);
-    float* y = OpenRow(a->out[0], n * d, buffer + stride);
-    const float mean = RowSum(d, [&](int64_t i, int64_t m) { return LoadN(x + i, m); }) / d;
-    // Centred before squaring: a row far from zero keeps its digits. Missing lanes read as the mean.
-    const float var = RowSum(d,
-                             [&](int64_t i, int64_t m) {
-                               const Vf c = LoadN(x + i, m, mean) - mean;
-                               return c * c;
-                             }) /
-                      d;
-    const float rstd = 1 / sqrtf(var + eps);
-    const int64_t entry = (rows ? rows[n] : 0) * d;
-    ForLanes(d, [&](int64_t i, int64_t m) {
-      Vf v = (LoadN(x + i, m) - mean) * rstd;
-      if (scale) v = v * (1 + LoadN(scale + entry + i, m));
-      if (shift) v = v + LoadN(shift + entry + i, m);
-      StoreN(y + i, v, m);
-    });
-    CommitRow(a->out[0], n * d, d, y);
-    if (means) means[n] = mean;
-    if (rstds) rstds[n] = rstd;
-  }
+  if (!AsFloats(a, a->in[1], &shift) || !AsFloats(a, a->in[2], &scale)) return NoMemory(a, op);
+  PF_FLOAT_DISPATCH(a->in[0], X,
+                    PF_FLOAT_DISPATCH(a->out[0], Y, { NormModulate<X, Y>(a, s, scale, shift); }););
   return PF_OK;
 }
 
@@ -139,32 +143,30 @@ int32_t pf_cpu_norm_modulate_backward(const PfArgs* a) {
   return PF_OK;
 }
 
+template <class X, class Y>
+static void RmsNorm(const PfArgs* a, const NormShape& s, const float* w) {
+  const float eps = static_cast<float>(PfParams<NormParams>(a).eps);
+  float* rstds = PfData<float>(a->out[1]);
+  const int64_t d = s.d;
+#pragma omp parallel for schedule(static) if (s.rows * d > kParallelWork)
+  for (int64_t n = 0; n < s.rows; ++n) {
+    const X* x = PfData<X>(a->in[0]) + n * d;
+    const float rstd = 1 / sqrtf(SquareSum(x, d) / d + eps);
+    WriteRow(PfData<Y>(a->out[0]) + n * d, d,
+             [=](int64_t i, int64_t m) { return LoadN(x + i, m) * rstd * LoadN(w + i, m); });
+    if (rstds) rstds[n] = rstd;
+  }
+}
+
 int32_t pf_cpu_rms_norm(const PfArgs* a) {
   const char* op = "rms_norm";
   NormShape s;
   if (int32_t e = RmsNormCheck(a, &s)) return e;
   if (int32_t e = Refuse(a, op, 0)) return e;
   if (int32_t e = RefuseNotF32(a, op, "rstd", a->out[1])) return e;
-  const int64_t d = s.d, stride = RoundUp(d, 16);
   const float* w;
-  float* buffers = Scratch<float>(a, omp_get_max_threads() * 2 * stride);
-  if (!buffers || !AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
-  const float eps = static_cast<float>(PfParams<NormParams>(a).eps);
-  float* rstds = PfData<float>(a->out[1]);
-#pragma omp parallel for schedule(static) if (s.rows * d > kParallelWork)
-  for (int64_t n = 0; n < s.rows; ++n) {
-    float* buffer = buffers + omp_get_thread_num() * 2 * stride;
-    const float* x = ReadRow(a->in[0], n * d, d, buffer);
-    float* y = OpenRow(a->out[0], n * d, buffer + stride);
-    const float square = RowSum(d, [&](int64_t i, int64_t m) {
-      const Vf v = LoadN(x + i, m);
-      return v * v;
-    });
-    const float rstd = 1 / sqrtf(square / d + eps);
-    ForLanes(d, [&](int64_t i, int64_t m) { StoreN(y + i, LoadN(x + i, m) * rstd * LoadN(w + i, m), m); });
-    CommitRow(a->out[0], n * d, d, y);
-    if (rstds) rstds[n] = rstd;
-  }
+  if (!AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
+  PF_FLOAT_DISPATCH(a->in[0], X, PF_FLOAT_DISPATCH(a->out[0], Y, { RmsNorm<X, Y>(a, s, w); }););
   return PF_OK;
 }
 

@@ -3,21 +3,15 @@
 
 namespace {
 
-// The other member of every pair.
-inline Vf SwapPairs(Vf v) {
-#if PF_LANES == 16
-  const Vi other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-#elif PF_LANES == 8
-  const Vi other = {1, 0, 3, 2, 5, 4, 7, 6};
-#else
-  const Vi other = {1, 0, 3, 2};
-#endif
-  return __builtin_shuffle(v, other);
-}
-
 // cos and sin of one row spread over the pairs, the sine with the sign of the rotation: y = t·c + swap(t)·s.
 void SpreadAngles(const float* cos, const float* sin, int64_t half, float* c, float* s) {
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vf u = LoadF(cos + i), v = LoadF(sin + i);
+    StorePair(c + 2 * i, TwiceLow(u), TwiceHigh(u));
+    StorePair(s + 2 * i, kAlternate * TwiceLow(v), kAlternate * TwiceHigh(v));
+  }
+  for (; i < half; ++i) {
     c[2 * i] = c[2 * i + 1] = cos[i];
     s[2 * i] = -sin[i];
     s[2 * i + 1] = sin[i];
@@ -34,6 +28,43 @@ int32_t Refuse(const PfArgs* a, const char* op, unsigned f32_inputs) {
   return PF_OK;
 }
 
+// Every head of the rows: y = rstd·(x·c + swap(x)·s), where c and s hold weight and angles of all heads.
+template <class X, class Y>
+void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buffers, int64_t stride) {
+  const int64_t d = shape.d, heads = shape.heads, angles = RoundUp(d, 16);
+  const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]);
+  float* rstds = PfData<float>(a->out[1]);
+  const float eps = static_cast<float>(PfParams<RopeParams>(a).eps);
+#pragma omp parallel for schedule(static) if (shape.rows * heads * d > kParallelWork)
+  for (int64_t n = 0; n < shape.rows; ++n) {
+    float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *rstd = s + angles;
+    if (cos) SpreadAngles(cos + n * (d / 2), sin + n * (d / 2), d / 2, c, s);
+    if (w)
+      ForLanes(d, [=](int64_t i, int64_t m) {
+        const Vf v = LoadN(w + i, m);
+        StoreN(c + i, cos ? v * LoadN(c + i, m) : v, m);
+        if (cos) StoreN(s + i, SwapPairs(v) * LoadN(s + i, m), m);
+      });
+    const X* x = PfData<X>(a->in[0]) + n * heads * d;
+    Y* y = PfData<Y>(a->out[0]) + n * heads * d;
+    for (int64_t h = 0; h < heads; ++h) rstd[h] = w ? SquareSum(x + h * d, d) / d + eps : 1;
+    if (w)
+      ForLanes(heads, [=](int64_t h, int64_t m) { StoreN(rstd + h, 1 / Sqrt(LoadN(rstd + h, m, 1)), m); });
+    for (int64_t h = 0; h < heads; ++h) {
+      const X* from = x + h * d;
+      const float r = rstd[h];
+      WriteRow(y + h * d, d, [=](int64_t i, int64_t m) {
+        const Vf v = LoadN(from + i, m);
+        Vf t = v;
+        if (w || cos) t = t * LoadN(c + i, m);
+        if (cos) t = Fma(SwapPairs(v), LoadN(s + i, m), t);
+        return t * r;
+      });
+    }
+    if (rstds) memcpy(rstds + n * heads, rstd, heads * sizeof(float));
+  }
+}
+
 constexpr int64_t kRowsPerChunk = 32;  // rows whose part of dw one task sums
 
 }  // namespace
@@ -43,41 +74,12 @@ int32_t pf_cpu_rope(const PfArgs* a) {
   RopeShape shape;
   if (int32_t e = RopeCheck(a, &shape)) return e;
   if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3)) return e;
-  const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16),
-                stride = 2 * (angles + RoundUp(row, 16));
+  const int64_t stride = 2 * RoundUp(shape.d, 16) + RoundUp(shape.heads, 16);
   const float* w;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
   if (!buffers || !AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
-  const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]);
-  float* rstds = PfData<float>(a->out[1]);
-  const float eps = static_cast<float>(PfParams<RopeParams>(a).eps);
-#pragma omp parallel for schedule(static) if (shape.rows * row > kParallelWork)
-  for (int64_t n = 0; n < shape.rows; ++n) {
-    float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *x_buffer = s + angles;
-    if (cos) SpreadAngles(cos + n * (d / 2), sin + n * (d / 2), d / 2, c, s);
-    const float* x_row = ReadRow(a->in[0], n * row, row, x_buffer);
-    float* y_row = OpenRow(a->out[0], n * row, x_buffer + RoundUp(row, 16));
-    for (int64_t h = 0; h < shape.heads; ++h) {
-      const float* x = x_row + h * d;
-      float* y = y_row + h * d;
-      float rstd = 1;
-      if (w) {
-        const float square = RowSum(d, [&](int64_t i, int64_t m) {
-          const Vf v = LoadN(x + i, m);
-          return v * v;
-        });
-        rstd = 1 / sqrtf(square / d + eps);
-        if (rstds) rstds[n * shape.heads + h] = rstd;
-      }
-      ForLanes(d, [&](int64_t i, int64_t m) {
-        Vf t = LoadN(x + i, m);
-        if (w) t = t * rstd * LoadN(w + i, m);
-        if (cos) t = t * LoadN(c + i, m) + SwapPairs(t) * LoadN(s + i, m);
-        StoreN(y + i, t, m);
-      });
-    }
-    CommitRow(a->out[0], n * row, row, y_row);
-  }
+  PF_FLOAT_DISPATCH(a->in[0], X,
+                    PF_FLOAT_DISPATCH(a->out[0], Y, { Forward<X, Y>(a, shape, w, buffers, stride); }););
   return PF_OK;
 }
 
