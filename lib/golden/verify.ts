@@ -97,8 +97,19 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
     load: async () => (await import('./cases-text.ts')).runTextCase,
   },
   {
-    name: 'LPIPS and GAN losses',
-    is: (json, name) => name.startsWith('loss') || /LPIPS|Discriminator|adversarial/.test(json.what),
+    name: 'VAE losses',
+    is: (json) => json.logs !== undefined && json.config?.disc_start !== undefined,
+    load: async () => (await import('./cases-loss.ts')).runVaeLoss,
+  },
+  {
+    name: 'discriminator',
+    is: (json) => json.config?.n_layers !== undefined && json.config?.ndf !== undefined,
+    load: async () => (await import('./cases-loss.ts')).runDiscriminator,
+  },
+  {
+    name: 'LPIPS',
+    is: (json, name) => name.startsWith('loss_lpips') || /^LPIPS/.test(json.what),
+    load: async () => (await import('./cases-loss.ts')).runLpips,
   },
   {
     name: 'training objective',
