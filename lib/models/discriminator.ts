@@ -115,7 +115,7 @@ export class PatchDiscriminator {
    * @throws ERR_SHAPE for a video smaller than one patch.
    */
   *forwardSteps(video: Tensor, options: { frozen?: boolean } = {}): Steps<Tensor> {
-    this.#check(video)
+    this.checkShape(video.shape)
     const { dims } = this.config
     const part = (t: Tensor, shape: readonly number[]): Tensor =>
       options.frozen ? t.view(shape) : reshape(t, shape)
@@ -136,23 +136,18 @@ export class PatchDiscriminator {
     return reshape(logits, [f, 1, h, w])
   }
 
-  #check(video: Tensor): void {
+  /** @throws ERR_SHAPE unless videos of this shape [B, C, T, H, W] have room for a patch. */
+  checkShape(shape: readonly number[]): void {
     const { dims, input_nc: channels } = this.config
-    const sizes = video.shape.slice(2)
-    const patches = sizes.map((size, axis) =>
-      axis === 0 && dims === 2
-        ? 1
-        : this.#layers.reduce(
-            (n, { stride }) => Math.floor((n + 2 - KERNEL) / (stride[axis] as number)) + 1,
-            size,
-          ),
-    )
-    if (video.rank === 5 && video.shape[1] === channels && patches.every((n) => n >= 1)) return
+    const room = (size: number, axis: number): number =>
+      this.#layers.reduce((n, { stride }) => Math.floor((n + 2 - KERNEL) / (stride[axis] as number)) + 1, size)
+    const fits = shape.slice(2).every((size, axis) => (axis === 0 && dims === 2) || room(size, axis) >= 1)
+    if (shape.length === 5 && shape[1] === channels && fits) return
     throw new PyraflowError('ERR_SHAPE', {
-      what: `${dims}-D discriminator`,
-      expected: `[B, ${channels}, T, H, W] with room for a patch in each direction`,
-      received: `[${video.shape}]`,
-      remedy: 'Use larger crops or fewer layers.',
+      what: `${dims}-D discriminator of ${this.#layers.length} layers`,
+      expected: `a video [B, ${channels}, T, H, W] with room for a patch`,
+      received: `[${shape.join(', ')}]`,
+      remedy: 'Use larger crops or a discriminator of fewer layers.',
     })
   }
 

@@ -83,6 +83,18 @@ export class Lpips {
     return Weights.load(path, how, (weights) => new Lpips(weights))
   }
 
+  /** @throws ERR_SHAPE for frames too small to be halved four times. */
+  static checkSize(height: number, width: number): void {
+    const least = 2 ** (GROUPS.length - 1)
+    if (Math.min(height, width) >= least) return
+    throw new PyraflowError('ERR_SHAPE', {
+      what: 'Lpips',
+      expected: `frames of at least ${least}×${least} pixels`,
+      received: `${height}×${width}`,
+      remedy: 'Use larger crops.',
+    })
+  }
+
   /** Random features: of no use as a measure, but of the same shape, for tests and plans. */
   static create(generator: Generator, options: LpipsOptions = {}): Lpips {
     return new Lpips(Weights.init(generator, { dtype: options.dtype ?? 'f32', pack: false }))
@@ -100,14 +112,14 @@ export class Lpips {
    */
   *featureSteps(frames: Tensor): Steps<Tensor[]> {
     const [, depth, h, w, c] = frames.shape as [number, number, number, number, number]
-    const least = 2 ** (GROUPS.length - 1)
-    if (frames.rank !== 5 || depth !== 1 || c !== 3 || Math.min(h, w) < least) {
+    if (frames.rank !== 5 || depth !== 1 || c !== 3) {
       throw new PyraflowError('ERR_SHAPE', {
         what: 'Lpips',
-        expected: `frames [F, 1, H, W, 3] of at least ${least}×${least} pixels`,
-        received: `[${frames.shape}]`,
+        expected: 'frames [F, 1, H, W, 3]',
+        received: `[${frames.shape.join(', ')}]`,
       })
     }
+    Lpips.checkSize(h, w)
     let x = cast(div(sub(cast(frames, 'f32'), this.#shift), this.#scale), this.dtype)
     const features: Tensor[] = []
     for (const { convs } of this.#groups) {

@@ -2,7 +2,7 @@ import { PyraflowError } from '../engine/errors.ts'
 import { klLoss, type Posterior } from '../models/causal-vae.ts'
 import type { PatchDiscriminator } from '../models/discriminator.ts'
 import { framesOf } from '../models/frames.ts'
-import type { Lpips } from '../models/lpips.ts'
+import { Lpips } from '../models/lpips.ts'
 import { cast } from '../ops/cast.ts'
 import { mse } from '../ops/mse.ts'
 import { add, axpby, clamp, div, exp, mul, relu, scale, sqrt, square } from '../ops/pointwise.ts'
@@ -76,6 +76,13 @@ export class VaeLoss {
       throw new PyraflowError('ERR_OPTION', { what, expected: 'a number from 0 on', received: String(value) })
     }
     this.options = options
+  }
+
+  /** @throws ERR_SHAPE when a term cannot judge videos of this shape [B, C, T, H, W]. */
+  checkShape(shape: readonly number[]): void {
+    const { perceptual, adversarial } = this.options
+    if (perceptual) Lpips.checkSize(shape[3] as number, shape[4] as number)
+    adversarial?.discriminator.checkShape(shape)
   }
 
   /** Whether the adversarial term is on at this step. */
