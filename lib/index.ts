@@ -13,6 +13,7 @@ export {
   type Recipe,
   type Video,
 } from './generate.ts'
+export { type Download, type DownloadOptions, type DownloadProgress, downloadModel } from './io/download.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { type DiscriminatorConfig, PatchDiscriminator } from './models/discriminator.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'

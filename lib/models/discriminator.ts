@@ -140,7 +140,10 @@ export class PatchDiscriminator {
   checkShape(shape: readonly number[]): void {
     const { dims, input_nc: channels } = this.config
     const room = (size: number, axis: number): number =>
-      this.#layers.reduce((n, { stride }) => Math.floor((n + 2 - KERNEL) / (stride[axis] as number)) + 1, size)
+      this.#layers.reduce(
+        (n, { stride }) => Math.floor((n + 2 - KERNEL) / (stride[axis] as number)) + 1,
+        size,
+      )
     const fits = shape.slice(2).every((size, axis) => (axis === 0 && dims === 2) || room(size, axis) >= 1)
     if (shape.length === 5 && shape[1] === channels && fits) return
     throw new PyraflowError('ERR_SHAPE', {

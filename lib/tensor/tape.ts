@@ -247,9 +247,7 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor[], inputs: Tensor
       const again = function* (...copies: Tensor[]): Steps<Tensor[]> {
         return fn(...copies)
       }
-      return within(emptyState(), () =>
-        scope(() => drain(rerun(again, inputs, wanted, seeds)).gradients),
-      )
+      return within(emptyState(), () => scope(() => drain(rerun(again, inputs, wanted, seeds)).gradients))
     },
   })
   return outputs

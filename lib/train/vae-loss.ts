@@ -19,7 +19,7 @@ export interface VaeLossOptions {
   /** lv of (11), a constant 0: the reference declares it trainable but trains it nowhere. */
   logvar?: number | undefined
   /** Without it the perceptual term is off. */
-  perceptual?: { model: Lpips; /** λ_lp, 1. */ weight?: number | undefined } | undefined
+  perceptual?: { model: Lpips /** λ_lp, 1. */; weight?: number | undefined } | undefined
   /** Without it the adversarial term is off. */
   adversarial?: AdversarialOptions | undefined
 }
