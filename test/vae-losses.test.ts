@@ -424,7 +424,8 @@ describe('training with all terms', () => {
       weights.set(name, await p.floats())
     const critics = trainer.discriminatorOptimizer!.stepCount
     for (const t of [trainer, model, discriminator, lpips]) t.dispose()
-    const numbersOf = (event: TrainEvent) => (event.type === 'step' ? [{ ...event, seconds: 0 }] : [])
+    const numbersOf = (event: TrainEvent): Record<string, unknown>[] =>
+      event.type === 'step' ? [{ ...event, seconds: 0 }] : []
     return { steps: events.flatMap(numbersOf), weights, critics }
   }
 
