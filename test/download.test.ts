@@ -35,23 +35,23 @@ const published = (): Record<string, Buffer | string> => ({
   'model_index.json': '{}',
   'diffusion_transformer_384p/config.json': '{"_class_name": "PyramidFluxTransformer"}',
   [WEIGHTS]: BIG,
-  'diffusion_transformer_768p/config.json': '{}',
+  'diffusion_transformer_768p/config.json': '{"n": 0}',
   'diffusion_transformer_768p/diffusion_pytorch_model.safetensors': Buffer.alloc(3000, 7),
-  'causal_video_vae/config.json': '{}',
+  'causal_video_vae/config.json': '{"n": 1}',
   'causal_video_vae/diffusion_pytorch_model.safetensors': Buffer.alloc(2000, 1),
   'causal_video_vae/diffusion_pytorch_model.bin': Buffer.alloc(2000, 2),
-  'text_encoder/config.json': '{}',
+  'text_encoder/config.json': '{"n": 2}',
   'text_encoder/model.safetensors': Buffer.alloc(1500, 3),
   'text_encoder/flax_model.msgpack': 'x',
-  'text_encoder_2/config.json': '{}',
+  'text_encoder_2/config.json': '{"n": 3}',
   'text_encoder_2/model-00001-of-00002.safetensors': Buffer.alloc(1500, 4),
   'text_encoder_2/model-00002-of-00002.safetensors': Buffer.alloc(1500, 5),
   'text_encoder_2/model.safetensors.index.json': '{"weight_map": {}}',
   'text_encoder_2/model.fp16.safetensors': Buffer.alloc(1500, 6),
   'tokenizer/merges.txt': '#version: 0.2',
-  'tokenizer/vocab.json': '{}',
+  'tokenizer/vocab.json': '{"n": 4}',
   'tokenizer_2/spiece.model': 'pieces',
-  'tokenizer_2/tokenizer.json': '{}',
+  'tokenizer_2/tokenizer.json': '{"n": 5}',
   'assets/video.mp4': 'film',
   '../../evil.json': 'evil',
 })
@@ -406,7 +406,7 @@ describe('a download fails', () => {
     execFileSync('mount', ['-o', 'remount,size=600k', disk])
     let fill = true
     const onProgress = ({ file }: { file: string }): void => {
-      if (fill && file === WEIGHTS) writeFileSync(join(disk, 'filler'), Buffer.alloc(280_000))
+      if (fill && file === WEIGHTS) writeFileSync(join(disk, 'filler'), Buffer.alloc(420_000))
       if (file === WEIGHTS) fill = false
     }
     const full = await failing(hub, cache, { onProgress })
@@ -478,8 +478,11 @@ describe('pyraflow download', () => {
       response.writeHead(200, { 'content-length': bytes.length }).write(bytes.subarray(0, 100_000))
       return true
     }
+    let killed = false
     const stopped = await run([hub.repo, ...where, '--variant', '384p'], (text, kill) => {
-      if (text.includes(WEIGHTS)) setTimeout(kill, 50)
+      if (killed || !text.includes(WEIGHTS)) return
+      killed = true
+      setTimeout(kill, 50)
     })
     expect(stopped).toMatchObject({ code: 130, stdout: '' })
   })

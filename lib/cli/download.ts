@@ -38,7 +38,8 @@ async function run(repo: string, flags: DownloadFlags): Promise<void> {
         const speed = (bytes - began.bytes) / (performance.now() - began.ms)
         progress.update({
           label: 'MB',
-          done: Math.floor(bytes / MEGA),
+          // All of a megabyte only when it is all there.
+          done: bytes === total ? Math.ceil(total / MEGA) : Math.floor(bytes / MEGA),
           total: Math.ceil(total / MEGA),
           detail: speed > 0 ? `${file} · ${(speed / 1000).toFixed(1)} MB/s` : file,
           etaMs: speed > 0 ? (total - bytes) / speed : undefined,

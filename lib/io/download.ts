@@ -117,13 +117,11 @@ export async function downloadModel(repo: string, options: DownloadOptions = {})
     onProgress?.({ file: file.path, done, total })
     // Two files of the same content share a blob.
     if (missing.includes(file) && !(await exists(blob))) {
-      let last = (await stat(`${blob}.incomplete`).catch(() => undefined))?.size ?? 0
       const how: FetchOptions = {
         ...persistence,
         fetch: send,
-        onBytes: (bytes) => {
-          fetched += Math.max(0, bytes - last)
-          last = bytes
+        onBytes: (bytes, arrived) => {
+          fetched += arrived
           onProgress?.({ file: file.path, done: done + bytes, total })
         },
       }

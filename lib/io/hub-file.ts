@@ -22,8 +22,8 @@ export interface FetchOptions {
   attempts: number
   /** Pause before the second attempt; it doubles from there. */
   pauseMs: number
-  /** Bytes of this file that are there, whenever more have arrived. */
-  onBytes(bytes: number): void
+  /** Bytes of this file that are there, and how many of them have just arrived. */
+  onBytes(bytes: number, arrived: number): void
 }
 
 const LONGEST_PAUSE_MS = 30_000
@@ -140,7 +140,7 @@ async function append(
         done += bytesWritten
         at += bytesWritten
       }
-      onBytes(at)
+      onBytes(at, bytes.length)
     }
     await out.sync()
   } finally {
