@@ -13,11 +13,14 @@ export {
   type Recipe,
   type Video,
 } from './generate.ts'
+export { type Download, type DownloadOptions, type DownloadProgress, downloadModel } from './io/download.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
+export { type DiscriminatorConfig, PatchDiscriminator } from './models/discriminator.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
 export { PyramidDiffusionMMDiT } from './models/dit-mmdit.ts'
 export type { FluxConfig } from './models/flux-config.ts'
 export { loadVelocityNetwork } from './models/load-network.ts'
+export { Lpips } from './models/lpips.ts'
 export type { MmditConfig } from './models/mmdit-config.ts'
 export type { VaePieces, VaePlan } from './models/vae-plan.ts'
 export { DecodeStream } from './models/vae-stream.ts'

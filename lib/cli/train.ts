@@ -5,7 +5,7 @@ import { z } from 'zod'
 import { nearestName } from '../nn/weights.ts'
 import type { AdamWOptions } from '../train/optimizer.ts'
 import type { TrainEvent } from '../train/run.ts'
-import { type CommonOptions, interruptible, result, resultJson, UsageError } from './console.ts'
+import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
 import { makeProgress } from './progress.ts'
 import {
   anyNumber,
@@ -20,6 +20,7 @@ import {
 
 const positive = z.int().positive()
 const share = z.number().min(0).max(1)
+const weight = z.number().nonnegative()
 
 const optimizer = z
   .strictObject({
@@ -93,7 +94,23 @@ const vaeSettings = z.strictObject({
       }),
     )
     .optional(),
-  klWeight: z.number().nonnegative().default(1e-6),
+  klWeight: weight.default(1e-6),
+  pixelWeight: weight.default(1),
+  /** Safetensors file of LPIPS; without it there is no perceptual term. */
+  lpips: z.string().optional(),
+  lpipsWeight: weight.default(1),
+  /** Without it there is no adversarial term. */
+  adversarial: z
+    .strictObject({
+      weight: weight.optional(),
+      start: z.int().nonnegative().optional(),
+      kind: z.enum(['hinge', 'vanilla']).optional(),
+      learningRate: z.number().positive().optional(),
+      dims: z.union([z.literal(2), z.literal(3)]).optional(),
+      ndf: positive.optional(),
+      layers: positive.optional(),
+    })
+    .optional(),
 })
 
 type DitSettings = z.output<typeof ditSettings>
@@ -151,6 +168,7 @@ export function addTrain(program: Command): void {
   option(command, '--height <px>', 'vae: and this height', wholeNumber)
   option(command, '--frames <n>', 'vae: frames of every clip', wholeNumber)
   option(command, '--fps <n>', 'vae: resample clips to this rate', anyNumber)
+  option(command, '--lpips <file>', 'vae: safetensors of LPIPS, for the perceptual term')
   option(command, '--resume', 'continue from the newest checkpoint in --out')
   common(command).action(run)
 }
@@ -253,7 +271,7 @@ function trainerOptions(s: DitSettings | VaeSettings) {
 }
 
 async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
-  const { CausalVideoVAE, Generator } = await import('../index.ts')
+  const { CausalVideoVAE, Generator, Lpips, PatchDiscriminator } = await import('../index.ts')
   const { openDataset, VaeTrainer } = await import('../train/index.ts')
   const { width, height, frames, fps } = s
   const data = await openDataset(s.data, defined({ width, height, frames, fps }))
@@ -264,12 +282,25 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
         dtype: s.dtype,
         train: true,
       })
+  if (!s.lpips) say('pyraflow: no --lpips file, so training goes without the perceptual term')
+  const lpips = s.lpips ? await Lpips.fromPretrained(s.lpips, { dtype: s.dtype }) : undefined
+  const { dims, ndf, layers: n_layers, ...adversarial } = s.adversarial ?? {}
+  const discriminator = s.adversarial
+    ? PatchDiscriminator.create(defined({ dims, ndf, n_layers }), {
+        generator: new Generator(s.seed).stream('discriminator'),
+        dtype: s.dtype,
+        train: true,
+      })
+    : undefined
   const trainer = new VaeTrainer({
     ...(trainerOptions(s) as ReturnType<typeof trainerOptions> & { out: string }),
     model,
     data,
     klWeight: s.klWeight,
+    pixelWeight: s.pixelWeight,
     ...(s.crops ? { crops: s.crops } : {}),
+    ...(lpips ? { perceptual: { model: lpips, weight: s.lpipsWeight } } : {}),
+    ...(discriminator ? { adversarial: { discriminator, ...adversarial } } : {}),
   } as ConstructorParameters<typeof VaeTrainer>[0])
   try {
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags)
@@ -277,8 +308,7 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
     await trainer.save(folder)
     return { ...done, model: folder }
   } finally {
-    trainer.dispose()
-    model.dispose()
+    for (const made of [trainer, model, lpips, discriminator]) made?.dispose()
   }
 }
 

@@ -13,7 +13,7 @@ export type CaseStatus = 'passed' | 'failed' | 'unsupported' | 'f32-only'
 export interface CaseResult {
   readonly name: string
   readonly status: CaseStatus
-  /** The kind of case, also when it is not supported yet. */
+  /** The kind of case. */
   readonly kind: string
   /** Of the check that came nearest to its tolerance, or went farthest beyond it. */
   readonly error: number
@@ -35,8 +35,7 @@ export interface VerifyOptions {
 
 interface Kind {
   readonly name: string
-  /** Absent: known, but nothing can run it yet. */
-  readonly load?: () => Promise<CaseRunner>
+  readonly load: () => Promise<CaseRunner>
 }
 
 // biome-ignore lint/suspicious/noExplicitAny: every kind of case has a JSON layout of its own
@@ -97,8 +96,19 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
     load: async () => (await import('./cases-text.ts')).runTextCase,
   },
   {
-    name: 'LPIPS and GAN losses',
-    is: (json, name) => name.startsWith('loss') || /LPIPS|Discriminator|adversarial/.test(json.what),
+    name: 'VAE losses',
+    is: (json) => json.logs !== undefined && json.config?.disc_start !== undefined,
+    load: async () => (await import('./cases-loss.ts')).runVaeLoss,
+  },
+  {
+    name: 'discriminator',
+    is: (json) => json.config?.n_layers !== undefined && json.config?.ndf !== undefined,
+    load: async () => (await import('./cases-loss.ts')).runDiscriminator,
+  },
+  {
+    name: 'LPIPS',
+    is: (json, name) => name.startsWith('loss_lpips') || /^LPIPS/.test(json.what),
+    load: async () => (await import('./cases-loss.ts')).runLpips,
   },
   {
     name: 'training objective',
@@ -144,7 +154,7 @@ const KINDS: readonly (Kind & { readonly is: (json: CaseJson, name: string) => b
 
 /**
  * Runs every recorded case (a sub-folder with a case.json) through the public API and compares the numbers.
- * Cases of a kind that nothing can run yet are reported as `unsupported`, a case that throws as `failed`.
+ * Cases of an unknown kind are reported as `unsupported`, a case that throws as `failed`.
  *
  * @throws PyraflowError `ERR_IO` when the folder cannot be read or holds no case; `ERR_ABORTED`.
  */
@@ -200,7 +210,7 @@ async function runCase(dir: string, name: string, dtype: 'f32' | 'bf16'): Promis
     const json = readCase(dir)
     const found = KINDS.find((k) => k.is({ what: '', ...json }, json.case ?? name))
     kind = found?.name ?? kind
-    if (!found?.load) return done('unsupported', { name: kind, error: Number.NaN, tolerance: Number.NaN }, [])
+    if (!found) return done('unsupported', { name: kind, error: Number.NaN, tolerance: Number.NaN }, [])
     const runner = await found.load()
     const checks = await runner(dir, json, { dtype })
     await engine.idle()

@@ -20,21 +20,24 @@ const stems = ['diffusion_pytorch_model', 'model']
  * them means running code from the file.
  */
 export function findWeights(folder: string): WeightsLocation {
-  const names = listFolder(folder)
+  const { path, sharded } = pickWeights(listFolder(folder), folder)
+  return { path: join(folder, path), sharded }
+}
+
+/** {@link findWeights} among the names of a folder's files, which may lie elsewhere; `path` is one of them. */
+export function pickWeights(names: readonly string[], folder: string): WeightsLocation {
   for (const stem of stems) {
     for (const [suffix, sharded] of [
       ['.safetensors', false],
       ['.safetensors.index.json', true],
     ] as const) {
-      if (names.includes(stem + suffix)) return { path: join(folder, stem + suffix), sharded }
+      if (names.includes(stem + suffix)) return { path: stem + suffix, sharded }
     }
   }
   const indexes = names.filter((name) => name.endsWith('.safetensors.index.json'))
   const files = names.filter((name) => name.endsWith('.safetensors') && !name.startsWith('.'))
-  if (indexes.length === 1) return { path: join(folder, indexes[0]), sharded: true }
-  if (indexes.length === 0 && files.length === 1) {
-    return { path: join(folder, files[0]), sharded: false }
-  }
+  if (indexes.length === 1) return { path: indexes[0] as string, sharded: true }
+  if (indexes.length === 0 && files.length === 1) return { path: files[0] as string, sharded: false }
   const pickled = names.filter((name) => /\.(bin|pt|pth|ckpt)$/.test(name))
   if (files.length === 0 && pickled.length > 0) {
     const name = pickled[0]

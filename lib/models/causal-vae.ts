@@ -4,7 +4,8 @@ import { readConfig, writePretrained } from '../io/pretrained.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { Weights } from '../nn/weights.ts'
 import { cast } from '../ops/cast.ts'
-import { slice } from '../ops/copy.ts'
+import { conv3d } from '../ops/conv3d.ts'
+import { permute, slice } from '../ops/copy.ts'
 import { axpby, clamp, exp, mul, scale, square, sub } from '../ops/pointwise.ts'
 import { sum } from '../ops/reduce.ts'
 import type { Generator } from '../tensor/generator.ts'
@@ -282,6 +283,17 @@ export class CausalVideoVAE {
       received: 'a tensor or a parameter that wants a gradient',
       remedy: 'Call it inside noGrad().',
     })
+  }
+
+  /**
+   * The decoder's last convolution: its weight, and what it makes of its input, which {@link decode} shows to `capture`
+   * as `decoder.conv_out.input`. The bias is left out.
+   */
+  get lastLayer(): { weight: Tensor; run(input: Tensor, weight: Tensor): Tensor } {
+    return {
+      weight: this.parameters.get('decoder.conv_out.conv.weight') as Tensor,
+      run: (input, weight) => permute(conv3d(input, weight, null, { pad: [2, 1, 1] }), [0, 4, 1, 2, 3]),
+    }
   }
 
   /** Writes config.json and weights as a diffusers-style folder; files appear whole or not at all. */

@@ -122,7 +122,7 @@ export class VaeNetwork {
       if (c.decoder_temporal_up_sample[i]) net.#add(temporalUp(block.sub('temporal_upsamplers.0'), width))
       net.#nameLast(`decoder.up_blocks.${i}`)
     })
-    net.#add(frameNorm(w.sub('conv_norm_out'), channels, groups, true))
+    net.#add(frameNorm(w.sub('conv_norm_out'), channels, groups, true), 'decoder.conv_out.input')
     net.#add(causalConv(w.sub('conv_out'), channels, c.decoder_out_channels, 3))
     return net
   }

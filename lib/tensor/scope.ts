@@ -71,6 +71,14 @@ export class OpenScope {
     return result
   }
 
+  /** Hands the tensors of a result over to the scope that surrounds the call. */
+  passOn<T>(result: T): T {
+    const found = new Set<unknown>()
+    collect(result, found)
+    for (const value of found) if (this.#frame.delete(value as Tensor)) track(value as Tensor)
+    return result
+  }
+
   /** Disposes everything that was made in it and not released. */
   close(): void {
     for (const tensor of this.#frame) tensor.dispose()

@@ -1,6 +1,6 @@
 import { engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
-import { keep, scope } from './scope.ts'
+import { keep, OpenScope, scope } from './scope.ts'
 import { Tensor } from './tensor.ts'
 
 /** Work that can pause at its yields. */
@@ -186,6 +186,49 @@ export function* backwardSteps(root: Tensor, seed?: Tensor): Steps<void> {
 }
 
 /**
+ * Differentiates the loss (one element) that `fn` gives, by `fn`'s inputs, on a tape and in a scope of its own: what it
+ * returns and these gradients outlive it, nothing else does. A gradient is null where the loss does not depend on the
+ * input. Leaves that `fn` uses collect theirs as in {@link backward}.
+ */
+export function* differentiate<T extends { loss: Tensor }>(
+  fn: (...inputs: Tensor[]) => Steps<T>,
+  inputs: readonly Tensor[],
+): Steps<{ outputs: T; gradients: (Tensor | null)[] }> {
+  const own = emptyState()
+  const frame = new OpenScope()
+  const all = inputs.map(() => true)
+  const work = rerun(fn, inputs, all, ({ loss }) => new Map([[loss, Tensor.full([1], 1, loss.dtype)]]))
+  try {
+    for (;;) {
+      // The state is the caller's again whenever this pauses.
+      const { value, done } = within(own, () => frame.run(() => work.next()))
+      if (done) return frame.passOn(value)
+      yield
+    }
+  } finally {
+    frame.close()
+  }
+}
+
+// Runs `fn` on copies of its inputs, so that gradients end there, and then backward from `seeds`. Wants a fresh state.
+function* rerun<T>(
+  fn: (...inputs: Tensor[]) => Steps<T>,
+  inputs: readonly Tensor[],
+  wanted: readonly boolean[],
+  seeds: (outputs: T) => Map<Tensor, Tensor>,
+): Steps<{ outputs: T; gradients: (Tensor | null)[] }> {
+  const copies = inputs.map((t) => t.view(t.shape))
+  copies.forEach((copy, i) => {
+    if (wanted[i]) state.tracked.add(copy)
+  })
+  const outputs = yield* fn(...copies)
+  const found = seeds(outputs)
+  state.recording = false
+  yield* runNodes(state.nodes, found)
+  return { outputs, gradients: copies.map((copy) => found.get(copy) ?? null) }
+}
+
+/**
  * Runs `fn(inputs)` without keeping its intermediate results; backward runs it again (activation checkpointing).
  * `fn` must be deterministic and use no tracked tensors but `inputs` and leaves.
  */
@@ -198,23 +241,13 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor[], inputs: Tensor
     outputs,
     backward: (grads) => {
       const wanted = inputs.map(leadsToLeaf)
-      return within(emptyState(), () =>
-        scope(() => {
-          const copies = inputs.map((t) => t.view(t.shape))
-          copies.forEach((copy, i) => {
-            if (wanted[i]) state.tracked.add(copy)
-          })
-          const again = fn(...copies)
-          const found = new Map<Tensor, Tensor>()
-          again.forEach((t, i) => {
-            const g = grads[i]
-            if (g) found.set(t, g)
-          })
-          state.recording = false
-          drain(runNodes(state.nodes, found))
-          return copies.map((copy) => found.get(copy) ?? null)
-        }),
-      )
+      const seeds = (ys: Tensor[]): Map<Tensor, Tensor> =>
+        new Map(ys.flatMap((y, i) => (grads[i] ? [[y, grads[i]] as const] : [])))
+      // biome-ignore lint/correctness/useYield: a recomputation runs in one go
+      const again = function* (...copies: Tensor[]): Steps<Tensor[]> {
+        return fn(...copies)
+      }
+      return within(emptyState(), () => scope(() => drain(rerun(again, inputs, wanted, seeds)).gradients))
     },
   })
   return outputs

@@ -5,4 +5,5 @@ export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } f
 export { latestCheckpoint, type TrainEvent } from './run.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
 export { Trainer, type TrainerOptions } from './trainer.ts'
+export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'
 export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'

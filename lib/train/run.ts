@@ -36,6 +36,8 @@ export interface RunOptions {
   steps: number
   learningRates: Float64Array
   optimizer: AdamW
+  /** Optimizers that `forward` steps itself; saved and restored with the run under their names. */
+  companions?: Readonly<Record<string, AdamW>> | undefined
   /** Host work of a step (reading, decoding); runs while the previous step computes. */
   prepare(step: number): Promise<unknown>
   /** Queues the forward pass, pausing now and then; the run queues backward and the update. */
@@ -51,6 +53,7 @@ export interface RunOptions {
 }
 
 const STATE = 'optimizer.safetensors'
+const companionState = (name: string): string => `${name}-${STATE}`
 const MOST_BAD_STEPS = 5
 
 /**
@@ -69,6 +72,11 @@ export async function* runTraining(options: RunOptions): AsyncGenerator<TrainEve
     const found = await latestCheckpoint(out)
     if (found) {
       optimizer.restore(join(found.path, STATE), found.step)
+      for (const [name, companion] of Object.entries(options.companions ?? {})) {
+        // A run may get a companion later in its life; that one begins now.
+        const steps = found.companions?.[name]
+        if (steps !== undefined) companion.restore(join(found.path, companionState(name)), steps)
+      }
       first = found.step
       yield { type: 'resume', step: first }
     }
@@ -199,7 +207,12 @@ async function saved(options: RunOptions, step: number): Promise<TrainEvent> {
     await mkdir(partial, { recursive: true })
     await options.saveModel(partial)
     await writeSafetensors(join(partial, STATE), options.optimizer.stateTensors())
-    await writeFileAtomically(join(partial, 'state.json'), `${JSON.stringify({ step })}\n`)
+    const state: State = { step }
+    for (const [name, companion] of Object.entries(options.companions ?? {})) {
+      await writeSafetensors(join(partial, companionState(name)), companion.stateTensors())
+      state.companions = { ...state.companions, [name]: companion.stepCount }
+    }
+    await writeFileAtomically(join(partial, 'state.json'), `${JSON.stringify(state)}\n`)
     await rm(path, { recursive: true, force: true })
     await rename(partial, path)
   } catch (error) {
@@ -225,13 +238,20 @@ async function checkpoints(out: string): Promise<{ step: number; path: string }[
     .sort((a, b) => a.step - b.step)
 }
 
+/** What a checkpoint's state.json holds. */
+interface State {
+  step: number
+  /** Steps that each companion optimizer has done. */
+  companions?: Record<string, number>
+}
+
 /** The newest complete checkpoint of a run, if any. */
-export async function latestCheckpoint(out: string): Promise<{ step: number; path: string } | undefined> {
+export async function latestCheckpoint(out: string): Promise<(State & { path: string }) | undefined> {
   const found = (await checkpoints(out)).at(-1)
   if (!found) return undefined
   try {
-    const state = JSON.parse(await readFile(join(found.path, 'state.json'), 'utf8')) as { step: number }
-    return { step: state.step, path: found.path }
+    const state = JSON.parse(await readFile(join(found.path, 'state.json'), 'utf8')) as State
+    return { ...state, path: found.path }
   } catch (error) {
     throw ioError(error, 'read checkpoint', found.path)
   }

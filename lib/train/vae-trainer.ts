@@ -1,12 +1,12 @@
 import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
-import { type CausalVideoVAE, klLoss, samplePosterior } from '../models/causal-vae.ts'
+import { writeSafetensors } from '../io/safetensors.ts'
+import { type CausalVideoVAE, samplePosterior } from '../models/causal-vae.ts'
+import type { Lpips } from '../models/lpips.ts'
+import { tensorsToWrite } from '../nn/export.ts'
 import { cast } from '../ops/cast.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { framesDecode } from '../ops/frames.ts'
-import { mse } from '../ops/mse.ts'
-import { axpby } from '../ops/pointwise.ts'
-import { mean } from '../ops/reduce.ts'
 import { Generator } from '../tensor/generator.ts'
 import { uniformAt } from '../tensor/shuffle.ts'
 import type { Steps } from '../tensor/tape.ts'
@@ -15,6 +15,7 @@ import type { ClipBatch, Dataset } from './dataset.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
+import { type AdversarialOptions, type LastLayer, VaeLoss } from './vae-loss.ts'
 
 /** Random windows of a clip. Single frames teach colours and outlines at a fraction of the cost of moving ones. */
 export interface VaeCrop {
@@ -38,8 +39,18 @@ export interface VaeTrainerOptions extends RateOptions {
   seed?: number
   /** What a step cuts out of every clip; several take turns, step by step. Default: the whole clip. */
   crops?: readonly VaeCrop[]
-  /** Weight of the KL term (λ_kl); the reconstruction term weighs 1. */
+  /** Weight of the KL term (λ_kl), 1e-6. */
   klWeight?: number
+  /** Weight of the mean squared error (λ_px), 1; the published recipe has 10. */
+  pixelWeight?: number
+  /** Perceptual term: a loaded network and its weight (λ_lp), 1. Off by default. */
+  perceptual?: { model: Lpips; weight?: number }
+  /** Adversarial term: the discriminator is trained beside the VAE. Off by default. */
+  adversarial?: AdversarialOptions & {
+    /** Peak learning rate of the discriminator; default: that of the VAE. Schedule and warm-up are the VAE's. */
+    learningRate?: number | undefined
+    optimizer?: AdamWOptions | undefined
+  }
   optimizer?: AdamWOptions
   checkpointEvery?: number
 }
@@ -66,12 +77,21 @@ function windows(x: Tensor, { size, frames, perClip = 1 }: VaeCrop, draw: (i: nu
   return concat(parts, 0)
 }
 
-/** Trains a causal VAE on clips: mean squared error of a posterior sample's reconstruction plus KL (spec/vae.md §9). */
+/**
+ * Trains a causal VAE on clips (spec/vae.md §9): the mean squared error of a posterior sample's reconstruction and KL,
+ * and if asked a perceptual distance and a discriminator, which learns from the same reconstructions.
+ */
 export class VaeTrainer {
   readonly optimizer: AdamW
+  readonly loss: VaeLoss
+  /** That of the discriminator, if there is one. */
+  readonly discriminatorOptimizer: AdamW | null
   readonly #options: VaeTrainerOptions
 
-  /** @throws ERR_OPTION for a crop that does not fit the data or the VAE. */
+  /**
+   * @throws ERR_OPTION for a crop that does not fit the data or the VAE, or a negative weight; ERR_SHAPE for one that is too
+   * small for the perceptual or the adversarial term.
+   */
   constructor(options: VaeTrainerOptions) {
     const { crops = [], data, model, steps } = options
     const { width, height, frames } = data.options
@@ -96,14 +116,31 @@ export class VaeTrainer {
       })
     }
     this.#options = options
+    const { pixelWeight, klWeight, perceptual, adversarial } = options
+    this.loss = new VaeLoss({ pixelWeight, klWeight, perceptual, adversarial })
+    // At once, not when a late crop or the adversarial term begins.
+    const shapes = crops.length > 0 ? crops.map((c) => [c.frames, c.size, c.size]) : [[frames, height, width]]
+    for (const shape of shapes) this.loss.checkShape([options.batchSize, 3, ...shape])
+    if (adversarial && ![...adversarial.discriminator.parameters.values()].every((p) => p.requiresGrad)) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'adversarial.discriminator',
+        expected: 'one made with { train: true }',
+        received: 'one whose parameters want no gradient',
+      })
+    }
     this.optimizer = new AdamW(model.parameters, { emaDecay: 0.999, ...options.optimizer })
+    this.discriminatorOptimizer = adversarial
+      ? new AdamW(adversarial.discriminator.parameters, adversarial.optimizer)
+      : null
   }
 
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
   async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
     const o = this.#options
-    const seed = o.seed ?? 0
+    const { seed = 0 } = o
     const generator = new Generator(seed)
+    const learningRate = o.adversarial?.learningRate
+    const rates = ratesOf({ ...o, ...(learningRate === undefined ? {} : { learningRate }) }, 'cosine')
     const batches = new BatchCursor(o.data, o.batchSize, seed, options.signal)
     try {
       yield* runTraining({
@@ -111,9 +148,10 @@ export class VaeTrainer {
         steps: o.steps,
         learningRates: ratesOf(o, 'cosine'),
         optimizer: this.optimizer,
+        companions: this.discriminatorOptimizer ? { discriminator: this.discriminatorOptimizer } : undefined,
         prepare: (step) => batches.at(step),
-        forward: (step, batch) => this.#forward(step, batch as ClipBatch, generator, seed),
-        saveModel: (dir) => this.save(join(dir, 'causal_video_vae')),
+        forward: (step, batch) => this.#forward(step, batch as ClipBatch, generator, rates),
+        saveModel: (dir) => this.#saveModels(dir),
         ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
         resume: options.resume ?? false,
         signal: options.signal,
@@ -123,8 +161,8 @@ export class VaeTrainer {
     }
   }
 
-  *#forward(step: number, batch: ClipBatch, generator: Generator, seed: number): Steps<StepLoss> {
-    const { model, data, crops = [], klWeight = 1e-6 } = this.#options
+  *#forward(step: number, batch: ClipBatch, generator: Generator, rates: Float64Array): Steps<StepLoss> {
+    const { model, data, crops = [], seed = 0 } = this.#options
     const { frames, height, width } = data.options
     const bytes = Tensor.from(batch.frames, [batch.text.length, frames, height, width, 3])
     let x = framesDecode(bytes)
@@ -135,11 +173,33 @@ export class VaeTrainer {
     const posterior = model.encode(cast(x, model.dtype))
     yield
     const noise = generator.stream('posterior', step).normal(posterior.mean.shape, { dtype: model.dtype })
-    const decoded = model.decode(samplePosterior(posterior, noise))
+    let lastLayer: LastLayer | undefined
+    const decoded = model.decode(samplePosterior(posterior, noise), {
+      capture: (name, input) => {
+        if (name !== 'decoder.conv_out.input') return
+        const { weight, run } = model.lastLayer
+        lastLayer = { weight, run: (w) => run(input, w) }
+      },
+    })
     yield
-    const reconstruction = mean(mse(decoded, cast(x, decoded.dtype)))
-    const kl = klLoss(posterior)
-    return { loss: axpby(reconstruction, kl, 1, klWeight), metrics: { reconstruction, kl } }
+    const made = { target: x, decoded, posterior, lastLayer }
+    const vae = yield* this.loss.vaeSteps(step, made)
+    if (!this.discriminatorOptimizer || !this.loss.adversarialAt(step)) return vae
+    // The VAE's loss was taken from the discriminator as it was before this update.
+    const judged = yield* this.loss.discriminatorSteps(made)
+    this.discriminatorOptimizer.step(rates[step] as number)
+    return { loss: vae.loss, metrics: { ...vae.metrics, discriminator: judged.loss, ...judged.metrics } }
+  }
+
+  async #saveModels(dir: string): Promise<void> {
+    await this.save(join(dir, 'causal_video_vae'))
+    if (!this.discriminatorOptimizer) return
+    const tensors = this.discriminatorOptimizer.masterTensors()
+    try {
+      await writeSafetensors(join(dir, 'discriminator.safetensors'), tensorsToWrite(tensors))
+    } finally {
+      for (const t of tensors.values()) t.dispose()
+    }
   }
 
   /** Writes the moving average of the weights as a diffusers-style folder. */
@@ -147,8 +207,10 @@ export class VaeTrainer {
     await this.optimizer.saveEma(dir, { _class_name: 'CausalVideoVAE', ...this.#options.model.config }, dtype)
   }
 
+  /** Frees the optimizers; the networks stay the caller's. */
   dispose(): void {
     this.optimizer.dispose()
+    this.discriminatorOptimizer?.dispose()
   }
 }
 
