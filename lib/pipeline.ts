@@ -1,11 +1,14 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
-import { PyraflowError } from './engine/errors.ts'
+import { PyraflowError, throwIfAborted } from './engine/errors.ts'
 import type { LatentNormalisation } from './flow/normalise.ts'
 import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
 import { Generation } from './generate/generation.ts'
-import { type GenerateOptions, type Recipe, resolveOptions } from './generate/options.ts'
-import { generateVideo } from './generate.ts'
+import { modelHash } from './generate/model-hash.ts'
+import type { GenerateOptions } from './generate/options.ts'
+import type { Recipe } from './generate/recipe.ts'
+import { type Request, resolveOptions } from './generate/resolve.ts'
+import { generateVideos } from './generate.ts'
 import { readJsonObject } from './io/pretrained.ts'
 import { CausalVideoVAE } from './models/causal-vae.ts'
 import { loadVelocityNetwork, type NetworkKind, networkKind } from './models/load-network.ts'
@@ -54,6 +57,7 @@ export class Pipeline {
   readonly dtype: 'f32' | 'bf16'
   /** Undefined for a pipeline made of parts in memory. */
   readonly source: PipelineSource | undefined
+  #hash: Promise<string | undefined> | undefined
 
   constructor(parts: {
     transformer: VelocityNetwork
@@ -108,12 +112,24 @@ export class Pipeline {
 
   /** Fills in defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
   resolve(options: GenerateOptions): Recipe {
-    return resolveOptions(this, options)
+    return (resolveOptions(this, options)[0] as Request).recipe
   }
 
-  /** Starts a generation; nothing runs until it is iterated or awaited. @throws ERR_OPTION */
+  /**
+   * Starts a generation; nothing runs until it is iterated or awaited. Several videos are made one after another, so
+   * that a batch takes no more memory than one. A recipe is an option set: it makes its video again.
+   * @throws ERR_OPTION
+   */
   generate(options: GenerateOptions): Generation {
-    return new Generation(generateVideo(this, this.resolve(options), options.signal))
+    const { signal, previews = false } = options
+    const requests = resolveOptions(this, options)
+    return new Generation(generateVideos(this, requests, { signal, previews }), signal)
+  }
+
+  /** A hash that tells this model from others; undefined for one made of parts. @throws ERR_IO */
+  modelHash(): Promise<string | undefined> {
+    this.#hash ??= this.source ? modelHash(this.source) : Promise.resolve(undefined)
+    return this.#hash
   }
 
   /**
@@ -122,11 +138,12 @@ export class Pipeline {
    */
   async encodePrompts(
     prompts: readonly string[],
-    options: { signal?: AbortSignal | undefined } = {},
+    options: { signal?: AbortSignal | undefined; onWarning?: ((message: string) => void) | undefined } = {},
   ): Promise<TextFeatures[]> {
     const made: TextFeatures[] = []
     try {
       for (const prompt of prompts) {
+        throwIfAborted(options.signal, 'text encoding')
         const features = await this.text.encode([prompt], options)
         keep(features.embeds)
         keep(features.pooled)
