@@ -3,17 +3,13 @@ export { type EngineOptions, engine } from './engine/engine.ts'
 export { type ErrorCode, PyraflowError } from './engine/errors.ts'
 export type { LatentNormalisation } from './flow/normalise.ts'
 export { makeStages, type StageOptions, type Stages, stageSteps } from './flow/stages.ts'
-export {
-  type GenerateEvent,
-  type GenerateOptions,
-  Generation,
-  Pipeline,
-  type PipelineConfig,
-  type PipelineOptions,
-  type Recipe,
-  type Video,
-} from './generate.ts'
+export { type GenerateEvent, Generation } from './generate/generation.ts'
+export type { LatentClip } from './generate/latents.ts'
+export type { ContinueSource, GenerateOptions, PromptChange, RawClip } from './generate/options.ts'
+export { type Recipe, readRecipe } from './generate/recipe.ts'
+export { type SaveVideoOptions, Video } from './generate/video.ts'
 export { type Download, type DownloadOptions, type DownloadProgress, downloadModel } from './io/download.ts'
+export type { ImageSource, RawImage } from './io/image.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { type DiscriminatorConfig, PatchDiscriminator } from './models/discriminator.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
@@ -25,6 +21,7 @@ export type { MmditConfig } from './models/mmdit-config.ts'
 export type { VaePieces, VaePlan } from './models/vae-plan.ts'
 export { DecodeStream } from './models/vae-stream.ts'
 export type { TransformerInputs, TransformerOptions, VelocityNetwork } from './models/velocity-network.ts'
+export { Pipeline, type PipelineConfig, type PipelineOptions, type PipelineSource } from './pipeline.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
 export {
   type NoiseSource,

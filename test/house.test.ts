@@ -41,7 +41,9 @@ const allowed: Record<string, string[]> = {
   flow: [...tensors, 'ops'],
   pyramid: numbers,
   'pyramid/latents': [...tensors, 'ops'],
-  train: ['*', '!generate'],
+  generate: ['*', '!train'],
+  sample: ['*', '!train', '!generate', '!pipeline'],
+  train: ['*', '!generate', '!pipeline'],
   golden: ['*'],
   cli: ['*', 'cli'],
 }

@@ -1,6 +1,6 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { defaultNegativePrompt, promptSuffix } from '../models/presets.ts'
-import type { TextEncoder, TextFeatures } from './encoder.ts'
+import { type EncodeOptions, emitWarning, type TextEncoder, type TextFeatures } from './encoder.ts'
 import type { TextNetworkOptions } from './network.ts'
 import { PromptNetworks, type PromptTokens } from './prompt-networks.ts'
 import { PromptTokenizers, T5_LENGTH } from './prompt-tokenizers.ts'
@@ -10,8 +10,6 @@ export interface PromptEncoderOptions extends TextNetworkOptions {
   /** Is told when a prompt was cut. Default: `process.emitWarning`. */
   readonly onWarning?: (message: string) => void
 }
-
-const emitWarning = (message: string): void => process.emitWarning(message, 'PyraflowWarning')
 
 /** The text encoder of a published model: its tokenizers and its networks (spec/text.md). */
 export class PromptEncoder implements TextEncoder {
@@ -68,8 +66,8 @@ export class PromptEncoder implements TextEncoder {
   }
 
   /** Tokens of R prompts, padded; warns of what does not fit. */
-  tokenize(prompts: readonly string[]): PromptTokens {
-    return this.tokenizers.encode(prompts, this.#warn)
+  tokenize(prompts: readonly string[], onWarning: (message: string) => void = this.#warn): PromptTokens {
+    return this.tokenizers.encode(prompts, onWarning)
   }
 
   /**
@@ -77,14 +75,11 @@ export class PromptEncoder implements TextEncoder {
    *
    * @throws ERR_OPTION for no prompts; ERR_ABORTED
    */
-  async encode(
-    prompts: readonly string[],
-    options: { readonly signal?: AbortSignal | undefined } = {},
-  ): Promise<TextFeatures> {
+  async encode(prompts: readonly string[], options: EncodeOptions = {}): Promise<TextFeatures> {
     if (prompts.length === 0) {
       throw new PyraflowError('ERR_OPTION', { what: 'prompts', expected: 'one or more', received: 'none' })
     }
-    return this.networks.forward(this.tokenize(prompts), options)
+    return this.networks.forward(this.tokenize(prompts, options.onWarning), options)
   }
 
   /** Frees the networks. */
