@@ -197,18 +197,8 @@ struct Backward {
   }
 };
 
-// A unit of independent work (a span of one head) is small beside a thread's share of the tiles.
-inline bool UnitsBalance(const Layout* layouts, int64_t heads_per_batch, int64_t first, int64_t heads) {
-  int64_t tiles = 0, largest = 0;
-  for (int64_t pair = first; pair < first + heads; ++pair) {
-    const Layout& l = layouts[pair / heads_per_batch];
-    for (int64_t i = 0; i < l.span_count; ++i) {
-      tiles += l.spans[i].tiles;
-      if (l.spans[i].tiles > largest) largest = l.spans[i].tiles;
-    }
-  }
-  return omp_get_max_threads() == 1 || 5 * largest * omp_get_max_threads() <= 2 * tiles;
-}
+// One sweep does 5/7 of the work of two.
+constexpr double kSweepLoss = 0.2;
 
 // One sweep over (key block, query block) serves all three gradients when the units balance. Otherwise two
 // sweeps with 7/5 of the work: dq by query block, dk and dv by key block. Both add the same tiles in the same
@@ -222,7 +212,7 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   LongestSpan(layouts, s.batch, &backward.keys, &backward.queries);
   const bool local =
-      most_spans > 1 && backward.HeadUnits() <= LocalUnits() && UnitsBalance(layouts, s.heads, 0, pairs);
+      most_spans > 1 && backward.HeadUnits() <= LocalUnits() && SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
   if (!local) {
     backward.keys = Most(layouts, s.batch, &Layout::key_length);
     backward.queries = Most(layouts, s.batch, &Layout::query_length);
@@ -236,7 +226,7 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
 
   for (int64_t first = 0; first < pairs; first += at_once) {
     const int64_t heads = pairs - first < at_once ? pairs - first : at_once;
-    const bool one_sweep = UnitsBalance(layouts, s.heads, first, heads);
+    const bool one_sweep = SpansBalance(layouts, s.heads, first, heads, kSweepLoss);
     const auto head_of = [&](int64_t pair) {
       return backward.Place(packed + (pair - first) * head_units, 0, 0);
     };

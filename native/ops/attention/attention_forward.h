@@ -115,27 +115,44 @@ struct Forward {
   // A packed head holds rows of k, then pairs of rows of v, of the blocks from padded key first_key on.
   void Pack(int64_t pair, const Block& k, int64_t first_key, Unit* head, float* buffer) const {
     const int64_t step = s.heads * s.d, at = k.at - first_key;
-    const int64_t offset = (pair / s.heads * s.lk + k.start) * step + pair % s.heads * s.d;
+    const int64_t offset = KeyOffset(pair, k.start);
     PackRows<E>(a->in[1], offset, step, k.count, k.padded, s.d, buffer, head + at * units);
     PackPairs<E>(a->in[2], offset, step, k.count, k.padded, s.d, width, buffer,
                  head + keys * units + at / kPerUnit<E> * width);
   }
 
-  // One query block over key blocks [k0, k1).
+  int64_t QueryOffset(int64_t pair, int64_t i) const {
+    return ((pair / s.heads * s.lq + i) * s.heads + pair % s.heads) * s.d;
+  }
+  int64_t KeyOffset(int64_t pair, int64_t j) const {
+    return ((pair / s.heads * s.lk + j) * s.heads + pair % s.heads) * s.d;
+  }
+  void FetchQueries(int64_t pair, const Block& q) const {
+    FetchRows(a->in[0], QueryOffset(pair, q.start), s.heads * s.d, q.count, s.d);
+  }
+  void FetchKeys(int64_t pair, const Block& k) const {
+    for (int i = 1; i <= 2; ++i)
+      FetchRows(a->in[i], KeyOffset(pair, k.start), s.heads * s.d, k.count, s.d);
+  }
+
+  // One query block over key blocks [k0, k1), which are packed on the way if they are not yet.
   void Attend(const Layout& l, int64_t pair, const Block& q, int64_t k0, int64_t k1, int64_t first_key,
-              const Unit* head, Unit* mine) const {
+              bool pack, Unit* head, Unit* mine) const {
     Unit *columns = mine, *weights = columns + units * kQueryBlock;
     float* logits = reinterpret_cast<float*>(weights + kKeyBlock * kQueryBlock);
     float* o = logits + kKeyBlock * kQueryBlock;
     float* buffer = RowBuffer(mine);
-    const int64_t step = s.heads * s.d;
-    const int64_t offset = (pair / s.heads * s.lq + q.start) * step + pair % s.heads * s.d;
-    PackColumns<E>(a->in[0], offset, step, q.count, q.padded, s.d, negate, buffer, columns);
+    const int64_t offset = QueryOffset(pair, q.start);
+    PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns);
     memset(o, 0, s.d * kQueryBlock * sizeof(float));
     Softmax softmax;
     softmax.Reset();
     for (int64_t j = k0; j < k1; ++j) {
       const Block& k = l.keys[j];
+      if (pack) {
+        if (j + 1 < k1) FetchKeys(pair, l.keys[j + 1]);
+        Pack(pair, k, first_key, head, buffer);
+      }
       const Visibility see = See(q, k);
       if (see == kNothing) continue;
       const Unit* k_rows = head + (k.at - first_key) * units;
@@ -176,7 +193,9 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layou
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   int64_t span_queries;
   LongestSpan(layouts, s.batch, &forward.keys, &span_queries);
-  const bool local = most_spans > 1 && forward.HeadUnits() <= LocalUnits();
+  // One part in 24: 30 heads on two threads, the published model on a small machine, are spans of their own.
+  const bool local =
+      forward.HeadUnits() <= LocalUnits() && SpansBalance(layouts, s.heads, 0, pairs, 1.0 / 24);
   if (!local) forward.keys = Most(layouts, s.batch, &Layout::key_length);
   const int64_t head_units = forward.HeadUnits(), mine = forward.ThreadUnits();
   const int64_t at_once = local ? pairs : HeadsAtOnce(pairs, head_units);
@@ -199,10 +218,10 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layou
         share(&Layout::span_count, most_spans, [&](int64_t pair, const Layout& l, int64_t i) {
           const Span& span = l.spans[i];
           const int64_t first_key = span.k0 < l.key_count ? l.keys[span.k0].at : 0;
-          for (int64_t k = span.k0; k < span.k1; ++k)
-            forward.Pack(pair, l.keys[k], first_key, head, row_buffer);
-          for (int64_t q = span.q0; q < span.q1; ++q)
-            forward.Attend(l, pair, l.queries[q], span.k0, span.k1, first_key, head, buffer);
+          for (int64_t q = span.q0; q < span.q1; ++q) {
+            if (q + 1 < span.q1) forward.FetchQueries(pair, l.queries[q + 1]);
+            forward.Attend(l, pair, l.queries[q], span.k0, span.k1, first_key, q == span.q0, head, buffer);
+          }
         });
       } else {
         const auto head_of = [&](int64_t pair) { return packed + (pair - first) * head_units; };
@@ -210,7 +229,7 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layou
           forward.Pack(pair, l.keys[k], 0, head_of(pair), row_buffer);
         });
         share(&Layout::query_count, most_queries, [&](int64_t pair, const Layout& l, int64_t q) {
-          forward.Attend(l, pair, l.queries[q], 0, l.key_count, 0, head_of(pair), buffer);
+          forward.Attend(l, pair, l.queries[q], 0, l.key_count, 0, false, head_of(pair), buffer);
         });
       }
     }

@@ -163,6 +163,21 @@ inline void ShareOut(const Layout* layouts, int64_t heads_per_batch, int64_t fir
   }
 }
 
+// Whether the threads have about equally much to do when each task is a span of one head: at worst all but
+// one wait for the largest. `part` is the share of the work that may be lost so.
+inline bool SpansBalance(const Layout* layouts, int64_t heads_per_batch, int64_t first, int64_t heads,
+                         double part) {
+  int64_t tiles = 0, largest = 0;
+  for (int64_t pair = first; pair < first + heads; ++pair) {
+    const Layout& l = layouts[pair / heads_per_batch];
+    for (int64_t i = 0; i < l.span_count; ++i) {
+      tiles += l.spans[i].tiles;
+      if (l.spans[i].tiles > largest) largest = l.spans[i].tiles;
+    }
+  }
+  return static_cast<double>(largest * (omp_get_max_threads() - 1)) <= part * static_cast<double>(tiles);
+}
+
 // Longest stretches of padded keys and of padded queries in one span.
 inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int64_t* queries) {
   *keys = *queries = 0;
@@ -177,13 +192,13 @@ inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int
     }
 }
 
-// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never
-// leave the core's cache. Half of the second level is what such a span may take. The choice changes no bit of
-// any result.
+// Where one task finds packed operands: long spans share them, short ones pack their own, which then never
+// leave the core's cache. Three quarters of the second level is what such a span may take. The choice changes
+// no bit of any result.
 inline int64_t LocalUnits() {
   static const int64_t units = [] {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return static_cast<int64_t>(bytes > 0 ? bytes : 1 << 20) / 2 / static_cast<int64_t>(sizeof(int32_t));
+    return static_cast<int64_t>(bytes > 0 ? bytes : 1 << 20) / 4 * 3 / static_cast<int64_t>(sizeof(int32_t));
   }();
   return units;
 }
