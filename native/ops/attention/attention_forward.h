@@ -9,6 +9,24 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
+// A packed block of keys as the summed dimension of a product: a row of it, and how many units are summed.
+template <class E>
+inline int64_t SummedUnits(const Block& k) {
+  return Units(kOnTiles<E> ? k.padded : k.count, kPerUnit<E>);
+}
+
+// Where PackSummed has put a block of keys, as the first operand of a product; `width` is a row of PackPairs.
+template <class E>
+inline Product SummedKeys(const Block& k, const Unit* keys, int64_t width) {
+  Product g{};
+  g.k = SummedUnits<E>(k);
+  g.a = keys;
+  g.a_row = kOnTiles<E> ? g.k : 1;
+  g.a_column = kOnTiles<E> ? 1 : width;
+  g.accumulate = true;
+  return g;
+}
+
 // Online softmax of a query block, in base 2: weights are 2^(logit - reference).
 struct Softmax {
   alignas(64) float reference[kQueryBlock];  // -inf until something is visible
@@ -75,6 +93,8 @@ struct Softmax {
         PutUnits<E>(weights + j / kPerUnit<E> * kQueryBlock + c + v * kLanes, first, second);
       }
     }
+    for (int64_t j = Units(k.count, kPerUnit<E>); j < SummedUnits<E>(k); ++j)
+      memset(weights + j * kQueryBlock + c, 0, NV * sizeof(Vf));
     for (int v = 0; v < NV; ++v) StoreF(sum + c + v * kLanes, total[v]);
   }
 
@@ -82,8 +102,9 @@ struct Softmax {
   void Tile(const Layout& l, const Block& q, const Block& k, bool mask, float scale, float* s, Unit* weights,
             float* o, int64_t d) {
     int64_t c = 0;
-    for (; c + 3 * kLanes <= q.padded; c += 3 * kLanes)
-      Columns<E, 3>(l, q, k, mask, scale, c, s, weights, o, d);
+    constexpr int kAtOnce = kQueryBlock % (3 * kLanes) ? 2 : 3;
+    for (; c + kAtOnce * kLanes <= q.padded; c += kAtOnce * kLanes)
+      Columns<E, kAtOnce>(l, q, k, mask, scale, c, s, weights, o, d);
     for (; c < q.padded; c += kLanes) Columns<E, 1>(l, q, k, mask, scale, c, s, weights, o, d);
   }
 };
@@ -98,7 +119,7 @@ struct Forward {
   int64_t keys;          // padded keys that a packed head has room for
 
   Forward(const PfArgs* args, const AttentionShape& shape)
-      : a(args), s(shape), units(Units(shape.d, kPerUnit<E>)), width(RoundUp(shape.d, kLanes)), keys(0) {
+      : a(args), s(shape), units(RowUnits<E>(shape.d)), width(RoundUp(shape.d, kLanes)), keys(0) {
     const float given = static_cast<float>(PfParams<AttentionParams>(args).scale);
     negate = given < 0;
     scale = fabsf(given) * kLog2E;
@@ -106,7 +127,7 @@ struct Forward {
 
   int64_t HeadUnits() const { return RoundUp(keys * units + keys / kPerUnit<E> * width, 16); }
   int64_t ThreadUnits() const {
-    return RoundUp(kQueryBlock * (units + 2 * kKeyBlock + s.d) + 4 * RoundUp(s.d, 16), 16);
+    return RoundUp(kQueryBlock * (units + 2 * kKeyBlock + width) + 4 * RoundUp(s.d, 16), 16);
   }
   float* RowBuffer(Unit* mine) const {
     return reinterpret_cast<float*>(mine + ThreadUnits()) - 4 * RoundUp(s.d, 16);
@@ -117,8 +138,8 @@ struct Forward {
     const int64_t step = s.heads * s.d, at = k.at - first_key;
     const int64_t offset = KeyOffset(pair, k.start);
     PackRows<E>(a->in[1], offset, step, k.count, k.padded, s.d, buffer, head + at * units);
-    PackPairs<E>(a->in[2], offset, step, k.count, k.padded, s.d, width, buffer,
-                 head + keys * units + at / kPerUnit<E> * width);
+    PackSummed<E>(a->in[2], offset, step, k.count, k.padded, s.d, width, buffer,
+                  head + keys * units + at / kPerUnit<E> * width);
   }
 
   int64_t QueryOffset(int64_t pair, int64_t i) const {
@@ -144,7 +165,7 @@ struct Forward {
     float* buffer = RowBuffer(mine);
     const int64_t offset = QueryOffset(pair, q.start);
     PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns);
-    memset(o, 0, s.d * kQueryBlock * sizeof(float));
+    memset(o, 0, width * kQueryBlock * sizeof(float));
     Softmax softmax;
     softmax.Reset();
     for (int64_t j = k0; j < k1; ++j) {
@@ -160,9 +181,11 @@ struct Forward {
       Multiply<E>(k.count, q.padded,
                   {units, k_rows, units, 1, columns, q.padded, logits, kQueryBlock, false});
       softmax.Tile<E>(l, q, k, see == kSome, scale, logits, weights, o, s.d);
-      Multiply<E>(
-          s.d, q.padded,
-          {Units(k.count, kPerUnit<E>), v_pairs, 1, width, weights, kQueryBlock, o, kQueryBlock, true});
+      Product values = SummedKeys<E>(k, v_pairs, width);
+      values.b = weights;
+      values.b_row = values.c_row = kQueryBlock;
+      values.c = o;
+      Multiply<E>(s.d, q.padded, values);
     }
     Write(pair, q, offset, softmax, o, buffer);
   }
@@ -208,6 +231,7 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layou
     const int64_t heads = pairs - first < at_once ? pairs - first : at_once;
 #pragma omp parallel if (parallel)
     {
+      const TileState tiles;
       Unit* buffer = buffers + omp_get_thread_num() * mine;
       float* row_buffer = forward.RowBuffer(buffer);
       const auto share = [&](int64_t Layout::*count, int64_t most, auto body) {

@@ -5,17 +5,23 @@
 
 #include "backends/cpu/rows.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/attention_tiles.h"
 
 namespace {
 
-// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows.
-constexpr int64_t kQueryBlock = 48;
+// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows. On AMX
+// both fill tiles, and pairs of either the 16 units that a tile sums over.
+#if defined(PF_TILES)
+constexpr int64_t kQueryBlock = 64, kQueryMultiple = 32, kKeyMultiple = 32;
+#else
+constexpr int64_t kQueryBlock = 48, kQueryMultiple = kLanes, kKeyMultiple = 2;
+#endif
 constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kShortestBlock = 16;
 
 struct Block {
   int64_t start, count;
-  int64_t padded;  // count rounded up: queries to whole vectors, keys to pairs
+  int64_t padded;  // count rounded up to kQueryMultiple or kKeyMultiple
   int64_t at;      // where the block begins when blocks of padded length are laid end to end
   int32_t segment_min, segment_max, order_min, order_max;
 };
@@ -119,8 +125,8 @@ Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s) {
     l.queries = Scratch<Block>(a, most(s.lq));
     l.keys = Scratch<Block>(a, most(s.lk));
     if (!l.queries || !l.keys) return nullptr;
-    l.query_count = CutBlocks(l.key_segment, l.key_order, s.lq, kQueryBlock, kLanes, l.queries);
-    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, 2, l.keys);
+    l.query_count = CutBlocks(l.key_segment, l.key_order, s.lq, kQueryBlock, kQueryMultiple, l.queries);
+    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, kKeyMultiple, l.keys);
     l.query_length = LengthOf(l.queries, l.query_count);
     l.key_length = LengthOf(l.keys, l.key_count);
     if (s.masked) {

@@ -1,8 +1,10 @@
 // Small packed matrices and their register-blocked product. A unit is 32 bits of the summed dimension: one
 // float, or two neighbouring bf16 values where the level multiplies those in pairs. Packing, strides and
-// blocking are the same for both; only Dot differs.
+// blocking are the same for both; only Dot differs. AMX multiplies the same pairs tile by tile; for it rows,
+// columns and sums are padded to whole tiles.
 #pragma once
 #include "backends/cpu/rows.h"
+#include "ops/attention/attention_tiles.h"
 
 namespace {
 
@@ -13,6 +15,21 @@ template <class E>
 constexpr int64_t kPerUnit = sizeof(Unit) / sizeof(E);
 
 inline int64_t Units(int64_t n, int64_t per) { return (n + per - 1) / per; }
+
+// Whether products of E run on tiles.
+#if defined(PF_TILES)
+template <class E>
+constexpr bool kOnTiles = kPerUnit<E> == 2;
+#else
+template <class E>
+constexpr bool kOnTiles = false;
+#endif
+
+// Units of a packed row of d values.
+template <class E>
+inline int64_t RowUnits(int64_t d) {
+  return RoundUp(Units(d, kPerUnit<E>), kOnTiles<E> ? 16 : 1);
+}
 
 inline Vf LoadUnits(const Unit* p) {
   Vf v;
@@ -28,8 +45,8 @@ inline Vf Dot(Vf a, Vf b, Vf sum) {
   return Fma(a, b, sum);
 }
 
-// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]. a is read one unit at a time, so any strides do; n is a
-// multiple of kLanes.
+// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]; n is a multiple of kLanes. a is read one unit at a time,
+// so any strides do. On tiles a_column is 1, k a multiple of 16, and rows of a and c exist up to a multiple of 16.
 struct Product {
   int64_t k;
   const Unit* a;
@@ -96,8 +113,26 @@ void MicroRows(int64_t m, const Product& g) {
   }
 }
 
+#if defined(PF_TILES)
+inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
+  constexpr int64_t kTwo = 2 * kTileSide;
+  for (int64_t j = 0; j < n; j += kTwo)
+    for (int64_t i = 0; i < m; i += kTwo) {
+      const Unit *a = g.a + i * g.a_row, *b = g.b + j;
+      float* c = g.c + i * g.c_row + j;
+      const bool two_down = m - i > kTileSide, two_across = n - j > kTileSide;
+      const auto block = two_down ? two_across ? TileBlock<2, 2> : TileBlock<2, 1>
+                                  : two_across ? TileBlock<1, 2> : TileBlock<1, 1>;
+      block(g.k, a, g.a_row, b, g.b_row, c, g.c_row, g.accumulate);
+    }
+}
+#endif
+
 template <class E>
 void Multiply(int64_t m, int64_t n, const Product& g) {
+#if defined(PF_TILES)
+  if constexpr (kOnTiles<E>) return MultiplyTiles(m, n, g);
+#endif
   Product part = g;
   for (int64_t left = n / kLanes; left > 0;) {
     int64_t take = left < 3 ? left : 3;
@@ -136,13 +171,13 @@ inline void FetchRows(const PfView& v, int64_t offset, int64_t step, int64_t cou
     for (int64_t at = 0; at < d * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
 }
 
-// `padded` rows of one head, `step` elements apart, as [padded, Units(d)]; those from count on are zero.
+// `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero.
 template <class E>
 void PackRows(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
               float* buffer, Unit* to) {
-  const int64_t units = Units(d, kPerUnit<E>);
+  const int64_t units = RowUnits<E>(d);
   for (int64_t i = 0; i < count; ++i, to += units) {
-    to[units - 1] = 0;
+    for (int64_t c = d / kPerUnit<E>; c < units; ++c) to[c] = 0;
     memcpy(to, RowOf<E>(v, offset + i * step, d, buffer), d * sizeof(E));
   }
   memset(to, 0, (padded - count) * units * sizeof(Unit));
@@ -187,14 +222,33 @@ inline void Transpose4(const float* const from[4], float* to, int64_t to_row) {
   _mm_storeu_ps(to + 3 * to_row, r3);
 }
 
-// The same rows as columns: [Units(d), padded]; buffer holds four rows, negate flips every sign.
+// What PackPairs gives, as the first operand of a product: on tiles its rows must lie along the summed
+// dimension, so it is turned round to [width, padded / 2]. buffer holds four rows.
+template <class E>
+void PackSummed(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
+                int64_t width, float* buffer, Unit* to) {
+  if constexpr (!kOnTiles<E>) return PackPairs<E>(v, offset, step, count, padded, d, width, buffer, to);
+  for (int64_t i = 0; i < padded; i += 8) {
+    const int64_t left = i < count ? count - i : 0;
+    PackPairs<E>(v, offset + i * step, step, left < 8 ? left : 8, 8, d, width, nullptr,
+                 reinterpret_cast<Unit*>(buffer));
+    for (int64_t c = 0; c < width; c += 4) {
+      const float* at[4];
+      for (int r = 0; r < 4; ++r) at[r] = buffer + r * width + c;
+      Transpose4(at, reinterpret_cast<float*>(to + c * (padded / 2) + i / 2), padded / 2);
+    }
+  }
+}
+
+// The same rows as columns: [RowUnits(d), padded]; buffer holds four rows, negate flips every sign.
 template <class E>
 void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
                  bool negate, float* buffer, Unit* to) {
-  const int64_t units = Units(d, kPerUnit<E>), whole = d / kPerUnit<E>, room = RoundUp(d, 16);
-  const auto last = [&](const E* row) {  // the unit that only half of is there
+  const int64_t units = RowUnits<E>(d), whole = d / kPerUnit<E>, room = RoundUp(d, 16);
+  const auto unit_of = [&](const E* row, int64_t c) {
     Unit unit = 0;
-    memcpy(&unit, row + whole * kPerUnit<E>, sizeof(E));
+    const int64_t left = d - c * kPerUnit<E>;  // of the last unit only half may be there
+    if (left > 0) memcpy(&unit, row + c * kPerUnit<E>, left < kPerUnit<E> ? sizeof(E) : sizeof(Unit));
     return unit;
   };
   int64_t i = 0;
@@ -208,25 +262,11 @@ void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, i
       Transpose4(at, reinterpret_cast<float*>(to + c * padded + i), padded);
     }
     for (; c < units; ++c)
-      for (int r = 0; r < 4; ++r) {
-        Unit unit;
-        if (c < whole)
-          memcpy(&unit, row[r] + c * kPerUnit<E>, sizeof(unit));
-        else
-          unit = last(row[r]);
-        to[c * padded + i + r] = unit;
-      }
+      for (int r = 0; r < 4; ++r) to[c * padded + i + r] = unit_of(row[r], c);
   }
   for (; i < padded; ++i) {
     const E* row = i < count ? RowOf<E>(v, offset + i * step, d, buffer) : nullptr;
-    for (int64_t c = 0; c < units; ++c) {
-      Unit unit = 0;
-      if (row && c < whole)
-        memcpy(&unit, row + c * kPerUnit<E>, sizeof(unit));
-      else if (row)
-        unit = last(row);
-      to[c * padded + i] = unit;
-    }
+    for (int64_t c = 0; c < units; ++c) to[c * padded + i] = row ? unit_of(row, c) : 0;
   }
   if (!negate) return;
   const Unit signs = kPerUnit<E> == 2 ? 0x80008000u : 0x80000000u;
