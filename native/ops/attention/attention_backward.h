@@ -41,10 +41,10 @@ struct Backward {
   }
   // Logits, their gradients, both as the units of the products, and the gradients of one key block.
   int64_t ThreadUnits() const {
-    return RoundUp(5 * kTile + 2 * kKeyBlock * width + 4 * RoundUp(s.d, 16), 16);
+    return RoundUp(5 * kTile + 2 * kKeyBlock * width + kBufferRows * RoundUp(s.d, 16), 16);
   }
   float* RowBuffer(Unit* mine) const {
-    return reinterpret_cast<float*>(mine + ThreadUnits()) - 4 * RoundUp(s.d, 16);
+    return reinterpret_cast<float*>(mine + ThreadUnits()) - kBufferRows * RoundUp(s.d, 16);
   }
 
   Head Place(Unit* base, int64_t first_key, int64_t first_query) const {

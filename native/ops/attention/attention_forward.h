@@ -117,6 +117,7 @@ struct Forward {
   bool negate;
   int64_t units, width;  // of a packed row, of a row of values
   int64_t keys;          // padded keys that a packed head has room for
+  Turn turns[2];         // of queries and keys
 
   Forward(const PfArgs* args, const AttentionShape& shape)
       : a(args), s(shape), units(RowUnits<E>(shape.d)), width(RoundUp(shape.d, kLanes)), keys(0) {
@@ -127,17 +128,18 @@ struct Forward {
 
   int64_t HeadUnits() const { return RoundUp(keys * units + keys / kPerUnit<E> * width, 16); }
   int64_t ThreadUnits() const {
-    return RoundUp(kQueryBlock * (units + 2 * kKeyBlock + width) + 4 * RoundUp(s.d, 16), 16);
+    return RoundUp(kQueryBlock * (units + 2 * kKeyBlock + width) + kBufferRows * RoundUp(s.d, 16), 16);
   }
   float* RowBuffer(Unit* mine) const {
-    return reinterpret_cast<float*>(mine + ThreadUnits()) - 4 * RoundUp(s.d, 16);
+    return reinterpret_cast<float*>(mine + ThreadUnits()) - kBufferRows * RoundUp(s.d, 16);
   }
 
   // A packed head holds rows of k, then pairs of rows of v, of the blocks from padded key first_key on.
   void Pack(int64_t pair, const Block& k, int64_t first_key, Unit* head, float* buffer) const {
     const int64_t step = s.heads * s.d, at = k.at - first_key;
     const int64_t offset = KeyOffset(pair, k.start);
-    PackRows<E>(a->in[1], offset, step, k.count, k.padded, s.d, buffer, head + at * units);
+    PackRows<E>(a->in[1], offset, step, k.count, k.padded, s.d, buffer, head + at * units, &turns[1],
+                pair / s.heads * s.lk + k.start);
     PackSummed<E>(a->in[2], offset, step, k.count, k.padded, s.d, width, buffer,
                   head + keys * units + at / kPerUnit<E> * width);
   }
@@ -164,7 +166,8 @@ struct Forward {
     float* o = logits + kKeyBlock * kQueryBlock;
     float* buffer = RowBuffer(mine);
     const int64_t offset = QueryOffset(pair, q.start);
-    PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns);
+    PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns, &turns[0],
+                   pair / s.heads * s.lq + q.start);
     memset(o, 0, width * kQueryBlock * sizeof(float));
     Softmax softmax;
     softmax.Reset();
@@ -210,6 +213,7 @@ struct Forward {
 template <class E>
 int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layouts) {
   Forward<E> forward(a, s);
+  if (!MakeTurns(a, s, forward.turns)) return NoMemory(a, "attention");
   const int64_t pairs = s.batch * s.heads, threads = omp_get_max_threads();
   const int64_t most_queries = Most(layouts, s.batch, &Layout::query_count);
   const int64_t most_keys = Most(layouts, s.batch, &Layout::key_count);

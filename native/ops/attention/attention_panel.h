@@ -5,6 +5,7 @@
 #pragma once
 #include "backends/cpu/rows.h"
 #include "ops/attention/attention_tiles.h"
+#include "ops/attention/attention_turn.h"
 
 namespace {
 
@@ -153,9 +154,19 @@ void Multiply(int64_t m, int64_t n, const Product& g) {
   }
 }
 
-// One row of a head: values `offset` .. `offset + d` of v as E. The memory itself where the types agree.
+// One row of a head: values `offset` .. `offset + d` of v as E. The memory itself where the types agree and
+// nothing is to be done with them.
 template <class E>
-inline const E* RowOf(const PfView& v, int64_t offset, int64_t d, float* buffer) {
+inline const E* RowOf(const PfView& v, int64_t offset, int64_t d, float* buffer, const Turn* turn = nullptr,
+                      int64_t token = 0) {
+  if (turn && (turn->weight || turn->cos)) {
+    E* row = reinterpret_cast<E*>(buffer);
+    if (v.dtype == PF_F32)
+      TurnRow(*turn, token, PfData<float>(v) + offset, d, row);
+    else
+      TurnRow(*turn, token, PfData<Bf16>(v) + offset, d, row);
+    return row;
+  }
   if constexpr (kPerUnit<E> == 2)
     return PfData<Bf16>(v) + offset;
   else
@@ -171,14 +182,15 @@ inline void FetchRows(const PfView& v, int64_t offset, int64_t step, int64_t cou
     for (int64_t at = 0; at < d * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
 }
 
-// `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero.
+// `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero. turn
+// is what happens to them on the way, token the first one's.
 template <class E>
 void PackRows(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
-              float* buffer, Unit* to) {
+              float* buffer, Unit* to, const Turn* turn = nullptr, int64_t token = 0) {
   const int64_t units = RowUnits<E>(d);
   for (int64_t i = 0; i < count; ++i, to += units) {
     for (int64_t c = d / kPerUnit<E>; c < units; ++c) to[c] = 0;
-    memcpy(to, RowOf<E>(v, offset + i * step, d, buffer), d * sizeof(E));
+    memcpy(to, RowOf<E>(v, offset + i * step, d, buffer, turn, token + i), d * sizeof(E));
   }
   memset(to, 0, (padded - count) * units * sizeof(Unit));
 }
@@ -211,39 +223,65 @@ void PackPairs(const PfView& v, int64_t offset, int64_t step, int64_t count, int
   }
 }
 
-// 4x4 transpose of 32-bit values: row r of `from` becomes column r of `to`.
-inline void Transpose4(const float* const from[4], float* to, int64_t to_row) {
-  __m128 r0 = _mm_loadu_ps(from[0]), r1 = _mm_loadu_ps(from[1]);
-  __m128 r2 = _mm_loadu_ps(from[2]), r3 = _mm_loadu_ps(from[3]);
-  _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-  _mm_storeu_ps(to, r0);
-  _mm_storeu_ps(to + to_row, r1);
-  _mm_storeu_ps(to + 2 * to_row, r2);
-  _mm_storeu_ps(to + 3 * to_row, r3);
+// Rows that are turned into columns together, and those that a buffer holds: one more is zero.
+constexpr int kTurned = kLanes, kBufferRows = kTurned + 1;
+
+// Four values of each of the rows i, i + 4, ...; built in memory it would have to wait for its own stores.
+inline Vf FourOfEach(const float* const from[], int i) {
+  const auto four = [&](int row) { return _mm_loadu_ps(from[row + i]); };
+#if PF_LANES == 16
+  __m512 v = _mm512_castps128_ps512(four(0));
+  v = _mm512_insertf32x4(v, four(4), 1);
+  v = _mm512_insertf32x4(v, four(8), 2);
+  return (Vf)_mm512_insertf32x4(v, four(12), 3);
+#elif PF_LANES == 8
+  return (Vf)_mm256_insertf128_ps(_mm256_castps128_ps256(four(0)), four(4), 1);
+#else
+  return (Vf)four(0);
+#endif
+}
+
+// Values 0 to 3 of kTurned rows as four rows of kTurned values: 4x4 blocks in all parts of a vector at once.
+inline void Transpose(const float* const from[], float* to, int64_t to_row) {
+  const Vf r[4] = {FourOfEach(from, 0), FourOfEach(from, 1), FourOfEach(from, 2), FourOfEach(from, 3)};
+#if PF_LANES == 16
+  const Vi low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  const Vi first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+#elif PF_LANES == 8
+  const Vi low = {0, 8, 1, 9, 4, 12, 5, 13}, first = {0, 1, 8, 9, 4, 5, 12, 13};
+#else
+  const Vi low = {0, 4, 1, 5}, first = {0, 1, 4, 5};
+#endif
+  const Vf a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[2], r[3], low);
+  const Vf c = __builtin_shuffle(r[0], r[1], low + 2), d = __builtin_shuffle(r[2], r[3], low + 2);
+  StoreF(to, __builtin_shuffle(a, b, first));
+  StoreF(to + to_row, __builtin_shuffle(a, b, first + 2));
+  StoreF(to + 2 * to_row, __builtin_shuffle(c, d, first));
+  StoreF(to + 3 * to_row, __builtin_shuffle(c, d, first + 2));
 }
 
 // What PackPairs gives, as the first operand of a product: on tiles its rows must lie along the summed
-// dimension, so it is turned round to [width, padded / 2]. buffer holds four rows.
+// dimension, so it is turned round to [width, padded / 2].
 template <class E>
 void PackSummed(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
                 int64_t width, float* buffer, Unit* to) {
   if constexpr (!kOnTiles<E>) return PackPairs<E>(v, offset, step, count, padded, d, width, buffer, to);
-  for (int64_t i = 0; i < padded; i += 8) {
-    const int64_t left = i < count ? count - i : 0;
-    PackPairs<E>(v, offset + i * step, step, left < 8 ? left : 8, 8, d, width, nullptr,
+  for (int64_t i = 0; i < padded; i += 2 * kTurned) {
+    const int64_t left = i < count ? count - i : 0, some = left < 2 * kTurned ? left : 2 * kTurned;
+    PackPairs<E>(v, offset + i * step, step, some, 2 * kTurned, d, width, nullptr,
                  reinterpret_cast<Unit*>(buffer));
     for (int64_t c = 0; c < width; c += 4) {
-      const float* at[4];
-      for (int r = 0; r < 4; ++r) at[r] = buffer + r * width + c;
-      Transpose4(at, reinterpret_cast<float*>(to + c * (padded / 2) + i / 2), padded / 2);
+      const float* at[kTurned];
+      for (int r = 0; r < kTurned; ++r) at[r] = buffer + r * width + c;
+      Transpose(at, reinterpret_cast<float*>(to + c * (padded / 2) + i / 2), padded / 2);
     }
   }
 }
 
-// The same rows as columns: [RowUnits(d), padded]; buffer holds four rows, negate flips every sign.
+// The same rows as columns: [RowUnits(d), padded], a multiple of kTurned; negate flips every sign.
 template <class E>
 void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
-                 bool negate, float* buffer, Unit* to) {
+                 bool negate, float* buffer, Unit* to, const Turn* turn = nullptr, int64_t token = 0) {
   const int64_t units = RowUnits<E>(d), whole = d / kPerUnit<E>, room = RoundUp(d, 16);
   const auto unit_of = [&](const E* row, int64_t c) {
     Unit unit = 0;
@@ -251,22 +289,22 @@ void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, i
     if (left > 0) memcpy(&unit, row + c * kPerUnit<E>, left < kPerUnit<E> ? sizeof(E) : sizeof(Unit));
     return unit;
   };
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const E* row[4];
-    const float* at[4];
-    for (int r = 0; r < 4; ++r) row[r] = RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room);
+  float* zeros = buffer + kTurned * room;
+  memset(zeros, 0, room * sizeof(float));
+  for (int64_t i = 0; i < padded; i += kTurned) {
+    const E* row[kTurned];
+    for (int r = 0; r < kTurned; ++r)
+      row[r] = i + r < count
+                   ? RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room, turn, token + i + r)
+                   : reinterpret_cast<const E*>(zeros);
     int64_t c = 0;
     for (; c + 4 <= whole; c += 4) {
-      for (int r = 0; r < 4; ++r) at[r] = reinterpret_cast<const float*>(row[r]) + c;
-      Transpose4(at, reinterpret_cast<float*>(to + c * padded + i), padded);
+      const float* at[kTurned];
+      for (int r = 0; r < kTurned; ++r) at[r] = reinterpret_cast<const float*>(row[r]) + c;
+      Transpose(at, reinterpret_cast<float*>(to + c * padded + i), padded);
     }
     for (; c < units; ++c)
-      for (int r = 0; r < 4; ++r) to[c * padded + i + r] = unit_of(row[r], c);
-  }
-  for (; i < padded; ++i) {
-    const E* row = i < count ? RowOf<E>(v, offset + i * step, d, buffer) : nullptr;
-    for (int64_t c = 0; c < units; ++c) to[c * padded + i] = row ? unit_of(row, c) : 0;
+      for (int r = 0; r < kTurned; ++r) to[c * padded + i + r] = unit_of(row[r], c);
   }
   if (!negate) return;
   const Unit signs = kPerUnit<E> == 2 ? 0x80008000u : 0x80000000u;
@@ -280,17 +318,17 @@ inline void WriteRow(const PfView& v, int64_t offset, int64_t n, const float* ro
     CommitRow(v, offset, n, row);
 }
 
-// The first count columns of [d, columns_row] as rows of one head; buffer holds four rows.
+// The first count columns of [d, columns_row] as rows of one head.
 inline void WriteColumns(const float* columns, int64_t columns_row, int64_t d, int64_t count, const PfView& v,
                          int64_t offset, int64_t step, float* buffer) {
   const int64_t room = RoundUp(d, 16);
   for (int64_t i = 0; i < count; i += 4) {
     int64_t c = 0;
     // Columns are padded to whole vectors, so four of them can always be read.
-    for (; c + 4 <= d; c += 4) {
-      const float* at[4];
-      for (int r = 0; r < 4; ++r) at[r] = columns + (c + r) * columns_row + i;
-      Transpose4(at, buffer + c, room);
+    for (; c + kTurned <= d; c += kTurned) {
+      const float* at[kTurned];
+      for (int r = 0; r < kTurned; ++r) at[r] = columns + (c + r) * columns_row + i;
+      Transpose(at, buffer + c, room);
     }
     for (; c < d; ++c)
       for (int r = 0; r < 4; ++r) buffer[r * room + c] = columns[c * columns_row + i + r];
