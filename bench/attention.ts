@@ -31,7 +31,8 @@ const DTYPES = ['bf16', 'f32'] as const
 /** Attention against the rate of a matrix product, the bare arithmetic, another library, and its own dense self. */
 export async function attention(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
-  for (const part of [ceilings, dense, capped, training, histories, memory]) rows.push(...(await part(effort)))
+  for (const part of [ceilings, dense, capped, training, histories, memory])
+    rows.push(...(await part(effort)))
   return rows
 }
 
@@ -138,7 +139,11 @@ async function dense(effort: Effort): Promise<Unnamed[]> {
 /** The level below AVX-512 against the one in use: in a process of its own, for a process has one level. */
 async function capped(effort: Effort): Promise<Unnamed[]> {
   if (!hasAvx512()) return []
-  const problem = { dtype: 'f32', heads: effort.quick ? 2 : HEADS, length: effort.quick ? 256 : 1088 } as const
+  const problem = {
+    dtype: 'f32',
+    heads: effort.quick ? 2 : HEADS,
+    length: effort.quick ? 256 : 1088,
+  } as const
   const { length, heads } = problem
   const file = fileURLToPath(import.meta.url).replace(/attention(\.\w+)$/, 'attention-rate$1')
   const env = { ...process.env, PYRAFLOW_BACKEND: 'cpu_avx2', PYRAFLOW_THREADS: `${engine.device.threads}` }
@@ -147,7 +152,9 @@ async function capped(effort: Effort): Promise<Unnamed[]> {
     const count = effort.quick ? 1 : await countFor(op, effort.seconds)
     for (let i = 0; i < (effort.quick ? 1 : 3); i++) {
       const ours = (1e-9 * flops) / (await engineSeconds(op, count))
-      const child = promisify(execFile)(process.execPath, [file, `${length}`, `${heads}`, `${count}`], { env })
+      const child = promisify(execFile)(process.execPath, [file, `${length}`, `${heads}`, `${count}`], {
+        env,
+      })
       rates.push([ours, Number((await child).stdout)])
     }
   })

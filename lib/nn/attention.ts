@@ -140,7 +140,10 @@ export function jointAttention(
       }
       // Text lies at position 0, where the rotation is the identity.
       const turned = ([ofText, ofLatent]: readonly [Tensor, Tensor], norm: 'normQ' | 'normK') =>
-        concat([rope(ofText, { weight: c[norm], eps }), rope(ofLatent, { weight: x[norm], cos, sin, eps })], 0)
+        concat(
+          [rope(ofText, { weight: c[norm], eps }), rope(ofLatent, { weight: x[norm], cos, sin, eps })],
+          0,
+        )
       return attend(turned(q, 'normQ'), turned(k, 'normK'), concat(v, 0), arrays) // [T + N, d]
     })
     const latentOut = toOut(slice(o, 0, textTokens, latentTokens))

@@ -342,7 +342,8 @@ int main(int argc, char** argv) {
   op_test::g_ref = ref.table;
   char error[256] = "";
   std::vector<CpuLevel> levels = CpuLevels();
-  for (size_t i = 0; i < levels.size(); ++i)  // AMX code with its tiles emulated runs where the dot products do
+  for (size_t i = 0; i < levels.size();
+       ++i)  // AMX code with its tiles emulated runs where the dot products do
     if (levels[i].name == "cpu_avx512_bf16") levels.push_back({"cpu_amx_emulated", levels[i].unusable});
   for (const CpuLevel& level : levels) {
     if (!level.unusable.empty()) {

@@ -6,7 +6,8 @@
 //   differ from L) s = scale * q_i . k_j,  lse_i = log sum_j exp(s_ij),  o_i = sum_j exp(s_ij - lse_i) v_j
 //   over the visible j a row that sees nothing gives o = 0 and lse = -inf
 //   with any of wq, wk, cos and sin, q and k are first normalised and rotated as by the op rope. G = 2: the
-//   first `split` tokens of every sequence take the first row of wq and wk, the others the second; then Lk = L
+//   first `split` tokens of every sequence take the first row of wq and wk, the others the second; then Lk =
+//   L
 // attention_backward [q, k, v, segment?, order?, o, lse, do] -> [dq, dk, dv]
 //   p = exp(s - lse), ds = p (do_i . v_j - do_i . o_i);  dv_j = sum p do_i, dk_j = scale sum ds q_i, dq_i =
 //   scale sum ds k_j
@@ -78,8 +79,8 @@ static inline int32_t AttentionTurnCheck(const PfArgs* a, const char* op, const 
   for (int i = 5; i < 7; ++i) {
     const PfView w = AttentionInput(a, i);
     if (PfPresent(w) && PfCount(w) != s.d && PfCount(w) != 2 * s.d)
-      return Fail(a, PF_ERR_SHAPE, "%s: expected norm weights [1, D] or [2, D] with D = %lld, received %lld", op,
-                  static_cast<long long>(s.d), static_cast<long long>(PfCount(w)));
+      return Fail(a, PF_ERR_SHAPE, "%s: expected norm weights [1, D] or [2, D] with D = %lld, received %lld",
+                  op, static_cast<long long>(s.d), static_cast<long long>(PfCount(w)));
   }
   if (PfPresent(cos) != PfPresent(sin))
     return Fail(a, PF_ERR_SHAPE, "%s: expected both cos and sin or none", op);

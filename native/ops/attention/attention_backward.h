@@ -216,8 +216,8 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
   const int64_t most_keys = Most(layouts, s.batch, &Layout::key_count);
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   LongestSpan(layouts, s.batch, &backward.keys, &backward.queries);
-  const bool local =
-      most_spans > 1 && backward.HeadUnits() <= LocalUnits() && SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
+  const bool local = most_spans > 1 && backward.HeadUnits() <= LocalUnits() &&
+                     SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
   if (!local) {
     backward.keys = Most(layouts, s.batch, &Layout::key_length);
     backward.queries = Most(layouts, s.batch, &Layout::query_length);

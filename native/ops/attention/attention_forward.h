@@ -154,8 +154,7 @@ struct Forward {
     FetchRows(a->in[0], QueryOffset(pair, q.start), s.heads * s.d, q.count, s.d);
   }
   void FetchKeys(int64_t pair, const Block& k) const {
-    for (int i = 1; i <= 2; ++i)
-      FetchRows(a->in[i], KeyOffset(pair, k.start), s.heads * s.d, k.count, s.d);
+    for (int i = 1; i <= 2; ++i) FetchRows(a->in[i], KeyOffset(pair, k.start), s.heads * s.d, k.count, s.d);
   }
 
   // One query block over key blocks [k0, k1), which are packed on the way if they are not yet.
@@ -166,8 +165,8 @@ struct Forward {
     float* o = logits + kKeyBlock * kQueryBlock;
     float* buffer = RowBuffer(mine);
     const int64_t offset = QueryOffset(pair, q.start);
-    PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns, &turns[0],
-                   pair / s.heads * s.lq + q.start);
+    PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns,
+                   &turns[0], pair / s.heads * s.lq + q.start);
     memset(o, 0, width * kQueryBlock * sizeof(float));
     Softmax softmax;
     softmax.Reset();

@@ -9,8 +9,8 @@
 
 namespace {
 
-// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows. On AMX
-// both fill tiles, and pairs of either the 16 units that a tile sums over.
+// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows. On
+// AMX both fill tiles, and pairs of either the 16 units that a tile sums over.
 #if defined(PF_TILES)
 constexpr int64_t kQueryBlock = 64, kQueryMultiple = 32, kKeyMultiple = 32;
 #else

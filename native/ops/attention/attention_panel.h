@@ -46,8 +46,9 @@ inline Vf Dot(Vf a, Vf b, Vf sum) {
   return Fma(a, b, sum);
 }
 
-// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]; n is a multiple of kLanes. a is read one unit at a time,
-// so any strides do. On tiles a_column is 1, k a multiple of 16, and rows of a and c exist up to a multiple of 16.
+// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]; n is a multiple of kLanes. a is read one unit at a
+// time, so any strides do. On tiles a_column is 1, k a multiple of 16, and rows of a and c exist up to a
+// multiple of 16.
 struct Product {
   int64_t k;
   const Unit* a;
@@ -122,8 +123,9 @@ inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
       const Unit *a = g.a + i * g.a_row, *b = g.b + j;
       float* c = g.c + i * g.c_row + j;
       const bool two_down = m - i > kTileSide, two_across = n - j > kTileSide;
-      const auto block = two_down ? two_across ? TileBlock<2, 2> : TileBlock<2, 1>
-                                  : two_across ? TileBlock<1, 2> : TileBlock<1, 1>;
+      const auto block = two_down     ? two_across ? TileBlock<2, 2> : TileBlock<2, 1>
+                             : two_across ? TileBlock<1, 2>
+                                      : TileBlock<1, 1>;
       block(g.k, a, g.a_row, b, g.b_row, c, g.c_row, g.accumulate);
     }
 }
@@ -182,8 +184,8 @@ inline void FetchRows(const PfView& v, int64_t offset, int64_t step, int64_t cou
     for (int64_t at = 0; at < d * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
 }
 
-// `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero. turn
-// is what happens to them on the way, token the first one's.
+// `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero.
+// turn is what happens to them on the way, token the first one's.
 template <class E>
 void PackRows(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
               float* buffer, Unit* to, const Turn* turn = nullptr, int64_t token = 0) {
@@ -294,9 +296,8 @@ void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, i
   for (int64_t i = 0; i < padded; i += kTurned) {
     const E* row[kTurned];
     for (int r = 0; r < kTurned; ++r)
-      row[r] = i + r < count
-                   ? RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room, turn, token + i + r)
-                   : reinterpret_cast<const E*>(zeros);
+      row[r] = i + r < count ? RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room, turn, token + i + r)
+                             : reinterpret_cast<const E*>(zeros);
     int64_t c = 0;
     for (; c + 4 <= whole; c += 4) {
       const float* at[kTurned];

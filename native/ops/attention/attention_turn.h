@@ -1,5 +1,5 @@
-// RMS norm and rotary embedding of queries and keys as they are read, so that neither is written and read again.
-// The arithmetic is that of the op rope, in the same order.
+// RMS norm and rotary embedding of queries and keys as they are read, so that neither is written and read
+// again. The arithmetic is that of the op rope, in the same order.
 #pragma once
 #include "backends/cpu/rows.h"
 #include "ops/attention/attention.h"
