@@ -85,8 +85,6 @@ static inline int32_t AttentionTurnCheck(const PfArgs* a, const char* op, const 
   if (PfPresent(cos) != PfPresent(sin))
     return Fail(a, PF_ERR_SHAPE, "%s: expected both cos and sin or none", op);
   if (!PfPresent(cos)) return PF_OK;
-  if (cos.dtype != PF_F32 || sin.dtype != PF_F32)
-    return Fail(a, PF_ERR_DTYPE, "%s: expected cos and sin as f32", op);
   const int64_t count = s.batch * s.lq * (s.d / 2);
   if (s.d % 2 || PfCount(cos) != count || PfCount(sin) != count)
     return Fail(a, PF_ERR_SHAPE, "%s: expected cos and sin [B L, D/2] with B L = %lld and D = %lld", op,
