@@ -1,10 +1,12 @@
+import { execFile } from 'node:child_process'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
 import { type DType, engine } from '../lib/engine/engine.ts'
 import { attention as attend } from '../lib/ops/attention.ts'
 import { planHistory } from '../lib/pyramid/history.ts'
 import { type Column, type Layout, makeLayout } from '../lib/pyramid/layout.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { scope } from '../lib/tensor/scope.ts'
-import { backward } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import {
   bareMatmul,
@@ -29,40 +31,53 @@ const DTYPES = ['bf16', 'f32'] as const
 /** Attention against the rate of a matrix product, the bare arithmetic, another library, and its own dense self. */
 export async function attention(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
-  for (const part of [ceilings, dense, training, histories, memory]) rows.push(...(await part(effort)))
+  for (const part of [ceilings, dense, capped, training, histories, memory])
+    rows.push(...(await part(effort)))
   return rows
 }
 
-interface Problem {
+export interface Problem {
   dtype: DType
   heads: number
   length: number
   /** Pairs (i, j) where token i sees token j: the work that cannot be avoided. */
   pairs: number
   mask?: { segment: Tensor; order: Tensor }
-  train?: boolean
+  /** Which part is timed; forward if absent. */
+  pass?: 'backward'
 }
 
 /** Hands `use` the op of a problem, and what one run of it computes. */
-async function withOp<T>(problem: Problem, use: (op: () => Tensor, flops: number) => Promise<T>): Promise<T> {
-  const { dtype, heads, length, pairs, mask = {}, train = false } = problem
+export async function withOp<T>(
+  problem: Problem,
+  use: (op: () => Tensor, flops: number) => Promise<T>,
+): Promise<T> {
+  const { dtype, heads, length, pairs, mask, pass } = problem
   const generator = new Generator(1)
-  const draw = (): Tensor => generator.normal([1, length, heads, HEAD_DIM], { dtype })
-  const qkv = [draw(), draw(), draw()] as const
-  const seed = draw()
-  for (const t of qkv) t.requiresGrad = train
-  const op = (): Tensor =>
-    scope(() => {
-      const o = attend(...qkv, mask)
-      if (train) backward(o, seed)
-      return o
-    })
+  const shape = [1, length, heads, HEAD_DIM]
+  const draw = (): Tensor => generator.normal(shape, { dtype })
+  const [q, k, v] = [draw(), draw(), draw()]
+  const owned = [q, k, v]
+  const empty = (): Tensor => Tensor.empty(shape, dtype)
+  let op = (): Tensor => attend(q, k, v, mask)
+  if (pass) {
+    const [o, lse, g] = [empty(), Tensor.empty([1, heads, length], 'f32'), draw()]
+    owned.push(o, lse, g)
+    const masks = [mask?.segment ?? null, mask?.order ?? null]
+    const scalars = [1 / Math.sqrt(HEAD_DIM)]
+    engine.run('attention', [q, k, v, ...masks], [o, lse], scalars)
+    op = () =>
+      scope(() => {
+        const grads = [empty(), empty(), empty()]
+        engine.run('attention_backward', [q, k, v, ...masks, o, lse, g], grads, scalars)
+        return grads[0] as Tensor
+      })
+  }
   try {
     // Two products a pair forward, five backward.
-    return await use(op, (train ? 14 : 4) * pairs * heads * HEAD_DIM)
+    return await use(op, (pass ? 10 : 4) * pairs * heads * HEAD_DIM)
   } finally {
-    for (const t of qkv) t.grad?.dispose()
-    for (const t of [...qkv, seed]) t.dispose()
+    for (const t of owned) t.dispose()
   }
 }
 
@@ -121,6 +136,40 @@ async function dense(effort: Effort): Promise<Unnamed[]> {
   return [...rows, ...(await againstPeer(effort))]
 }
 
+/** The level below AVX-512 against the one in use: in a process of its own, for a process has one level. */
+async function capped(effort: Effort): Promise<Unnamed[]> {
+  if (!hasAvx512()) return []
+  const problem = {
+    dtype: 'f32',
+    heads: effort.quick ? 2 : HEADS,
+    length: effort.quick ? 256 : 1088,
+  } as const
+  const { length, heads } = problem
+  const file = fileURLToPath(import.meta.url).replace(/attention(\.\w+)$/, 'attention-rate$1')
+  const env = { ...process.env, PYRAFLOW_BACKEND: 'cpu_avx2', PYRAFLOW_THREADS: `${engine.device.threads}` }
+  const rates: [number, number][] = []
+  await withOp({ ...problem, pairs: length ** 2 }, async (op, flops) => {
+    const count = effort.quick ? 1 : await countFor(op, effort.seconds)
+    for (let i = 0; i < (effort.quick ? 1 : 3); i++) {
+      const ours = (1e-9 * flops) / (await engineSeconds(op, count))
+      const child = promisify(execFile)(process.execPath, [file, `${length}`, `${heads}`, `${count}`], {
+        env,
+      })
+      rates.push([ours, Number((await child).stdout)])
+    }
+  })
+  return [
+    {
+      name: `dense, ${length} tokens, ${heads} heads, f32, capped at AVX2`,
+      value: median(rates.map(([, theirs]) => theirs)),
+      unit: 'GFLOP/s',
+      ratio: median(rates.map(([ours, theirs]) => theirs / ours)),
+      against: engine.device.backend,
+      required: { of: 'ratio', atLeast: 0.5 },
+    },
+  ]
+}
+
 /** Levels that multiply bf16 pairs: below them bf16 is only a storage type. */
 const fastBf16 = (): boolean => /bf16|amx/.test(engine.device.backend)
 
@@ -172,15 +221,16 @@ async function training(effort: Effort): Promise<Unnamed[]> {
     for (const dtype of DTYPES) {
       const name = `packed training batch, ${length} tokens, ${share} % visible, ${dtype}`
       rows.push(await measure(effort, name, { dtype, heads, length, pairs, mask }))
-      const train = { dtype, heads, length, pairs, mask, train: true }
-      rows.push(await measure(effort, `${name}, with gradients`, train, backwardBound(dtype)))
+      const back = { dtype, heads, length, pairs, mask, pass: 'backward' } as const
+      rows.push(await measure(effort, `${name}, backward`, back, backwardBound(dtype)))
     }
   })
-  const length = effort.quick ? 256 : 1088
-  for (const dtype of DTYPES) {
-    const name = `dense, ${length} tokens, ${dtype}, with gradients`
-    const problem = { dtype, heads, length, pairs: length ** 2, train: true }
-    rows.push(await measure(effort, name, problem, backwardBound(dtype)))
+  for (const length of effort.quick ? [256] : [1088, 4096]) {
+    for (const dtype of DTYPES) {
+      const name = `dense, ${length} tokens, ${dtype}, backward`
+      const problem = { dtype, heads, length, pairs: length ** 2, pass: 'backward' } as const
+      rows.push(await measure(effort, name, problem, backwardBound(dtype)))
+    }
   }
   return rows
 }
@@ -193,7 +243,7 @@ function backwardBound(dtype: DType): Required | undefined {
 /** Time of real history layouts over that of the dense call of the same length, times their visible fraction. */
 async function histories(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
-  const heads = effort.quick ? 1 : 6
+  const heads = effort.quick ? 1 : 4
   const sizes: [string, number, number][] = effort.quick
     ? [['384p', 48, 80]]
     : [
@@ -211,15 +261,20 @@ async function histories(effort: Effort): Promise<Unnamed[]> {
           causal: true,
         })
         await withMask(layout, async (mask, length, pairs) => {
-          const problem = { dtype: 'bf16', heads, length } as const
+          const problem = { dtype: 'bf16', heads, length, pairs } as const
           const visible = pairs / length ** 2
-          const seconds = (part: Partial<Problem>): Promise<number> =>
-            withOp({ ...problem, pairs, ...part }, async (op) =>
-              engineSeconds(op, effort.quick ? 1 : await countFor(op, effort.seconds / 4)),
-            )
-          const pairsOfTimes: number[] = []
-          for (let i = 0; i < (effort.quick ? 1 : 3); i++)
-            pairsOfTimes.push((await seconds({ mask })) / (visible * (await seconds({}))))
+          const pairsOfTimes = await withOp({ ...problem, mask }, (masked) =>
+            withOp(problem, async (whole) => {
+              const once = await engineSeconds(whole, 1)
+              const count = effort.quick ? 1 : Math.max(1, Math.round(effort.seconds / 4 / once))
+              const times: number[] = []
+              for (let i = 0; i < (effort.quick ? 1 : 3); i++) {
+                const ours = await engineSeconds(masked, count)
+                times.push(ours / (visible * (await engineSeconds(whole, count))))
+              }
+              return times
+            }),
+          )
           const name = `${label} unit ${unit} stage ${stage}: ${length} tokens, ${(100 * visible).toFixed(0)} % visible`
           rows.push({
             name,

@@ -88,6 +88,27 @@ describe('ops compute what their equations say', () => {
     w.dispose()
   })
 
+  it('attention normalises and rotates queries and keys as rope does before it', async () => {
+    const [length, heads, d, split] = [7, 2, 6, 3]
+    const shape = [1, length, heads, d]
+    const [q, k, v] = [random(shape), random(shape), random(shape)]
+    const [weightQ, weightK] = [random([2, d]), random([2, d])]
+    const [cos, sin] = [random([length, d / 2]), random([length, d / 2])]
+    const fused = attention(q, k, v, { norm: { weightQ, weightK, cos, sin, eps: 1e-3, split } })
+    const turned = (x: Tensor, weight: Tensor): Tensor => {
+      const part = (row: number, start: number, count: number): Tensor =>
+        rope(slice(x, 1, start, count), {
+          weight: reshape(slice(weight, 0, row, 1), [d]),
+          cos: slice(cos, 0, start, count),
+          sin: slice(sin, 0, start, count),
+          eps: 1e-3,
+        })
+      return concat([part(0, 0, split), part(1, split, length - split)], 1)
+    }
+    const apart = attention(turned(q, weightQ), turned(k, weightK), v)
+    expect(worst(await fused.floats(), await apart.floats())).toBeLessThan(1e-5)
+  })
+
   it('attention sees equal segments of lower order only', async () => {
     const [length, d] = [5, 4]
     const [q, k, v] = [0, 1, 2].map(() => random([1, length, 1, d])) as [Tensor, Tensor, Tensor]
@@ -217,6 +238,20 @@ describe('ops refuse what does not fit, naming it', () => {
       'attention masks',
       () => attention(t(1, 2, 1, 4), t(1, 2, 1, 4), t(1, 2, 1, 4), { segment: ints([0, 0], [1, 2]) }),
       /together/,
+    ],
+    [
+      'attention norm',
+      () => attention(t(1, 2, 1, 4), t(1, 2, 1, 4), t(1, 2, 1, 4), { norm: { weightQ: t(3, 4) } }),
+      /weightQ \[2, D\]/,
+    ],
+    [
+      'attention norm beside a gradient',
+      () => {
+        const q = t(1, 2, 1, 4)
+        q.requiresGrad = true
+        return attention(q, t(1, 2, 1, 4), t(1, 2, 1, 4), { norm: {} })
+      },
+      /keeps nothing for backward/,
     ],
     ['normModulate', () => normModulate(t(2, 4), { scale: t(3, 4) }), /i32 \[2\] for 3 entries/],
     ['groupNorm', () => groupNorm(t(1, 2, 6), t(6), t(6), { groups: 4 }), /divisor of 6/],

@@ -39,7 +39,7 @@ export const OPS = {
     outputs: 2,
     scalars: ['stride_t', 'stride_h', 'stride_w', 'pad_t', 'pad_h', 'pad_w', 'accumulate'],
   },
-  attention: { id: 17, inputs: 5, outputs: 2, scalars: ['scale'] },
+  attention: { id: 17, inputs: 9, outputs: 2, scalars: ['scale', 'eps', 'split'] },
   attention_backward: { id: 18, inputs: 8, outputs: 3, scalars: ['scale'] },
   norm_modulate: { id: 19, inputs: 4, outputs: 3, scalars: ['eps'] },
   norm_modulate_backward: { id: 20, inputs: 6, outputs: 3, scalars: [] },

@@ -1,7 +1,8 @@
-import { attention } from '../ops/attention.ts'
+import { attention, type QueryKeyNorm } from '../ops/attention.ts'
 import { concat, reshape, slice } from '../ops/copy.ts'
 import { rope } from '../ops/rope.ts'
 import { scope } from '../tensor/scope.ts'
+import { needsGrad } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { type Linear, linearLayer } from './linear.ts'
 import type { Weights } from './weights.ts'
@@ -101,11 +102,11 @@ function projections(
 const LATENT_NAMES = ['to_q', 'to_k', 'to_v'] as const
 const TEXT_NAMES = ['add_q_proj', 'add_k_proj', 'add_v_proj'] as const
 
-function attend(q: Tensor, k: Tensor, v: Tensor, arrays: TokenArrays): Tensor {
+function attend(q: Tensor, k: Tensor, v: Tensor, arrays: TokenArrays, norm?: QueryKeyNorm): Tensor {
   const [tokens, heads, headDim] = q.shape as [number, number, number]
   const shape = [1, tokens, heads, headDim]
   const { segment, order } = arrays
-  const o = attention(reshape(q, shape), reshape(k, shape), reshape(v, shape), { segment, order })
+  const o = attention(reshape(q, shape), reshape(k, shape), reshape(v, shape), { segment, order, norm })
   return reshape(o, [tokens, heads * headDim])
 }
 
@@ -128,13 +129,22 @@ export function jointAttention(
   return (latent, text, arrays) => {
     const { latentCos: cos, latentSin: sin, textTokens, latentTokens, local } = arrays
     const o = local(() => {
+      const pair = (name: 'q' | 'k' | 'v') => [split(c[name](text)), split(x[name](latent))] as const
+      const [q, k, v] = [pair('q'), pair('k'), pair('v')]
+      if (![...q, ...k, ...v, c.normQ, c.normK, x.normQ, x.normK].some(needsGrad)) {
+        const both = (name: 'normQ' | 'normK') => reshape(concat([c[name], x[name]], 0), [2, headDim])
+        const { jointCos, jointSin } = arrays
+        const [weightQ, weightK] = [both('normQ'), both('normK')]
+        const norm = { weightQ, weightK, cos: jointCos, sin: jointSin, eps, split: textTokens }
+        return attend(concat(q, 0), concat(k, 0), concat(v, 0), arrays, norm)
+      }
       // Text lies at position 0, where the rotation is the identity.
-      const [q, k] = (['q', 'k'] as const).map((name) => {
-        const norm = name === 'q' ? 'normQ' : 'normK'
-        const ofText = rope(split(c[name](text)), { weight: c[norm], eps })
-        return concat([ofText, rope(split(x[name](latent)), { weight: x[norm], cos, sin, eps })], 0)
-      }) as [Tensor, Tensor]
-      return attend(q, k, concat([split(c.v(text)), split(x.v(latent))], 0), arrays) // [T + N, d]
+      const turned = ([ofText, ofLatent]: readonly [Tensor, Tensor], norm: 'normQ' | 'normK') =>
+        concat(
+          [rope(ofText, { weight: c[norm], eps }), rope(ofLatent, { weight: x[norm], cos, sin, eps })],
+          0,
+        )
+      return attend(turned(q, 'normQ'), turned(k, 'normK'), concat(v, 0), arrays) // [T + N, d]
     })
     const latentOut = toOut(slice(o, 0, textTokens, latentTokens))
     return [latentOut, toAddOut ? toAddOut(slice(o, 0, 0, textTokens)) : null]
@@ -152,9 +162,15 @@ export function selfAttention(
   return (z, arrays) => {
     const { jointCos: cos, jointSin: sin, local } = arrays
     return local(() => {
-      const q = rope(split(p.q(z)), { weight: p.normQ, cos, sin, eps })
-      const k = rope(split(p.k(z)), { weight: p.normK, cos, sin, eps })
-      return attend(q, k, split(p.v(z)), arrays)
+      const [q, k, v] = [split(p.q(z)), split(p.k(z)), split(p.v(z))]
+      if (![q, k, v, p.normQ, p.normK].some(needsGrad)) {
+        return attend(q, k, v, arrays, { weightQ: p.normQ, weightK: p.normK, cos, sin, eps })
+      }
+      const turned = [
+        rope(q, { weight: p.normQ, cos, sin, eps }),
+        rope(k, { weight: p.normK, cos, sin, eps }),
+      ] as const
+      return attend(...turned, v, arrays)
     })
   }
 }

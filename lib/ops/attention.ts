@@ -4,6 +4,25 @@ import { needsGrad, record } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { expectDType, expectFloats, expectShape } from './check.ts'
 
+/**
+ * What is done to q and k as they are read, as by the op `rope`: RMS normalisation of each head, then rotation. Nothing
+ * is kept for a gradient.
+ */
+export interface QueryKeyNorm {
+  /** [D], or [2, D]: the first `split` tokens of every sequence take the first row, the others the second. */
+  readonly weightQ?: Tensor | null | undefined
+  /** As `weightQ`. */
+  readonly weightK?: Tensor | null | undefined
+  /** f32 [B·L, D/2], with `sin`: cosines of the angles. */
+  readonly cos?: Tensor | null | undefined
+  /** f32 [B·L, D/2] */
+  readonly sin?: Tensor | null | undefined
+  /** Default 1e-6. */
+  readonly eps?: number | undefined
+  /** Default 0. */
+  readonly split?: number | undefined
+}
+
 /** Options of {@link attention}. */
 export interface AttentionOptions {
   /** i32 [B, L]: only tokens of the same segment see each other. */
@@ -12,6 +31,39 @@ export interface AttentionOptions {
   readonly order?: Tensor | null | undefined
   /** Default 1/√D. */
   readonly scale?: number | undefined
+  /** For inference: norm and rotation of q and k, so that they need no pass of their own. */
+  readonly norm?: QueryKeyNorm | null | undefined
+}
+
+const ANGLES = ['cos', 'sin'] as const
+const WEIGHTS = ['weightQ', 'weightK'] as const
+
+function checkNorm(norm: QueryKeyNorm, q: Tensor, k: Tensor, v: Tensor): void {
+  const [b, length, heads, d] = q.shape as [number, number, number, number]
+  expectShape('attention', 'k [B, L, H, D] beside a norm', k, [b, length, heads, d])
+  for (const name of WEIGHTS) {
+    const weight = norm[name]
+    if (!weight) continue
+    expectFloats('attention', weight)
+    if (weight.rank === 1) expectShape('attention', `${name} [D]`, weight, [d])
+    else expectShape('attention', `${name} [2, D]`, weight, [2, d])
+  }
+  if (!norm.cos !== !norm.sin) {
+    throw new PyraflowError('ERR_OPTION', { what: 'attention', expected: 'cos and sin together, or neither' })
+  }
+  for (const name of ANGLES) {
+    const angles = norm[name]
+    if (!angles) continue
+    expectShape('attention', `${name} [B·L, D/2]`, angles, [b * length, d / 2])
+    expectDType('attention', name, angles, 'f32')
+  }
+  if ([q, k, v, norm.weightQ, norm.weightK].some(needsGrad)) {
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'attention',
+      expected: 'no gradient of q, k, v and weights beside a norm, which keeps nothing for backward',
+      remedy: 'Call it within noGrad, or apply rope to q and k.',
+    })
+  }
 }
 
 /**
@@ -44,17 +96,21 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
     expectDType('attention', 'segment', segment, 'i32')
     expectDType('attention', 'order', order, 'i32')
   }
-  const scalars = [options.scale ?? 1 / Math.sqrt(d)]
+  const scale = options.scale ?? 1 / Math.sqrt(d)
+  const norm = options.norm ?? null
+  if (norm) checkNorm(norm, q, k, v)
   const o = Tensor.empty(q.shape, q.dtype)
   const lse = Tensor.empty([b, heads, length], 'f32')
-  engine.run('attention', [q, k, v, segment, order], [o, lse], scalars)
+  const { weightQ = null, weightK = null, cos = null, sin = null, eps = 1e-6, split = 0 } = norm ?? {}
+  const inputs = [q, k, v, segment, order, weightQ, weightK, cos, sin]
+  engine.run('attention', inputs, [o, lse], [scale, eps, split])
   if (!needsGrad(q) && !needsGrad(k) && !needsGrad(v)) {
     lse.dispose()
     return o
   }
   record([q, k, v], [o], ([g]) => {
     const grads = [q, k, v].map((t) => Tensor.empty(t.shape, t.dtype))
-    engine.run('attention_backward', [q, k, v, segment, order, o, lse, g as Tensor], grads, scalars)
+    engine.run('attention_backward', [q, k, v, segment, order, o, lse, g as Tensor], grads, [scale])
     return grads
   })
   return o

@@ -1,10 +1,13 @@
 // Softmax attention without an L x L matrix; masks are two integers per token.
 //
-// attention [q[B,L,H,D], k[B,Lk,H,D], v[B,Lk,H,D], segment? i32[B,L], order? i32[B,L]] -> [o[B,L,H,D], lse
-// f32[B,H,L]]
+// attention [q[B,L,H,D], k[B,Lk,H,D], v[B,Lk,H,D], segment? i32[B,L], order? i32[B,L], wq? [G,D], wk? [G,D],
+//            cos? f32[B L,D/2], sin? f32[B L,D/2]] -> [o[B,L,H,D], lse f32[B,H,L]]
 //   i sees j iff segment[i] == segment[j] and order[i] >= order[j]; both absent: everything (then Lk may
 //   differ from L) s = scale * q_i . k_j,  lse_i = log sum_j exp(s_ij),  o_i = sum_j exp(s_ij - lse_i) v_j
 //   over the visible j a row that sees nothing gives o = 0 and lse = -inf
+//   with any of wq, wk, cos and sin, q and k are first normalised and rotated as by the op rope. G = 2: the
+//   first `split` tokens of every sequence take the first row of wq and wk, the others the second; then Lk =
+//   L
 // attention_backward [q, k, v, segment?, order?, o, lse, do] -> [dq, dk, dv]
 //   p = exp(s - lse), ds = p (do_i . v_j - do_i . o_i);  dv_j = sum p do_i, dk_j = scale sum ds q_i, dq_i =
 //   scale sum ds k_j
@@ -13,6 +16,11 @@
 
 struct AttentionParams {
   double scale;
+};
+
+// Read only where q and k are normalised.
+struct AttentionNormParams {
+  double scale, eps, split;
 };
 
 struct AttentionShape {
@@ -50,9 +58,44 @@ static inline int32_t AttentionFold(const PfArgs* a, const char* op, AttentionSh
   return PF_OK;
 }
 
+// An operand at the end of the list, which callers without it may cut short.
+static inline PfView AttentionInput(const PfArgs* a, int i) {
+  PfView none = {};
+  none.rank = -1;
+  return i < a->n_in ? a->in[i] : none;
+}
+
+static inline bool AttentionTurns(const PfArgs* a) {
+  for (int i = 5; i < 9; ++i)
+    if (PfPresent(AttentionInput(a, i))) return true;
+  return false;
+}
+
+// What is done to q and k before they meet.
+static inline int32_t AttentionTurnCheck(const PfArgs* a, const char* op, const AttentionShape& s) {
+  if (!AttentionTurns(a)) return PF_OK;
+  const PfView cos = AttentionInput(a, 7), sin = AttentionInput(a, 8);
+  if (s.lq != s.lk) return Fail(a, PF_ERR_SHAPE, "%s: expected k as long as q beside norms or angles", op);
+  for (int i = 5; i < 7; ++i) {
+    const PfView w = AttentionInput(a, i);
+    if (PfPresent(w) && PfCount(w) != s.d && PfCount(w) != 2 * s.d)
+      return Fail(a, PF_ERR_SHAPE, "%s: expected norm weights [1, D] or [2, D] with D = %lld, received %lld",
+                  op, static_cast<long long>(s.d), static_cast<long long>(PfCount(w)));
+  }
+  if (PfPresent(cos) != PfPresent(sin))
+    return Fail(a, PF_ERR_SHAPE, "%s: expected both cos and sin or none", op);
+  if (!PfPresent(cos)) return PF_OK;
+  const int64_t count = s.batch * s.lq * (s.d / 2);
+  if (s.d % 2 || PfCount(cos) != count || PfCount(sin) != count)
+    return Fail(a, PF_ERR_SHAPE, "%s: expected cos and sin [B L, D/2] with B L = %lld and D = %lld", op,
+                static_cast<long long>(s.batch * s.lq), static_cast<long long>(s.d));
+  return PF_OK;
+}
+
 static inline int32_t AttentionCheck(const PfArgs* a, AttentionShape* s) {
   const char* op = "attention";
   if (int32_t e = AttentionFold(a, op, s)) return e;
+  if (int32_t e = AttentionTurnCheck(a, op, *s)) return e;
   if (!PfSameDims(a->out[0], a->in[0]))
     return Fail(a, PF_ERR_SHAPE, "%s: expected o with the shape of q", op);
   if (PfPresent(a->out[1]) && PfCount(a->out[1]) != s->batch * s->heads * s->lq)

@@ -10,7 +10,7 @@ struct Head {
   int64_t first_key, first_query;
   Unit *k_rows, *v_rows, *k_pairs;                    // per key block
   Unit *q_columns, *do_columns, *q_pairs, *do_pairs;  // per query block
-  float *dq, *delta, *lse;                            // [d, padded] and, for the last two, [padded]
+  float *dq, *delta, *lse;                            // [width, padded] and, for the last two, [padded]
 };
 
 template <class E>
@@ -26,7 +26,7 @@ struct Backward {
         s(shape),
         scale(static_cast<float>(PfParams<AttentionParams>(args).scale)),
         scale2(scale * kLog2E),
-        units(Units(shape.d, kPerUnit<E>)),
+        units(RowUnits<E>(shape.d)),
         width(RoundUp(shape.d, kLanes)),
         keys(0),
         queries(0) {}
@@ -35,16 +35,16 @@ struct Backward {
   static constexpr int64_t kTile = kKeyBlock * kQueryBlock;
 
   int64_t HeadUnits() const {
-    return RoundUp(keys * 2 * units + keys / kPer * width + queries * (2 * units + s.d + 2) +
+    return RoundUp(keys * 2 * units + keys / kPer * width + queries * (2 * units + width + 2) +
                        2 * (queries / kPer) * width,
                    16);
   }
   // Logits, their gradients, both as the units of the products, and the gradients of one key block.
   int64_t ThreadUnits() const {
-    return RoundUp(5 * kTile + 2 * kKeyBlock * width + 4 * RoundUp(s.d, 16), 16);
+    return RoundUp(5 * kTile + 2 * kKeyBlock * width + kBufferRows * RoundUp(s.d, 16), 16);
   }
   float* RowBuffer(Unit* mine) const {
-    return reinterpret_cast<float*>(mine + ThreadUnits()) - 4 * RoundUp(s.d, 16);
+    return reinterpret_cast<float*>(mine + ThreadUnits()) - kBufferRows * RoundUp(s.d, 16);
   }
 
   Head Place(Unit* base, int64_t first_key, int64_t first_query) const {
@@ -57,7 +57,7 @@ struct Backward {
     h.q_pairs = h.do_columns + queries * units;
     h.do_pairs = h.q_pairs + queries / kPer * width;
     h.dq = reinterpret_cast<float*>(h.do_pairs + queries / kPer * width);
-    h.delta = h.dq + queries * s.d;
+    h.delta = h.dq + queries * width;
     h.lse = h.delta + queries;
     return h;
   }
@@ -73,8 +73,8 @@ struct Backward {
     const int64_t offset = KeyOffset(pair, k.start), at = k.at - h.first_key;
     PackRows<E>(a->in[1], offset, Step(), k.count, k.padded, s.d, buffer, h.k_rows + at * units);
     PackRows<E>(a->in[2], offset, Step(), k.count, k.padded, s.d, buffer, h.v_rows + at * units);
-    PackPairs<E>(a->in[1], offset, Step(), k.count, k.padded, s.d, width, buffer,
-                 h.k_pairs + at / kPer * width);
+    PackSummed<E>(a->in[1], offset, Step(), k.count, k.padded, s.d, width, buffer,
+                  h.k_pairs + at / kPer * width);
   }
   void PackQueries(const Head& h, int64_t pair, const Block& q, float* buffer) const {
     const int64_t offset = QueryOffset(pair, q.start), at = q.at - h.first_query;
@@ -83,7 +83,7 @@ struct Backward {
     PackColumns<E>(dout, offset, Step(), q.count, q.padded, s.d, false, buffer, h.do_columns + at * units);
     PackPairs<E>(x, offset, Step(), q.count, q.padded, s.d, width, buffer, h.q_pairs + at / kPer * width);
     PackPairs<E>(dout, offset, Step(), q.count, q.padded, s.d, width, buffer, h.do_pairs + at / kPer * width);
-    memset(h.dq + at * s.d, 0, q.padded * s.d * sizeof(float));
+    memset(h.dq + at * width, 0, q.padded * width * sizeof(float));
     const float* lse = PfData<float>(a->in[6]) + pair * s.lq + q.start;
     for (int64_t r = 0; r < q.padded; ++r) {
       // Rows that see nothing, and rows that are not there, get the weight 2^-infinity.
@@ -146,13 +146,18 @@ struct Backward {
         }
         if constexpr (kPer == 2) PutUnits<E>(t.ds_pairs + j / 2 * kQueryBlock + c, ds[0], ds[1]);
       }
+      for (int64_t j = Units(k.count, kPer); j < SummedUnits<E>(k); ++j)
+        memset(t.ds_pairs + j * kQueryBlock + c, 0, sizeof(Vf));
     }
   }
   void AddQueryGradient(const Head& h, const Block& q, const Block& k, const Tile& t) const {
     const int64_t qi = q.at - h.first_query, kj = k.at - h.first_key;
-    Multiply<E>(s.d, q.padded,
-                {Units(k.count, kPer), h.k_pairs + kj / kPer * width, 1, width, t.ds_pairs, kQueryBlock,
-                 h.dq + qi * s.d, q.padded, true});
+    Product g = SummedKeys<E>(k, h.k_pairs + kj / kPer * width, width);
+    g.b = t.ds_pairs;
+    g.b_row = kQueryBlock;
+    g.c = h.dq + qi * width;
+    g.c_row = q.padded;
+    Multiply<E>(s.d, q.padded, g);
   }
   // dk and dv of one key block over query blocks [q0, q1), in order; dq of those too when asked.
   void Keys(const Layout& l, const Head& h, int64_t pair, const Block& k, int64_t q0, int64_t q1,
@@ -188,7 +193,7 @@ struct Backward {
     WriteQueries(h, pair, q, RowBuffer(mine));
   }
   void WriteQueries(const Head& h, int64_t pair, const Block& q, float* buffer) const {
-    WriteColumns(h.dq + (q.at - h.first_query) * s.d, q.padded, s.d, q.count, a->out[0],
+    WriteColumns(h.dq + (q.at - h.first_query) * width, q.padded, s.d, q.count, a->out[0],
                  QueryOffset(pair, q.start), Step(), buffer);
   }
   void OneSweep(const Layout& l, const Head& h, int64_t pair, const Span& span, Unit* mine) const {
@@ -197,18 +202,8 @@ struct Backward {
   }
 };
 
-// A unit of independent work (a span of one head) is small beside a thread's share of the tiles.
-inline bool UnitsBalance(const Layout* layouts, int64_t heads_per_batch, int64_t first, int64_t heads) {
-  int64_t tiles = 0, largest = 0;
-  for (int64_t pair = first; pair < first + heads; ++pair) {
-    const Layout& l = layouts[pair / heads_per_batch];
-    for (int64_t i = 0; i < l.span_count; ++i) {
-      tiles += l.spans[i].tiles;
-      if (l.spans[i].tiles > largest) largest = l.spans[i].tiles;
-    }
-  }
-  return omp_get_max_threads() == 1 || 5 * largest * omp_get_max_threads() <= 2 * tiles;
-}
+// One sweep does 5/7 of the work of two.
+constexpr double kSweepLoss = 0.2;
 
 // One sweep over (key block, query block) serves all three gradients when the units balance. Otherwise two
 // sweeps with 7/5 of the work: dq by query block, dk and dv by key block. Both add the same tiles in the same
@@ -221,8 +216,8 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
   const int64_t most_keys = Most(layouts, s.batch, &Layout::key_count);
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   LongestSpan(layouts, s.batch, &backward.keys, &backward.queries);
-  const bool local =
-      most_spans > 1 && backward.HeadUnits() <= LocalUnits() && UnitsBalance(layouts, s.heads, 0, pairs);
+  const bool local = most_spans > 1 && backward.HeadUnits() <= LocalUnits() &&
+                     SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
   if (!local) {
     backward.keys = Most(layouts, s.batch, &Layout::key_length);
     backward.queries = Most(layouts, s.batch, &Layout::query_length);
@@ -236,12 +231,13 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
 
   for (int64_t first = 0; first < pairs; first += at_once) {
     const int64_t heads = pairs - first < at_once ? pairs - first : at_once;
-    const bool one_sweep = UnitsBalance(layouts, s.heads, first, heads);
+    const bool one_sweep = SpansBalance(layouts, s.heads, first, heads, kSweepLoss);
     const auto head_of = [&](int64_t pair) {
       return backward.Place(packed + (pair - first) * head_units, 0, 0);
     };
 #pragma omp parallel if (parallel)
     {
+      const TileState tiles;
       Unit* tile = buffers + omp_get_thread_num() * mine;
       float* row_buffer = backward.RowBuffer(tile);
       const auto share = [&](int64_t Layout::*count, int64_t most, auto body) {

@@ -5,17 +5,23 @@
 
 #include "backends/cpu/rows.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/attention_tiles.h"
 
 namespace {
 
-// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows.
-constexpr int64_t kQueryBlock = 48;
+// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows. On
+// AMX both fill tiles, and pairs of either the 16 units that a tile sums over.
+#if defined(PF_TILES)
+constexpr int64_t kQueryBlock = 64, kQueryMultiple = 32, kKeyMultiple = 32;
+#else
+constexpr int64_t kQueryBlock = 48, kQueryMultiple = kLanes, kKeyMultiple = 2;
+#endif
 constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kShortestBlock = 16;
 
 struct Block {
   int64_t start, count;
-  int64_t padded;  // count rounded up: queries to whole vectors, keys to pairs
+  int64_t padded;  // count rounded up to kQueryMultiple or kKeyMultiple
   int64_t at;      // where the block begins when blocks of padded length are laid end to end
   int32_t segment_min, segment_max, order_min, order_max;
 };
@@ -119,8 +125,8 @@ Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s) {
     l.queries = Scratch<Block>(a, most(s.lq));
     l.keys = Scratch<Block>(a, most(s.lk));
     if (!l.queries || !l.keys) return nullptr;
-    l.query_count = CutBlocks(l.key_segment, l.key_order, s.lq, kQueryBlock, kLanes, l.queries);
-    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, 2, l.keys);
+    l.query_count = CutBlocks(l.key_segment, l.key_order, s.lq, kQueryBlock, kQueryMultiple, l.queries);
+    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, kKeyMultiple, l.keys);
     l.query_length = LengthOf(l.queries, l.query_count);
     l.key_length = LengthOf(l.keys, l.key_count);
     if (s.masked) {
@@ -163,6 +169,21 @@ inline void ShareOut(const Layout* layouts, int64_t heads_per_batch, int64_t fir
   }
 }
 
+// Whether the threads have about equally much to do when each task is a span of one head: at worst all but
+// one wait for the largest. `part` is the share of the work that may be lost so.
+inline bool SpansBalance(const Layout* layouts, int64_t heads_per_batch, int64_t first, int64_t heads,
+                         double part) {
+  int64_t tiles = 0, largest = 0;
+  for (int64_t pair = first; pair < first + heads; ++pair) {
+    const Layout& l = layouts[pair / heads_per_batch];
+    for (int64_t i = 0; i < l.span_count; ++i) {
+      tiles += l.spans[i].tiles;
+      if (l.spans[i].tiles > largest) largest = l.spans[i].tiles;
+    }
+  }
+  return static_cast<double>(largest * (omp_get_max_threads() - 1)) <= part * static_cast<double>(tiles);
+}
+
 // Longest stretches of padded keys and of padded queries in one span.
 inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int64_t* queries) {
   *keys = *queries = 0;
@@ -177,13 +198,13 @@ inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int
     }
 }
 
-// Where one task finds packed operands: whole heads share them, short spans pack their own, which then never
-// leave the core's cache. Half of the second level is what such a span may take. The choice changes no bit of
-// any result.
+// Where one task finds packed operands: long spans share them, short ones pack their own, which then never
+// leave the core's cache. Three quarters of the second level is what such a span may take. The choice changes
+// no bit of any result.
 inline int64_t LocalUnits() {
   static const int64_t units = [] {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return static_cast<int64_t>(bytes > 0 ? bytes : 1 << 20) / 2 / static_cast<int64_t>(sizeof(int32_t));
+    return static_cast<int64_t>(bytes > 0 ? bytes : 1 << 20) / 4 * 3 / static_cast<int64_t>(sizeof(int32_t));
   }();
   return units;
 }

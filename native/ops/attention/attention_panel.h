@@ -1,8 +1,11 @@
 // Small packed matrices and their register-blocked product. A unit is 32 bits of the summed dimension: one
 // float, or two neighbouring bf16 values where the level multiplies those in pairs. Packing, strides and
-// blocking are the same for both; only Dot differs.
+// blocking are the same for both; only Dot differs. AMX multiplies the same pairs tile by tile; for it rows,
+// columns and sums are padded to whole tiles.
 #pragma once
 #include "backends/cpu/rows.h"
+#include "ops/attention/attention_tiles.h"
+#include "ops/attention/attention_turn.h"
 
 namespace {
 
@@ -13,6 +16,21 @@ template <class E>
 constexpr int64_t kPerUnit = sizeof(Unit) / sizeof(E);
 
 inline int64_t Units(int64_t n, int64_t per) { return (n + per - 1) / per; }
+
+// Whether products of E run on tiles.
+#if defined(PF_TILES)
+template <class E>
+constexpr bool kOnTiles = kPerUnit<E> == 2;
+#else
+template <class E>
+constexpr bool kOnTiles = false;
+#endif
+
+// Units of a packed row of d values.
+template <class E>
+inline int64_t RowUnits(int64_t d) {
+  return RoundUp(Units(d, kPerUnit<E>), kOnTiles<E> ? 16 : 1);
+}
 
 inline Vf LoadUnits(const Unit* p) {
   Vf v;
@@ -28,8 +46,9 @@ inline Vf Dot(Vf a, Vf b, Vf sum) {
   return Fma(a, b, sum);
 }
 
-// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]. a is read one unit at a time, so any strides do; n is a
-// multiple of kLanes.
+// c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]; n is a multiple of kLanes. a is read one unit at a
+// time, so any strides do. On tiles a_column is 1, k a multiple of 16, and rows of a and c exist up to a
+// multiple of 16.
 struct Product {
   int64_t k;
   const Unit* a;
@@ -96,8 +115,27 @@ void MicroRows(int64_t m, const Product& g) {
   }
 }
 
+#if defined(PF_TILES)
+inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
+  constexpr int64_t kTwo = 2 * kTileSide;
+  for (int64_t j = 0; j < n; j += kTwo)
+    for (int64_t i = 0; i < m; i += kTwo) {
+      const Unit *a = g.a + i * g.a_row, *b = g.b + j;
+      float* c = g.c + i * g.c_row + j;
+      const bool two_down = m - i > kTileSide, two_across = n - j > kTileSide;
+      const auto block = two_down     ? two_across ? TileBlock<2, 2> : TileBlock<2, 1>
+                             : two_across ? TileBlock<1, 2>
+                                      : TileBlock<1, 1>;
+      block(g.k, a, g.a_row, b, g.b_row, c, g.c_row, g.accumulate);
+    }
+}
+#endif
+
 template <class E>
 void Multiply(int64_t m, int64_t n, const Product& g) {
+#if defined(PF_TILES)
+  if constexpr (kOnTiles<E>) return MultiplyTiles(m, n, g);
+#endif
   Product part = g;
   for (int64_t left = n / kLanes; left > 0;) {
     int64_t take = left < 3 ? left : 3;
@@ -118,23 +156,43 @@ void Multiply(int64_t m, int64_t n, const Product& g) {
   }
 }
 
-// One row of a head: values `offset` .. `offset + d` of v as E. The memory itself where the types agree.
+// One row of a head: values `offset` .. `offset + d` of v as E. The memory itself where the types agree and
+// nothing is to be done with them.
 template <class E>
-inline const E* RowOf(const PfView& v, int64_t offset, int64_t d, float* buffer) {
+inline const E* RowOf(const PfView& v, int64_t offset, int64_t d, float* buffer, const Turn* turn = nullptr,
+                      int64_t token = 0) {
+  if (turn && (turn->weight || turn->cos)) {
+    E* row = reinterpret_cast<E*>(buffer);
+    if (v.dtype == PF_F32)
+      TurnRow(*turn, token, PfData<float>(v) + offset, d, row);
+    else
+      TurnRow(*turn, token, PfData<Bf16>(v) + offset, d, row);
+    return row;
+  }
   if constexpr (kPerUnit<E> == 2)
     return PfData<Bf16>(v) + offset;
   else
     return ReadRow(v, offset, d, buffer);
 }
 
-// `padded` rows of one head, `step` elements apart, as [padded, Units(d)]; those from count on are zero.
+// Asks for rows of one head some time before they are read: they lie too far apart for the processor to guess
+// which comes next.
+inline void FetchRows(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t d) {
+  const int64_t size = v.dtype == PF_F32 ? 4 : 2;
+  const char* row = static_cast<const char*>(v.data) + offset * size;
+  for (int64_t i = 0; i < count; ++i, row += step * size)
+    for (int64_t at = 0; at < d * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
+}
+
+// `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero.
+// turn is what happens to them on the way, token the first one's.
 template <class E>
 void PackRows(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
-              float* buffer, Unit* to) {
-  const int64_t units = Units(d, kPerUnit<E>);
+              float* buffer, Unit* to, const Turn* turn = nullptr, int64_t token = 0) {
+  const int64_t units = RowUnits<E>(d);
   for (int64_t i = 0; i < count; ++i, to += units) {
-    to[units - 1] = 0;
-    memcpy(to, RowOf<E>(v, offset + i * step, d, buffer), d * sizeof(E));
+    for (int64_t c = d / kPerUnit<E>; c < units; ++c) to[c] = 0;
+    memcpy(to, RowOf<E>(v, offset + i * step, d, buffer, turn, token + i), d * sizeof(E));
   }
   memset(to, 0, (padded - count) * units * sizeof(Unit));
 }
@@ -167,57 +225,87 @@ void PackPairs(const PfView& v, int64_t offset, int64_t step, int64_t count, int
   }
 }
 
-// 4x4 transpose of 32-bit values: row r of `from` becomes column r of `to`.
-inline void Transpose4(const float* const from[4], float* to, int64_t to_row) {
-  __m128 r0 = _mm_loadu_ps(from[0]), r1 = _mm_loadu_ps(from[1]);
-  __m128 r2 = _mm_loadu_ps(from[2]), r3 = _mm_loadu_ps(from[3]);
-  _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-  _mm_storeu_ps(to, r0);
-  _mm_storeu_ps(to + to_row, r1);
-  _mm_storeu_ps(to + 2 * to_row, r2);
-  _mm_storeu_ps(to + 3 * to_row, r3);
+// Rows that are turned into columns together, and those that a buffer holds: one more is zero.
+constexpr int kTurned = kLanes, kBufferRows = kTurned + 1;
+
+// Four values of each of the rows i, i + 4, ...; built in memory it would have to wait for its own stores.
+inline Vf FourOfEach(const float* const from[], int i) {
+  const auto four = [&](int row) { return _mm_loadu_ps(from[row + i]); };
+#if PF_LANES == 16
+  __m512 v = _mm512_castps128_ps512(four(0));
+  v = _mm512_insertf32x4(v, four(4), 1);
+  v = _mm512_insertf32x4(v, four(8), 2);
+  return (Vf)_mm512_insertf32x4(v, four(12), 3);
+#elif PF_LANES == 8
+  return (Vf)_mm256_insertf128_ps(_mm256_castps128_ps256(four(0)), four(4), 1);
+#else
+  return (Vf)four(0);
+#endif
 }
 
-// The same rows as columns: [Units(d), padded]; buffer holds four rows, negate flips every sign.
+// Values 0 to 3 of kTurned rows as four rows of kTurned values: 4x4 blocks in all parts of a vector at once.
+inline void Transpose(const float* const from[], float* to, int64_t to_row) {
+  const Vf r[4] = {FourOfEach(from, 0), FourOfEach(from, 1), FourOfEach(from, 2), FourOfEach(from, 3)};
+#if PF_LANES == 16
+  const Vi low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  const Vi first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+#elif PF_LANES == 8
+  const Vi low = {0, 8, 1, 9, 4, 12, 5, 13}, first = {0, 1, 8, 9, 4, 5, 12, 13};
+#else
+  const Vi low = {0, 4, 1, 5}, first = {0, 1, 4, 5};
+#endif
+  const Vf a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[2], r[3], low);
+  const Vf c = __builtin_shuffle(r[0], r[1], low + 2), d = __builtin_shuffle(r[2], r[3], low + 2);
+  StoreF(to, __builtin_shuffle(a, b, first));
+  StoreF(to + to_row, __builtin_shuffle(a, b, first + 2));
+  StoreF(to + 2 * to_row, __builtin_shuffle(c, d, first));
+  StoreF(to + 3 * to_row, __builtin_shuffle(c, d, first + 2));
+}
+
+// What PackPairs gives, as the first operand of a product: on tiles its rows must lie along the summed
+// dimension, so it is turned round to [width, padded / 2].
+template <class E>
+void PackSummed(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
+                int64_t width, float* buffer, Unit* to) {
+  if constexpr (!kOnTiles<E>) return PackPairs<E>(v, offset, step, count, padded, d, width, buffer, to);
+  for (int64_t i = 0; i < padded; i += 2 * kTurned) {
+    const int64_t left = i < count ? count - i : 0, some = left < 2 * kTurned ? left : 2 * kTurned;
+    PackPairs<E>(v, offset + i * step, step, some, 2 * kTurned, d, width, nullptr,
+                 reinterpret_cast<Unit*>(buffer));
+    for (int64_t c = 0; c < width; c += 4) {
+      const float* at[kTurned];
+      for (int r = 0; r < kTurned; ++r) at[r] = buffer + r * width + c;
+      Transpose(at, reinterpret_cast<float*>(to + c * (padded / 2) + i / 2), padded / 2);
+    }
+  }
+}
+
+// The same rows as columns: [RowUnits(d), padded], a multiple of kTurned; negate flips every sign.
 template <class E>
 void PackColumns(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
-                 bool negate, float* buffer, Unit* to) {
-  const int64_t units = Units(d, kPerUnit<E>), whole = d / kPerUnit<E>, room = RoundUp(d, 16);
-  const auto last = [&](const E* row) {  // the unit that only half of is there
+                 bool negate, float* buffer, Unit* to, const Turn* turn = nullptr, int64_t token = 0) {
+  const int64_t units = RowUnits<E>(d), whole = d / kPerUnit<E>, room = RoundUp(d, 16);
+  const auto unit_of = [&](const E* row, int64_t c) {
     Unit unit = 0;
-    memcpy(&unit, row + whole * kPerUnit<E>, sizeof(E));
+    const int64_t left = d - c * kPerUnit<E>;  // of the last unit only half may be there
+    if (left > 0) memcpy(&unit, row + c * kPerUnit<E>, left < kPerUnit<E> ? sizeof(E) : sizeof(Unit));
     return unit;
   };
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const E* row[4];
-    const float* at[4];
-    for (int r = 0; r < 4; ++r) row[r] = RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room);
+  float* zeros = buffer + kTurned * room;
+  memset(zeros, 0, room * sizeof(float));
+  for (int64_t i = 0; i < padded; i += kTurned) {
+    const E* row[kTurned];
+    for (int r = 0; r < kTurned; ++r)
+      row[r] = i + r < count ? RowOf<E>(v, offset + (i + r) * step, d, buffer + r * room, turn, token + i + r)
+                             : reinterpret_cast<const E*>(zeros);
     int64_t c = 0;
     for (; c + 4 <= whole; c += 4) {
-      for (int r = 0; r < 4; ++r) at[r] = reinterpret_cast<const float*>(row[r]) + c;
-      Transpose4(at, reinterpret_cast<float*>(to + c * padded + i), padded);
+      const float* at[kTurned];
+      for (int r = 0; r < kTurned; ++r) at[r] = reinterpret_cast<const float*>(row[r]) + c;
+      Transpose(at, reinterpret_cast<float*>(to + c * padded + i), padded);
     }
     for (; c < units; ++c)
-      for (int r = 0; r < 4; ++r) {
-        Unit unit;
-        if (c < whole)
-          memcpy(&unit, row[r] + c * kPerUnit<E>, sizeof(unit));
-        else
-          unit = last(row[r]);
-        to[c * padded + i + r] = unit;
-      }
-  }
-  for (; i < padded; ++i) {
-    const E* row = i < count ? RowOf<E>(v, offset + i * step, d, buffer) : nullptr;
-    for (int64_t c = 0; c < units; ++c) {
-      Unit unit = 0;
-      if (row && c < whole)
-        memcpy(&unit, row + c * kPerUnit<E>, sizeof(unit));
-      else if (row)
-        unit = last(row);
-      to[c * padded + i] = unit;
-    }
+      for (int r = 0; r < kTurned; ++r) to[c * padded + i + r] = unit_of(row[r], c);
   }
   if (!negate) return;
   const Unit signs = kPerUnit<E> == 2 ? 0x80008000u : 0x80000000u;
@@ -231,17 +319,17 @@ inline void WriteRow(const PfView& v, int64_t offset, int64_t n, const float* ro
     CommitRow(v, offset, n, row);
 }
 
-// The first count columns of [d, columns_row] as rows of one head; buffer holds four rows.
+// The first count columns of [d, columns_row] as rows of one head.
 inline void WriteColumns(const float* columns, int64_t columns_row, int64_t d, int64_t count, const PfView& v,
                          int64_t offset, int64_t step, float* buffer) {
   const int64_t room = RoundUp(d, 16);
   for (int64_t i = 0; i < count; i += 4) {
     int64_t c = 0;
     // Columns are padded to whole vectors, so four of them can always be read.
-    for (; c + 4 <= d; c += 4) {
-      const float* at[4];
-      for (int r = 0; r < 4; ++r) at[r] = columns + (c + r) * columns_row + i;
-      Transpose4(at, buffer + c, room);
+    for (; c + kTurned <= d; c += kTurned) {
+      const float* at[kTurned];
+      for (int r = 0; r < kTurned; ++r) at[r] = columns + (c + r) * columns_row + i;
+      Transpose(at, buffer + c, room);
     }
     for (; c < d; ++c)
       for (int r = 0; r < 4; ++r) buffer[r * room + c] = columns[c * columns_row + i + r];

@@ -23,12 +23,51 @@ struct Judge {
   }
 };
 
+// x normalised and rotated, in double precision.
+PfView Turned(const PfArgs* a, const AttentionShape& s, int which, double* to) {
+  const PfView x = a->in[which], w = AttentionInput(a, 5 + which), cos = AttentionInput(a, 7),
+               sin = AttentionInput(a, 8);
+  const AttentionNormParams& params = PfParams<AttentionNormParams>(a);
+  for (int64_t row = 0; row < s.batch * s.lq * s.heads; ++row) {
+    const int64_t n = row / s.heads;
+    const bool second = PfPresent(w) && PfCount(w) == 2 * s.d && n % s.lq >= params.split;
+    double square = 0;
+    for (int64_t c = 0; c < s.d; ++c) square += Get(x, row * s.d + c) * Get(x, row * s.d + c);
+    for (int64_t c = 0; c < s.d; ++c) {
+      double& t = to[row * s.d + c];
+      t = Get(x, row * s.d + c);
+      if (PfPresent(w)) t *= Get(w, second * s.d + c) / sqrt(square / s.d + params.eps);
+    }
+    for (int64_t c = 0; PfPresent(cos) && c < s.d / 2; ++c) {
+      double* pair = to + row * s.d + 2 * c;
+      const double even = pair[0], odd = pair[1];
+      const double co = Get(cos, n * (s.d / 2) + c), si = Get(sin, n * (s.d / 2) + c);
+      pair[0] = even * co - odd * si;
+      pair[1] = even * si + odd * co;
+    }
+  }
+  PfView view = x;
+  view.data = to;
+  view.dtype = PF_F64;
+  return view;
+}
+
 }  // namespace
 
 int32_t pf_ref_attention(const PfArgs* a) {
   Judge judge{a, {}, PfParams<AttentionParams>(a).scale};
   AttentionShape& s = judge.s;
   if (int32_t e = AttentionCheck(a, &s)) return e;
+  PfArgs turned = *a;
+  PfView inputs[5] = {a->in[0], a->in[1], a->in[2], a->in[3], a->in[4]};
+  if (AttentionTurns(a)) {
+    const int64_t n = PfCount(a->in[0]);
+    double* rows = static_cast<double*>(a->context->scratch(a->context, (2 * n + 1) * sizeof(double)));
+    if (!rows) return Fail(a, PF_ERR_MEMORY, "attention: no scratch memory left");
+    for (int i = 0; i < 2; ++i) inputs[i] = Turned(a, s, i, rows + i * n);
+    turned.in = inputs;
+    a = judge.a = &turned;
+  }
   double* p = static_cast<double*>(a->context->scratch(a->context, (s.lk + 1) * sizeof(double)));
   if (!p) return Fail(a, PF_ERR_MEMORY, "attention: no scratch memory left");
   for (int64_t b = 0; b < s.batch; ++b)

@@ -130,6 +130,47 @@ PF_CASES(attention) {
         .Tolerance(6e-6, 1.2e-2)
         .Run();
   }
+  // Norms and rotation of queries and keys on the way in: alone, together, and with weights of two kinds.
+  for (int64_t l : {1, 50, 131})
+    for (int64_t d : {8, 64, 80})
+      for (int variant = 0; variant < 4; ++variant) {
+        const Dims x = {2, l, 2, d}, weights = {variant == 3 ? 2 : 1, d}, angles = {2 * l, d / 2};
+        op_test::Case c = test.Case("attention");
+        c.In(x).In(x).In(x).InInt({2, l}, masks[1].segment).InInt({2, l}, masks[1].order);
+        if (variant == 1)
+          c.Missing().Missing();
+        else
+          c.In(weights).In(weights);
+        if (variant != 0) c.InF32(angles).InF32(angles);
+        c.Out(x).OutF32({2, 2, l}).Scalars({0.125, 1e-6, 7}).Tolerance(2e-6, 6e-3).Run();
+      }
+  const Dims turned = {1, 6, 2, 8};
+  test.Case("attention")
+      .In(turned)
+      .In(turned)
+      .In(turned)
+      .Missing()
+      .Missing()
+      .In({3, 8})
+      .In({1, 8})
+      .Out(turned)
+      .OutF32({1, 2, 6})
+      .Scalars({1, 1e-6, 0})
+      .RunExpecting(PF_ERR_SHAPE);
+  test.Case("attention")
+      .In(turned)
+      .In(turned)
+      .In(turned)
+      .Missing()
+      .Missing()
+      .Missing()
+      .Missing()
+      .InF32({6, 4})
+      .Missing()
+      .Out(turned)
+      .OutF32({1, 2, 6})
+      .Scalars({1, 1e-6, 0})
+      .RunExpecting(PF_ERR_SHAPE);
   // Logits up to about 80: the largest weights decide, the rest must vanish without overflow.
   test.Case("attention")
       .In({1, 90, 2, 64}, 4)
