@@ -131,7 +131,7 @@ struct Backward {
         Vf p[2] = {}, ds[2] = {};
         for (int64_t i = 0; i < kPer && j + i < k.count; ++i) {
           const int64_t at = (j + i) * kQueryBlock + c;
-          p[i] = Exp2<E>(Fma(LoadF(t.p + at), Set1(scale2), -lse));
+          p[i] = Exp2<kPerUnit<E> == 2>(Fma(LoadF(t.p + at), Set1(scale2), -lse));
           if (mask)
             p[i] = WhereSeen(l, q.at + c, l.key_segment[k.start + j + i], l.key_order[k.start + j + i], p[i],
                              (Vf){});

@@ -68,7 +68,7 @@ struct Softmax {
       constexpr float kSlack = 8;
       if (AnyLane(now > before + kSlack)) {
         after = Max(now, before);
-        const Vf shrink = after == before ? Set1(1) : Exp2<float>(before - after);
+        const Vf shrink = after == before ? Set1(1) : Exp2<false>(before - after);
         total[v] *= shrink;
         for (int64_t i = 0; i < d; ++i) {
           float* value = o + i * kQueryBlock + c + v * kLanes;
@@ -84,7 +84,7 @@ struct Softmax {
       for (int v = 0; v < NV; ++v) {
         const auto weight = [&](const float* from) {
           const Vf t = LoadF(from);
-          const Vf p = Exp2<E>(Fma(t, Set1(scale), minus[v]));
+          const Vf p = Exp2<kPerUnit<E> == 2>(Fma(t, Set1(scale), minus[v]));
           return mask ? (t == never ? (Vf){} : p) : p;
         };
         const Vf first = weight(row + v * kLanes);

@@ -338,52 +338,6 @@ inline void WriteColumns(const float* columns, int64_t columns_row, int64_t d, i
   }
 }
 
-// 2^x for x <= 8 or so, practically 0 below -125; NaN stays. Polynomials of least relative error: below 1e-7
-// for float and below 8e-5 where the result is rounded to bf16 anyway.
-#if defined(__AVX512F__)
-// One instruction takes the fraction, one scales by the whole part, and -infinity needs no care.
-template <class E>
-inline Vf Exp2(Vf x) {
-  constexpr int kFloor = 1;
-  const Vf f = (Vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, kFloor);
-  Vf p;
-  if constexpr (kPerUnit<E> == 2) {
-    p = Fma(Set1(7.802451966e-2f), f, Set1(2.260671597e-1f));
-    p = Fma(p, f, Set1(6.958335390e-1f));
-    p = Fma(p, f, Set1(9.999252186e-1f));
-  } else {
-    p = Fma(Set1(1.877569049e-3f), f, Set1(8.989358501e-3f));
-    p = Fma(p, f, Set1(5.582630266e-2f));
-    p = Fma(p, f, Set1(2.401536222e-1f));
-    p = Fma(p, f, Set1(6.931530726e-1f));
-    p = Fma(p, f, Set1(9.999999251e-1f));
-  }
-  return (Vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
-}
-#else
-template <class E>
-inline Vf Exp2(Vf x) {
-  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold.
-  const Vf magic = Set1(12582912.0f);
-  x = Max(Set1(-125.0f), x);
-  const Vf shifted = x + magic;
-  const Vf f = x - (shifted - magic);
-  Vf p;
-  if constexpr (kPerUnit<E> == 2) {
-    p = Fma(Set1(5.517166695e-2f), f, Set1(2.426111220e-1f));
-    p = Fma(p, f, Set1(6.932609859e-1f));
-    p = Fma(p, f, Set1(9.999280736e-1f));
-  } else {
-    p = Fma(Set1(1.327640379e-3f), f, Set1(9.675540790e-3f));
-    p = Fma(p, f, Set1(5.550713484e-2f));
-    p = Fma(p, f, Set1(2.402211974e-1f));
-    p = Fma(p, f, Set1(6.931469669e-1f));
-    p = Fma(p, f, Set1(1.000000072f));
-  }
-  return (Vf)((Vi)p + ((Vi)shifted << 23));
-}
-#endif
-
 // One row of values as units of Multiply's second operand; for bf16 two neighbouring rows.
 template <class E>
 inline void PutUnits(Unit* to, Vf first, Vf second) {
