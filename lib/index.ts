@@ -3,16 +3,8 @@ export { type EngineOptions, engine } from './engine/engine.ts'
 export { type ErrorCode, PyraflowError } from './engine/errors.ts'
 export type { LatentNormalisation } from './flow/normalise.ts'
 export { makeStages, type StageOptions, type Stages, stageSteps } from './flow/stages.ts'
-export {
-  type GenerateEvent,
-  type GenerateOptions,
-  Generation,
-  Pipeline,
-  type PipelineConfig,
-  type PipelineOptions,
-  type Recipe,
-  type Video,
-} from './generate.ts'
+export { type GenerateEvent, Generation, type Video } from './generate/generation.ts'
+export type { GenerateOptions, Recipe } from './generate/options.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'
 export { PyramidFluxTransformer } from './models/dit-flux.ts'
 export { PyramidDiffusionMMDiT } from './models/dit-mmdit.ts'
@@ -22,6 +14,7 @@ export type { MmditConfig } from './models/mmdit-config.ts'
 export type { VaePieces, VaePlan } from './models/vae-plan.ts'
 export { DecodeStream } from './models/vae-stream.ts'
 export type { TransformerInputs, TransformerOptions, VelocityNetwork } from './models/velocity-network.ts'
+export { Pipeline, type PipelineConfig, type PipelineOptions, type PipelineSource } from './pipeline.ts'
 export { historyTokens, planHistory } from './pyramid/history.ts'
 export {
   type NoiseSource,

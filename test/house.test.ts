@@ -41,7 +41,8 @@ const allowed: Record<string, string[]> = {
   flow: [...tensors, 'ops'],
   pyramid: numbers,
   'pyramid/latents': [...tensors, 'ops'],
-  train: ['*', '!generate'],
+  generate: ['*', '!train'],
+  train: ['*', '!generate', '!pipeline'],
   golden: ['*'],
   cli: ['*', 'cli'],
 }

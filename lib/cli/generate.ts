@@ -76,7 +76,7 @@ async function run(flags: GenerateFlags, command: Command): Promise<void> {
   }
   await configureEngine(flags)
   const { engine } = await import('../engine/engine.ts')
-  const { Pipeline } = await import('../generate.ts')
+  const { Pipeline } = await import('../pipeline.ts')
   const { signal, release } = interruptible()
   const progress = makeProgress(flags.progress)
   const began = performance.now()

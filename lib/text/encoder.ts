@@ -10,6 +10,11 @@ export interface TextFeatures {
   pooled: Tensor
 }
 
+export function disposeFeatures({ embeds, pooled }: TextFeatures): void {
+  embeds.dispose()
+  pooled.dispose()
+}
+
 /** What the pipeline needs of a text encoder, whatever its kind. */
 export interface TextEncoder {
   /** Width of `embeds`. */
