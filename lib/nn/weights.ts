@@ -152,7 +152,7 @@ export class Weights {
           weights.#startLoading()
           return make(weights)
         })
-        weights.#checkUsed(ignorePrefixes)
+        weights.assertAllUsed(ignorePrefixes)
         await sliced(() => weights.#fillSteps(signal), { grad: false, job })
         weights.close()
         await abortable(weights.#checkSums(), signal, job, 'loading')
@@ -348,8 +348,8 @@ export class Weights {
     return scope(() => clamp(generator.normal(shape, { mean: 0, std, dtype }), -2, 2))
   }
 
-  // ERR_CHECKPOINT when the file has keys that the model did not ask for.
-  #checkUsed(ignored: readonly string[]): void {
+  /** @throws ERR_CHECKPOINT when the file has keys that nothing asked for, except those with an ignored prefix. */
+  assertAllUsed(ignored: readonly string[] = []): void {
     const { entries, label } = this.#shared
     if (!entries) return
     const known = new Set(this.#all().map(([key]) => key))

@@ -32,6 +32,11 @@ export interface TextEncoder {
     prompts: readonly string[],
     options?: { readonly signal?: AbortSignal | undefined },
   ): TextFeatures | Promise<TextFeatures>
+  /** Features of each prompt, as if it had been encoded alone, where that is cheaper together. */
+  encodeEach?(
+    prompts: readonly string[],
+    options?: { readonly signal?: AbortSignal | undefined },
+  ): Promise<TextFeatures[]>
   /** Frees the weights; the encoder cannot be used afterwards. */
   dispose?(): void
 }

@@ -1,17 +1,18 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { defaultNegativePrompt, promptSuffix } from '../models/presets.ts'
 import type { TextEncoder, TextFeatures } from './encoder.ts'
-import type { TextNetworkOptions } from './network.ts'
 import { PromptNetworks, type PromptTokens } from './prompt-networks.ts'
 import { PromptTokenizers, T5_LENGTH } from './prompt-tokenizers.ts'
+import type { T5Options } from './t5-encoder.ts'
 
 /** How to load the text encoder of a published model. */
-export interface PromptEncoderOptions extends TextNetworkOptions {
+export interface PromptEncoderOptions extends T5Options {
   /** Is told when a prompt was cut. Default: `process.emitWarning`. */
   readonly onWarning?: (message: string) => void
 }
 
-const emitWarning = (message: string): void => process.emitWarning(message, 'PyraflowWarning')
+/** Says it on the process, where nobody else listens. */
+export const emitWarning = (message: string): void => process.emitWarning(message, 'PyraflowWarning')
 
 /** The text encoder of a published model: its tokenizers and its networks (spec/text.md). */
 export class PromptEncoder implements TextEncoder {
