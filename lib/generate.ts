@@ -3,7 +3,6 @@ import type { GenerateEvent, Video } from './generate/generation.ts'
 import { decodeFrames, encodeImage } from './generate/latents.ts'
 import type { Recipe } from './generate/options.ts'
 import type { Pipeline } from './pipeline.ts'
-import { noiseFrames } from './pyramid/units.ts'
 import { type NoiseSource, type SampleEvent, sampleLatents, seededNoise } from './sample.ts'
 import { Generator } from './tensor/generator.ts'
 import type { Tensor } from './tensor/tensor.ts'
@@ -83,23 +82,20 @@ async function* denoise(
 ): AsyncGenerator<Extract<GenerateEvent, { type: 'progress' }> | UnitEvent> {
   const { recipe, first } = job
   const factor = pipeline.vae.spatialFactor
-  const f = pipeline.config.framesPerUnit ?? 1
-  const wanted = (recipe.frames - 1) / pipeline.vae.temporalFactor + 1
-  const mode = first ? 'i2v' : 't2v'
   const began = performance.now()
   for await (const event of sampleLatents(pipeline.transformer, {
     stages: pipeline.stages,
-    frames: noiseFrames(wanted, { framesPerUnit: f, mode }),
+    frames: (recipe.frames - 1) / pipeline.vae.temporalFactor + 1,
     height: recipe.height / factor,
     width: recipe.width / factor,
     text: job.text,
     negative: job.negative,
     steps: recipe.steps,
     videoSteps: recipe.videoSteps,
-    guidance: { guidanceScale: recipe.guidanceScale, videoGuidanceScale: recipe.videoGuidanceScale, mode },
+    guidance: { guidanceScale: recipe.guidanceScale, videoGuidanceScale: recipe.videoGuidanceScale },
     noise: job.noise,
-    firstFrame: first,
-    framesPerUnit: f,
+    given: first,
+    framesPerUnit: pipeline.config.framesPerUnit ?? 1,
     signal: job.signal,
   })) {
     if (event.type === 'unit') yield event

@@ -1,36 +1,36 @@
-import { abortable } from './engine/abortable.ts'
 import { engine } from './engine/engine.ts'
-import { PyraflowError, throwIfAborted } from './engine/errors.ts'
+import { PyraflowError } from './engine/errors.ts'
 import { type GuidanceOptions, guidanceForUnit } from './flow/guidance.ts'
 import { jumpCoefficients } from './flow/jump.ts'
 import { type Stages, stageSteps } from './flow/stages.ts'
-import type { VelocityNetwork } from './models/velocity-network.ts'
-import { concat, slice } from './ops/copy.ts'
-import { euler } from './ops/euler.ts'
 import { renoise } from './ops/renoise.ts'
-import { planHistory } from './pyramid/history.ts'
-import { historyClips, latentPyramid, noisePyramid } from './pyramid/latents.ts'
+import { noisePyramid } from './pyramid/latents.ts'
 import { type Unit, unitsForFrames } from './pyramid/units.ts'
+import { LatentHistory } from './sample/latent-history.ts'
+import { PromptRows } from './sample/prompt-rows.ts'
+import { type SampledNetwork, StageRun } from './sample/stage-run.ts'
 import type { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
-import { sliced } from './tensor/sliced.ts'
 import type { Tensor } from './tensor/tensor.ts'
 import type { TextFeatures } from './text/encoder.ts'
 
 /** Where a generation's random numbers come from; recorded noise replays a run of another implementation. */
 export interface NoiseSource {
-  /** N(0, 1) latents at full resolution [B, C, T, H, W]; reduced to stage 0 by the sampler. */
-  initial(shape: readonly number[]): Tensor
+  /** N(0, 1) latents of a unit at full resolution [B, C, f, H, W]; reduced to stage 0 by the sampler. */
+  initial(unit: Unit, shape: readonly number[]): Tensor
   /** Block noise for one jump, or the seed and stream to draw it inside the kernel. */
-  block(unit: number, stage: number, shape: readonly number[]): Tensor | { seed: bigint; stream: bigint }
+  block(unit: Unit, stage: number, shape: readonly number[]): Tensor | { seed: bigint; stream: bigint }
 }
 
-/** Counter-based noise: every draw has a stream of its own, named by unit, stage and purpose. */
+/**
+ * Counter-based noise: every draw has a stream of its own, named by unit, stage and purpose. A unit's noise so does not
+ * depend on how long the video is, nor on where a generation began.
+ */
 export function seededNoise(generator: Generator): NoiseSource {
   return {
-    initial: (shape) => generator.stream('initial').normal(shape),
+    initial: (unit, shape) => generator.stream('initial', unit.index).normal(shape),
     block: (unit, stage) => {
-      const child = generator.stream('jump', unit, stage)
+      const child = generator.stream('jump', unit.index, stage)
       return { seed: child.seed, stream: child.streamId }
     },
   }
@@ -38,216 +38,140 @@ export function seededNoise(generator: Generator): NoiseSource {
 
 export interface SampleOptions {
   stages: Stages
-  /** Latent frames asked for: `temp` of the reference. */
+  /** Latent frames of the whole video: 1 + m·framesPerUnit. */
   frames: number
   /** Latent size at full resolution. */
   height: number
   width: number
-  /** Prompt rows (B) and, for guidance, negative rows (B) before them. */
-  text: TextFeatures
+  /** Prompt rows (B), for all units or unit by unit. */
+  text: TextFeatures | ((unit: number) => TextFeatures)
+  /** For guidance, B rows. */
   negative?: TextFeatures | undefined
   /** Euler steps per stage for the first unit and for later ones. */
   steps: readonly number[]
   videoSteps: readonly number[]
   guidance: GuidanceOptions
   noise: NoiseSource
-  /** Normalised latents [B, C, 1, H, W] of a given first frame: image-to-video. */
-  firstFrame?: Tensor | undefined
+  /** Normalised latents [B, C, T, H, W] that the video begins with: an image, a clip, or units made earlier. */
+  given?: Tensor | undefined
   framesPerUnit?: number
   signal?: AbortSignal | undefined
 }
 
 export type SampleEvent =
   | { type: 'step'; unit: number; stage: number; step: number; done: number; total: number }
-  /** `latent` is the sampler's own: read it before asking for the next event. */
-  | { type: 'stage'; unit: number; stage: number; latent: Tensor }
+  /** What a stage began and ended with. Both are the sampler's own: read them before asking for the next event. */
+  | { type: 'stage'; unit: number; stage: number; began: Tensor; latent: Tensor }
   /** Normalised latents [B, C, f, H, W] of a finished unit; the receiver owns them. */
   | { type: 'unit'; unit: number; latent: Tensor }
 
-/** All earlier frames at every pyramid level; grows by one unit at a time. */
-class History {
-  readonly #levels: (Tensor | null)[]
-
-  constructor(count: number) {
-    this.#levels = new Array<null>(count).fill(null)
-  }
-
-  append(latent: Tensor): void {
-    const pyramid = scope(() => {
-      const levels = latentPyramid(latent.view(latent.shape), this.#levels.length)
-      return levels.map((level, k) => {
-        const before = this.#levels[k]
-        return before ? concat([before, level], 2) : level
-      })
-    })
-    this.dispose()
-    pyramid.forEach((t, k) => {
-      this.#levels[k] = keep(t)
-    })
-  }
-
-  clips(unit: number, stage: number, framesPerUnit: number): Tensor[] {
-    const levels = this.#levels.filter((level) => level !== null)
-    return historyClips(levels, planHistory(unit, stage, this.#levels.length, framesPerUnit))
-  }
-
-  dispose(): void {
-    this.#levels.forEach((t, k) => {
-      t?.dispose()
-      this.#levels[k] = null
-    })
-  }
-}
-
-const twice = (x: Tensor): Tensor => concat([x, x], 0)
-
 /**
  * Autoregressive pyramid sampling (spec/method.md §7, §8): unit by unit, stage by stage, step by step. Yields progress,
- * each stage's latent, and each unit when it is finished. With a given first frame that frame is unit 0 and is not
- * yielded.
- * @throws ERR_ABORTED within one op of the signal; ERR_SHAPE and ERR_OPTION before anything is computed.
+ * each stage's latent, and each unit when it is finished; given units are not yielded.
+ * @throws ERR_ABORTED within one op of the signal; ERR_SHAPE and ERR_OPTION before anything is computed; ERR_NUMERICS
+ * naming unit, stage, step and layer when the network's answer is not finite.
  */
 export async function* sampleLatents(
-  model: Pick<VelocityNetwork, 'latentChannels' | 'layout' | 'forwardSteps'>,
+  model: SampledNetwork,
   options: SampleOptions,
 ): AsyncGenerator<SampleEvent> {
-  const { stages, text, negative, framesPerUnit: f = 1, signal } = options
-  const mode = options.firstFrame ? 'i2v' : 't2v'
-  const units = unitsForFrames(options.frames, { framesPerUnit: f, mode }).filter((u) => !u.given)
-  const batch = text.mask.length
-  const channels = model.latentChannels
-  const k = stages.count
-  checkSizes(options, batch)
-  const total = units.reduce(
-    (n, u) => n + sum(u.index === 0 || mode === 'i2v' ? options.steps : options.videoSteps),
-    0,
-  )
+  const { stages, given, negative, framesPerUnit = 1, signal } = options
+  checkSizes(options)
+  const units = unitsToMake(options)
+  const total = units.reduce((n, unit) => n + sum(stepCounts(unit, options)), 0)
 
   const job = engine.newJob()
   const queued = <T>(fn: () => T): T => engine.within(job, fn)
-  const history = new History(k)
-  const owned: Tensor[] = []
-  let latent: Tensor | undefined
+  const history = new LatentHistory(stages.count, framesPerUnit)
+  const rows = new PromptRows(negative)
+  // Disposing twice is harmless, so this may name what has another owner meanwhile.
+  let held: Tensor | undefined
   let done = 0
   try {
-    const prompts = queued(() => scope(() => bothHalves(text, negative)))
-    owned.push(keep(prompts.embeds), keep(prompts.pooled))
-    const { firstFrame } = options
-    if (firstFrame) queued(() => history.append(firstFrame))
-    const shape = [batch, channels, options.frames, options.height, options.width]
-    const start = keep(queued(() => scope(() => noisePyramid(options.noise.initial(shape), k)[0] as Tensor)))
-    owned.push(start)
+    if (given) queued(() => history.append(given))
 
     for (const unit of units) {
-      const steps = unit.index === 0 || mode === 'i2v' ? options.steps : options.videoSteps
-      const g = guidanceForUnit(unit.index, options.guidance)
-      const guided = g > 0 && negative !== undefined
-      latent = keep(queued(() => slice(start, 2, unit.noiseFrame, unit.frames)))
-      for (let stage = 0; stage < k; stage++) {
-        const before: Tensor = latent
-        if (stage > 0)
-          latent = replace(
-            before,
-            queued(() => jump(before, unit, stage, options)),
-          )
-        const clips = queued(() =>
-          scope(() => history.clips(unit.index, stage, f).map((c) => (guided ? twice(c) : c))),
-        )
-        clips.forEach(keep)
-        const cond = guided ? prompts : text
-        const inputs = { text: cond.embeds, textMask: cond.mask, pooled: cond.pooled }
-        const now: Tensor = latent
-        const layout = queued(() =>
-          scope(() => model.layout({ columns: [[...clips, guided ? twice(now) : now]], ...inputs })),
-        )
-        const { timesteps, sigmas } = stageSteps(stages, stage, steps[stage] as number)
-        let running: Promise<void> | undefined
+      const guidance = guidanceForUnit(unit.index, options.guidance)
+      const guided = guidance > 0 && negative !== undefined
+      const prompts = queued(() => rows.of(textOf(unit.index, options), guided))
+      let latent = queued(() => startNoise(unit, model.latentChannels, options))
+      held = latent
+
+      for (let stage = 0; stage < stages.count; stage++) {
+        if (stage > 0) latent = queued(jump(latent, unit, stage, options))
+        held = latent
+        const clips = queued(() => history.clips(unit.index, stage))
+        const counts = stageSteps(stages, stage, stepCounts(unit, options)[stage] as number)
+        const place = { unit: unit.index, stage, began: latent, clips, prompts, guidance, guided }
+        const run = queued(() => new StageRun({ model, job, signal, ...place, ...counts }))
         try {
-          for (let n = 0; n < timesteps.length; n++) {
-            throwIfAborted(signal, 'generation')
-            const x: Tensor = latent
-            const next = await sliced(
-              function* () {
-                const [v] = (yield* model.forwardSteps({
-                  columns: [[...clips, guided ? twice(x) : x]],
-                  timesteps: new Array<number>(guided ? 2 * batch : batch).fill(timesteps[n] as number),
-                  ...inputs,
-                  layout,
-                })) as [Tensor]
-                const deltaSigma = (sigmas[n + 1] as number) - (sigmas[n] as number)
-                return guided
-                  ? euler(x, slice(v, 0, batch, batch), slice(v, 0, 0, batch), { deltaSigma, guidance: g })
-                  : euler(x, v, null, { deltaSigma, guidance: 1 })
-              },
-              { grad: false, job },
-            )
-            latent = replace(latent, next)
-            // One step is computed while the next is being queued.
-            await (running ? abortable(running, signal, job) : undefined)
-            running = engine.idle(job)
-            running.catch(() => undefined)
+          for (let step = 0; step < run.steps; step++) {
+            await run.step(step)
             done++
-            yield { type: 'step', unit: unit.index, stage, step: n, done, total }
+            yield { type: 'step', unit: unit.index, stage, step, done, total }
           }
-          if (running) await abortable(running, signal, job)
+          latent = await run.finish()
+          held = latent
+          yield { type: 'stage', unit: unit.index, stage, began: run.began, latent }
         } finally {
-          for (const clip of clips) clip.dispose()
+          run.dispose()
         }
-        yield { type: 'stage', unit: unit.index, stage, latent }
       }
-      const finished: Tensor = latent
-      queued(() => history.append(finished))
-      latent = undefined
-      yield { type: 'unit', unit: unit.index, latent: finished }
+      queued(() => history.append(latent))
+      held = undefined
+      yield { type: 'unit', unit: unit.index, latent }
     }
   } finally {
     // Nobody waits for what is still queued.
     if (signal?.aborted) await engine.cancel(job)
-    latent?.dispose()
+    held?.dispose()
     history.dispose()
-    for (const t of owned) t.dispose()
+    rows.dispose()
   }
 }
 
-function replace(before: Tensor, after: Tensor): Tensor {
-  keep(after)
-  before.dispose()
-  return after
+function unitsToMake({ frames, framesPerUnit = 1, given }: SampleOptions): readonly Unit[] {
+  const before = given?.shape[2] ?? 0
+  const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= before)
+  if (units[0]?.firstFrame === before) return units
+  throw new PyraflowError('ERR_SHAPE', {
+    what: 'given latents',
+    expected: `whole units, fewer than the video's ${frames} latent frames`,
+    received: `${before} latent frames`,
+  })
 }
 
-function bothHalves(text: TextFeatures, negative: TextFeatures | undefined): TextFeatures {
-  if (!negative)
-    return {
-      ...text,
-      embeds: text.embeds.view(text.embeds.shape),
-      pooled: text.pooled.view(text.pooled.shape),
-    }
-  return {
-    embeds: concat([negative.embeds, text.embeds], 0),
-    mask: [...negative.mask, ...text.mask],
-    pooled: concat([negative.pooled, text.pooled], 0),
-  }
+const stepCounts = (unit: Unit, { steps, videoSteps }: SampleOptions): readonly number[] =>
+  unit.index === 0 ? steps : videoSteps
+
+function startNoise(unit: Unit, channels: number, options: SampleOptions): Tensor {
+  const { stages, noise, height, width } = options
+  const shape = [rowCount(options), channels, unit.frames, height, width]
+  return keep(scope(() => noisePyramid(noise.initial(unit, shape), stages.count)[0] as Tensor))
 }
 
-/** α·Up2(latent) + β·n' (spec/method.md §6). */
-function jump(latent: Tensor, unit: Unit, stage: number, options: SampleOptions): Tensor {
+/** α·Up2(latent) + β·n' (spec/method.md §6); frees the latent. */
+const jump = (latent: Tensor, unit: Unit, stage: number, options: SampleOptions) => (): Tensor => {
   const coefficients = jumpCoefficients(options.stages, stage)
-  const shape = [
-    ...latent.shape.slice(0, 3),
-    2 * (latent.shape[3] as number),
-    2 * (latent.shape[4] as number),
-  ]
-  return scope(() => {
-    const noise = options.noise.block(unit.index, stage, shape)
+  const [b, c, t, h, w] = latent.shape as [number, number, number, number, number]
+  const next = scope(() => {
+    const noise = options.noise.block(unit, stage, [b, c, t, 2 * h, 2 * w])
     return 'seed' in noise
       ? renoise(latent, { ...coefficients, ...noise })
       : renoise(latent, { ...coefficients, noise })
   })
+  latent.dispose()
+  return keep(next)
 }
 
 const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0)
 
-function checkSizes(options: SampleOptions, batch: number): void {
+const textOf = (unit: number, { text }: SampleOptions): TextFeatures =>
+  typeof text === 'function' ? text(unit) : text
+
+const rowCount = (options: SampleOptions): number => options.given?.shape[0] ?? textOf(0, options).mask.length
+
+function checkSizes(options: SampleOptions): void {
   const { stages, height, width, steps, videoSteps, negative } = options
   const multiple = 2 ** stages.count
   if (height % multiple || width % multiple || height < multiple || width < multiple) {
@@ -269,6 +193,7 @@ function checkSizes(options: SampleOptions, batch: number): void {
       })
     }
   }
+  const batch = rowCount(options)
   if (negative && negative.mask.length !== batch) {
     throw new PyraflowError('ERR_SHAPE', {
       what: 'negative prompt',

@@ -214,14 +214,16 @@ describe('guidance', () => {
   const scales = { guidanceScale: 7, videoGuidanceScale: 5 }
 
   it('uses the image scale for the first unit of t2v only', () => {
-    expect([0, 1, 9].map((u) => guidanceForUnit(u, { ...scales, mode: 't2v' }))).toEqual([7, 5, 5])
-    expect([1, 2].map((u) => guidanceForUnit(u, { ...scales, mode: 'i2v' }))).toEqual([5, 5])
-    expect(() => guidanceForUnit(0, { ...scales, mode: 'i2v' })).toThrow(/from 1/)
+    expect([0, 1, 9].map((u) => guidanceForUnit(u, scales))).toEqual([7, 5, 5])
+    expect(() => guidanceForUnit(-1, scales)).toThrow(/from 0/)
+    const perUnit = [6, 4, 3]
+    expect([0, 1, 2, 9].map((u) => guidanceForUnit(u, { ...scales, perUnit }))).toEqual([6, 4, 3, 3])
+    expect(() => guidanceForUnit(0, { ...scales, perUnit: [] })).toThrow(/one a unit/)
   })
 
   it('falls linearly to its minimum when asked', () => {
     const linear = { alpha: 0.5, min: 2 }
-    const of = (u: number): number => guidanceForUnit(u, { ...scales, linear, mode: 't2v' })
+    const of = (u: number): number => guidanceForUnit(u, { ...scales, linear })
     expect([0, 1, 4, 10, 30].map(of)).toEqual([7, 6.5, 5, 2, 2])
   })
 })

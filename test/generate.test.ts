@@ -113,7 +113,7 @@ describe('a generation', () => {
     for await (const event of run) events.push(event)
     const progress = events.flatMap((event) => (event.type === 'progress' ? [event] : []))
     expect([...new Set(progress.map(({ unit }) => unit))]).toEqual([1, 2])
-    expect(progress).toHaveLength(2 * 6)
+    expect(progress).toHaveLength(2 * 3)
     const video = await run.result()
     expect(video.count).toBe(17)
     expect(video.recipe.image).toBe(image)
@@ -433,7 +433,7 @@ describe('the flow', () => {
           negative: guided ? tinyText().encode(['']) : undefined,
           steps: [3, 2, 1],
           videoSteps: [1, 1, 1],
-          guidance: { guidanceScale: 4, videoGuidanceScale: 2, mode: 't2v' },
+          guidance: { guidanceScale: 4, videoGuidanceScale: 2 },
           noise: seededNoise(new Generator(1)),
         },
       )) {

@@ -42,6 +42,7 @@ const allowed: Record<string, string[]> = {
   pyramid: numbers,
   'pyramid/latents': [...tensors, 'ops'],
   generate: ['*', '!train'],
+  sample: ['*', '!train', '!generate', '!pipeline'],
   train: ['*', '!generate', '!pipeline'],
   golden: ['*'],
   cli: ['*', 'cli'],

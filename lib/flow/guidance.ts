@@ -2,26 +2,29 @@ import { PyraflowError } from '../engine/errors.ts'
 
 /** How strongly the prompt is followed, unit by unit (spec/method.md §7, §10). */
 export interface GuidanceOptions {
-  /** g of the first unit of text-to-video and of images. */
+  /** g of the first unit, which is an image. */
   readonly guidanceScale: number
-  /** g of every later unit, and of every unit of image-to-video. */
+  /** g of every later unit. */
   readonly videoGuidanceScale: number
   /** Falling guidance: unit u gets max(guidanceScale − alpha·u, min), whatever its kind. */
   readonly linear?: { readonly alpha?: number; readonly min?: number } | undefined
-  readonly mode: 't2v' | 'i2v'
+  /** g of each unit by its index; the last one holds from there on. Overrides all others. */
+  readonly perUnit?: readonly number[] | undefined
 }
 
 /**
  * The guidance scale of unit `unit`. Guidance is active iff the result is above 0, so 1 still runs both
  * halves of the batch, as the reference does.
  *
- * @throws PyraflowError `ERR_OPTION` for a unit that is not generated or a scale that is not a number.
+ * @throws PyraflowError `ERR_OPTION` for a unit that is none or a scale that is not a number.
  */
 export function guidanceForUnit(unit: number, options: GuidanceOptions): number {
-  const { guidanceScale, videoGuidanceScale, linear, mode } = options
-  const first = mode === 'i2v' ? 1 : 0
-  if (!Number.isSafeInteger(unit) || unit < first) {
-    throw invalid('unit', `an integer from ${first}`, unit)
+  const { guidanceScale, videoGuidanceScale, linear, perUnit } = options
+  if (!Number.isSafeInteger(unit) || unit < 0) throw invalid('unit', 'an integer from 0', unit)
+  if (perUnit) {
+    const g = perUnit[Math.min(unit, perUnit.length - 1)]
+    if (g !== undefined && perUnit.every(Number.isFinite)) return g
+    throw invalid('guidance', 'finite numbers, one a unit', `[${perUnit}]`)
   }
   if (!Number.isFinite(guidanceScale)) throw invalid('guidanceScale', 'a finite number', guidanceScale)
   if (!Number.isFinite(videoGuidanceScale)) {
@@ -42,6 +45,6 @@ function invalid(what: string, expected: string, received: unknown): PyraflowErr
     what,
     expected,
     received: String(received),
-    remedy: 'Unit 0 of image-to-video is the given image; scales of 0 or less turn guidance off',
+    remedy: 'Units count from 0; scales of 0 or less turn guidance off',
   })
 }

@@ -6,6 +6,7 @@ import type { VelocityNetwork } from '../models/velocity-network.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { framesDecode, framesEncode } from '../ops/frames.ts'
 import { latentPyramid, noisePyramid } from '../pyramid/latents.ts'
+import { type Unit, unitsForFrames } from '../pyramid/units.ts'
 import { type SampleOptions, sampleLatents } from '../sample.ts'
 import { scope } from '../tensor/scope.ts'
 import { noGrad } from '../tensor/tape.ts'
@@ -68,44 +69,49 @@ export const runGeneration: CaseRunner = async (dir, json, ctx) => {
   const model = await loadVelocityNetwork(folders.dit, { dtype: 'f32' })
   const vae = await CausalVideoVAE.fromPretrained(folders.vae, { dtype: 'f32' })
   const firstFrame = c.mode === 'i2v' ? encodeImage(r, vae, constants) : undefined
+  const framesPerUnit = c.fpu ?? 1
+  // The recorded noise is one draw for all units, which image-to-video counts without the image.
+  const units = unitsForFrames(c.temp, { framesPerUnit, mode: c.mode })
+  const last = units[units.length - 1] as Unit
   const options: SampleOptions = {
     stages: stagesOf(c, c.steps.length),
-    frames: c.temp,
+    frames: last.firstFrame + last.frames,
     height: c.H,
     width: c.W,
     text: features(r, 'prompt'),
     negative: features(r, 'negative'),
     steps: c.steps,
-    videoSteps: c.vsteps ?? c.steps,
+    // Image-to-video takes one count for every unit.
+    videoSteps: firstFrame ? c.steps : (c.vsteps ?? c.steps),
     guidance: {
       guidanceScale: c.g,
       videoGuidanceScale: c.vg,
-      mode: c.mode,
       ...(c.linear ? { linear: { alpha: c.alpha ?? 0.5, min: c.ming ?? 2 } } : {}),
     },
     noise: {
-      initial: () => r.tensor('initial_noise'),
-      block: (unit, stage) => r.tensor(`block_noise.${unit}.${stage}`),
+      initial: ({ index, frames }) =>
+        slice(r.tensor('initial_noise'), 2, units[index]?.noiseFrame ?? 0, frames),
+      block: ({ index }, stage) => r.tensor(`block_noise.${index}.${stage}`),
     },
-    framesPerUnit: c.fpu ?? 1,
-    ...(firstFrame ? { firstFrame } : {}),
+    framesPerUnit,
+    given: firstFrame,
   }
   const checks = await firstStep(r, model, options)
-  const units: Tensor[] = firstFrame ? [firstFrame] : []
+  const made: Tensor[] = firstFrame ? [firstFrame] : []
   for await (const event of sampleLatents(model, options)) {
-    if (event.type === 'unit') units.push(event.latent)
+    if (event.type === 'unit') made.push(event.latent)
     if (event.type !== 'stage') continue
     const name = `intermed.${event.unit}.${event.stage}`
     checks.push(await compare(name, event.latent, expected(r, name), LATENTS))
   }
-  const latents = scope(() => concat(units, 2))
+  const latents = scope(() => concat(made, 2))
   checks.push(await compare('final latents', latents, expected(r, 'final_latents'), LATENTS))
   if (r.has('frames')) checks.push(await frameCheck(r, vae, latents, constants))
-  for (const text of [options.text, options.negative as TextFeatures]) {
+  for (const text of [options.text, options.negative] as TextFeatures[]) {
     text.embeds.dispose()
     text.pooled.dispose()
   }
-  for (const t of [...units, latents]) t.dispose()
+  for (const t of [...made, latents]) t.dispose()
   vae.dispose()
   model.dispose()
   return checks
@@ -114,7 +120,8 @@ export const runGeneration: CaseRunner = async (dir, json, ctx) => {
 /** The network's very first answer: rows of the negative prompt, then of the prompt. */
 async function firstStep(r: Recorded, model: VelocityNetwork, options: SampleOptions): Promise<Check[]> {
   if (!r.has('first_step.dit_output')) return []
-  const { stages, steps, firstFrame, framesPerUnit: f = 1, text, negative } = options
+  const { stages, steps, given, framesPerUnit: f = 1, negative } = options
+  const text = options.text as TextFeatures
   const tau = stageSteps(stages, 0, steps[0] as number).timesteps[0] as number
   const rows = r.shape('first_step.dit_output')[0] as number
   const v = noGrad(() =>
@@ -122,8 +129,8 @@ async function firstStep(r: Recorded, model: VelocityNetwork, options: SampleOpt
       const guided = rows > text.mask.length && negative !== undefined
       const both = (x: Tensor, y: Tensor): Tensor => (guided ? concat([x, y], 0) : y)
       const noise = noisePyramid(r.tensor('initial_noise'), stages.count)[0] as Tensor
-      const x = slice(noise, 2, 0, firstFrame ? f : 1)
-      const history = firstFrame ? [latentPyramid(firstFrame, stages.count)[0] as Tensor] : []
+      const x = slice(noise, 2, 0, given ? f : 1)
+      const history = given ? [latentPyramid(given, stages.count)[0] as Tensor] : []
       const [out] = model.forward({
         columns: [[...history, x].map((clip) => both(clip, clip))],
         timesteps: new Array<number>(rows).fill(tau),

@@ -1,0 +1,155 @@
+import { abortable } from '../engine/abortable.ts'
+import { throwIfAborted } from '../engine/errors.ts'
+import type { StageSteps } from '../flow/stages.ts'
+import type { TransformerInputs, VelocityNetwork } from '../models/velocity-network.ts'
+import { concat, slice } from '../ops/copy.ts'
+import { euler } from '../ops/euler.ts'
+import type { Layout } from '../pyramid/layout.ts'
+import { keep, scope } from '../tensor/scope.ts'
+import { sliced } from '../tensor/sliced.ts'
+import type { Steps } from '../tensor/tape.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import type { TextFeatures } from '../text/encoder.ts'
+import { FiniteCheck, nonFinite } from './finite.ts'
+
+export type SampledNetwork = Pick<VelocityNetwork, 'latentChannels' | 'layout' | 'forwardSteps'>
+
+type Capture = TransformerInputs['capture']
+
+export interface StageRunOptions extends StageSteps {
+  readonly model: SampledNetwork
+  readonly unit: number
+  readonly stage: number
+  /** The latent that the stage begins with [B, C, f, h, w]; the run owns it. */
+  readonly began: Tensor
+  /** What the unit sees of the past, oldest first; the run owns them. */
+  readonly clips: readonly Tensor[]
+  /** B rows, or 2B under guidance (27). */
+  readonly prompts: TextFeatures
+  readonly guidance: number
+  readonly guided: boolean
+  readonly job: number
+  readonly signal: AbortSignal | undefined
+}
+
+/** The Euler steps of one unit in one stage. One is computed while the next is being queued. */
+export class StageRun {
+  readonly began: Tensor
+  readonly #options: StageRunOptions
+  readonly #clips: readonly Tensor[]
+  readonly #layout: Layout
+  #latent: Tensor
+  #running: { step: number; bad: Promise<string | undefined> } | undefined
+
+  /** Queues what all steps share. */
+  constructor(options: StageRunOptions) {
+    const { model, began, clips, prompts } = options
+    this.began = began
+    this.#latent = began
+    this.#options = options
+    this.#clips = scope(() => clips.map((clip) => this.#rows(clip)))
+    this.#clips.forEach(keep)
+    const { embeds: text, mask: textMask } = prompts
+    this.#layout = scope(() =>
+      model.layout({ columns: [[...this.#clips, this.#rows(began)]], text, textMask }),
+    )
+  }
+
+  get steps(): number {
+    return this.#options.timesteps.length
+  }
+
+  /** Queues step `n` and waits for the one before. @throws ERR_ABORTED; ERR_NUMERICS */
+  async step(n: number): Promise<void> {
+    throwIfAborted(this.#options.signal, 'generation')
+    const before = this.#latent
+    const check = new FiniteCheck()
+    this.#latent = await this.#queue(before, n, check)
+    if (before !== this.began) before.dispose()
+    const bad = check.first()
+    bad.catch(() => undefined)
+    await this.#settle()
+    this.#running = { step: n, bad }
+  }
+
+  /** Waits for the last step and gives its latent to the caller. @throws ERR_ABORTED; ERR_NUMERICS */
+  async finish(): Promise<Tensor> {
+    await this.#settle()
+    const latent = this.#latent
+    this.#latent = this.began
+    return latent
+  }
+
+  /** latent + Δς·v with v = v_uncond + g·(v_cond − v_uncond) (27), (28). */
+  *#euler(x: Tensor, n: number, capture: Capture): Steps<Tensor> {
+    const { model, timesteps, sigmas, prompts, guidance, guided } = this.#options
+    const [v] = (yield* model.forwardSteps({
+      columns: [[...this.#clips, this.#rows(x)]],
+      timesteps: new Array<number>(prompts.mask.length).fill(timesteps[n] as number),
+      text: prompts.embeds,
+      textMask: prompts.mask,
+      pooled: prompts.pooled,
+      layout: this.#layout,
+      capture,
+    })) as [Tensor]
+    const deltaSigma = (sigmas[n + 1] as number) - (sigmas[n] as number)
+    if (!guided) return euler(x, v, null, { deltaSigma, guidance: 1 })
+    const batch = x.shape[0] as number
+    return euler(x, slice(v, 0, batch, batch), slice(v, 0, 0, batch), { deltaSigma, guidance })
+  }
+
+  #rows(x: Tensor): Tensor {
+    return this.#options.guided ? concat([x, x], 0) : x.view(x.shape)
+  }
+
+  async #queue(x: Tensor, n: number, check: FiniteCheck, everything = false): Promise<Tensor> {
+    const capture = (name: string, tensor: Tensor): void => check.add(name, tensor)
+    const steps = (): Steps<Tensor> => this.#checked(x, n, check, everything ? capture : undefined)
+    try {
+      return await sliced(steps, { grad: false, job: this.#options.job })
+    } catch (error) {
+      check.dispose()
+      throw error
+    }
+  }
+
+  *#checked(x: Tensor, n: number, check: FiniteCheck, capture: Capture): Steps<Tensor> {
+    const next = yield* this.#euler(x, n, capture)
+    check.add('the velocity', next)
+    return next
+  }
+
+  // Reading one number of its result waits for a step, and says whether it came out well.
+  async #settle(): Promise<void> {
+    const running = this.#running
+    this.#running = undefined
+    if (!running) return
+    const { job, signal } = this.#options
+    if ((await abortable(running.bad, signal, job)) !== undefined) throw await this.#culprit(running.step)
+  }
+
+  // Which layer was the first whose output is not finite: the stage is run again, looking at everything.
+  async #culprit(last: number): Promise<Error> {
+    const { unit, stage, job, signal } = this.#options
+    let x = this.began
+    let layer: string | undefined
+    let n = 0
+    for (; n <= last; n++) {
+      const check = new FiniteCheck()
+      const next = await this.#queue(x, n, check, true)
+      if (x !== this.began) x.dispose()
+      x = next
+      layer = await abortable(check.first(), signal, job)
+      if (layer !== undefined) break
+    }
+    if (x !== this.began) x.dispose()
+    return nonFinite(`unit ${unit}, stage ${stage}, step ${Math.min(n, last)}`, layer)
+  }
+
+  /** Frees everything but a latent that `finish` gave away. */
+  dispose(): void {
+    if (this.#latent !== this.began) this.#latent.dispose()
+    for (const clip of [...this.#clips, ...this.#options.clips]) clip.dispose()
+    this.began.dispose()
+  }
+}
