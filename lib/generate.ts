@@ -1,108 +1,176 @@
 import { engine } from './engine/engine.ts'
-import type { GenerateEvent, Video } from './generate/generation.ts'
-import { decodeFrames, encodeImage } from './generate/latents.ts'
-import type { Recipe } from './generate/options.ts'
+import { denoise, latentsOf, stepCosts } from './generate/denoise.ts'
+import type { GenerateEvent } from './generate/generation.ts'
+import { givenLatents, streamOf } from './generate/given.ts'
+import { decodeFrames, toClip } from './generate/latents.ts'
+import { preview } from './generate/preview.ts'
+import type { Recipe } from './generate/recipe.ts'
+import { checkLength, type Request } from './generate/resolve.ts'
+import { PromptFeatures } from './generate/texts.ts'
+import { Video } from './generate/video.ts'
 import type { Pipeline } from './pipeline.ts'
-import { type NoiseSource, type SampleEvent, sampleLatents, seededNoise } from './sample.ts'
-import { Generator } from './tensor/generator.ts'
+import { pixelFrames } from './pyramid/units.ts'
 import type { Tensor } from './tensor/tensor.ts'
-import { disposeFeatures, type TextFeatures } from './text/encoder.ts'
 
-type UnitEvent = Extract<SampleEvent, { type: 'unit' }>
+interface Run {
+  readonly pipeline: Pipeline
+  readonly signal: AbortSignal | undefined
+  readonly previews: boolean
+  readonly job: number
+  readonly features: PromptFeatures
+  readonly progress: Progress
+  /** Warnings that have not been told yet. */
+  readonly warnings: string[]
+}
 
-/** Prompt → frames, unit by unit: text features, the latents of each unit, and its frames as soon as it is done. */
-export async function* generateVideo(
+/** Prompts → videos, one after another: text features first, then for each video its units, and each unit's frames. */
+export async function* generateVideos(
   pipeline: Pipeline,
-  recipe: Recipe,
-  signal: AbortSignal | undefined,
-): AsyncGenerator<GenerateEvent, Video> {
-  const generator = new Generator(recipe.seed).stream('generate')
-  const owned: Tensor[] = []
-  const { width, height, maxMemory } = recipe
-  const stream = pipeline.vae.decodeStream({ maxMemory })
-  const job = engine.newJob()
-  const parts: Uint8Array[] = []
-  let features: TextFeatures[] = []
-  let count = 0
-  const show = async (latent: Tensor): Promise<GenerateEvent> => {
-    const frames = await decodeFrames(pipeline, latent, {
-      begins: count === 0,
-      decode: (z) => stream.pushSteps(z),
-      signal,
-      job,
-    })
-    parts.push(frames)
-    const first = count
-    count += frames.length / (width * height * 3)
-    return { type: 'frames', first, frames, width, height, count: count - first }
-  }
+  requests: readonly Request[],
+  options: { signal: AbortSignal | undefined; previews: boolean },
+): AsyncGenerator<GenerateEvent, Video[]> {
+  const { signal } = options
+  const warnings: string[] = []
+  const recipes = requests.map(({ recipe }) => recipe)
+  const place = { model: await pipeline.modelHash(), backend: engine.device.backend }
+  warnings.push(...differences(requests[0] as Request, { ...place, dtype: pipeline.dtype }))
+  const onWarning = (message: string): unknown => warnings.push(message)
+  const features = await PromptFeatures.of(pipeline, recipes, { signal, onWarning })
+  const progress = new Progress(requests.length)
+  const run: Run = { pipeline, ...options, job: engine.newJob(), features, progress, warnings }
+  const videos: Video[] = []
   try {
-    const prompt = recipe.prompt + (pipeline.text.promptSuffix ?? '')
-    features = await pipeline.encodePrompts([prompt, recipe.negativePrompt], { signal })
-    const [text, negative] = features as [TextFeatures, TextFeatures]
-    const first =
-      recipe.image === undefined ? undefined : await encodeImage(pipeline, recipe.image, recipe, generator)
-    if (first) {
-      owned.push(first)
-      yield await show(first)
+    for (const [video, request] of requests.entries()) {
+      const result = yield* generateVideo(run, request, video, place)
+      videos.push(result)
+      yield { type: 'video', video, result }
     }
-    const noise = seededNoise(generator)
-    for await (const event of denoise(pipeline, { recipe, text, negative, noise, first, signal })) {
-      if (event.type === 'progress') yield event
-      else {
-        owned.push(event.latent)
-        yield await show(event.latent)
-      }
-    }
-    const frames = new Uint8Array(count * width * height * 3)
-    let at = 0
-    for (const part of parts) {
-      frames.set(part, at)
-      at += part.length
-    }
-    return { frames, count, width, height, fps: recipe.fps, recipe }
+    return videos
   } finally {
-    stream.dispose()
-    features.forEach(disposeFeatures)
-    for (const t of owned) t.dispose()
+    features.dispose()
     await engine.idle().catch(() => undefined)
   }
 }
 
-async function* denoise(
-  pipeline: Pipeline,
-  job: {
-    recipe: Recipe
-    text: TextFeatures
-    negative: TextFeatures
-    noise: NoiseSource
-    first: Tensor | undefined
-    signal: AbortSignal | undefined
-  },
-): AsyncGenerator<Extract<GenerateEvent, { type: 'progress' }> | UnitEvent> {
-  const { recipe, first } = job
-  const factor = pipeline.vae.spatialFactor
-  const began = performance.now()
-  for await (const event of sampleLatents(pipeline.transformer, {
-    stages: pipeline.stages,
-    frames: (recipe.frames - 1) / pipeline.vae.temporalFactor + 1,
-    height: recipe.height / factor,
-    width: recipe.width / factor,
-    text: job.text,
-    negative: job.negative,
-    steps: recipe.steps,
-    videoSteps: recipe.videoSteps,
-    guidance: { guidanceScale: recipe.guidanceScale, videoGuidanceScale: recipe.videoGuidanceScale },
-    noise: job.noise,
-    given: first,
-    framesPerUnit: pipeline.config.framesPerUnit ?? 1,
-    signal: job.signal,
-  })) {
-    if (event.type === 'unit') yield event
-    else if (event.type === 'step') {
-      const { unit, stage, done, total } = event
-      const etaMs = ((performance.now() - began) / done) * (total - done)
-      yield { type: 'progress', phase: 'denoise', unit, stage, done, total, etaMs }
+async function* generateVideo(
+  run: Run,
+  request: Request,
+  video: number,
+  place: Pick<Recipe, 'model' | 'backend'>,
+): AsyncGenerator<GenerateEvent, Video> {
+  const { pipeline, signal, job, progress, warnings } = run
+  const { width, height, maxMemory } = request.recipe
+  const where = { signal, job }
+  const units: Tensor[] = []
+  const decoder = pipeline.vae.decodeStream({ maxMemory })
+  const parts: Uint8Array[] = []
+  let count = 0
+  const show = async (latent: Tensor, what: string): Promise<GenerateEvent> => {
+    units.push(latent)
+    const first = count
+    const decode = decoder.pushSteps.bind(decoder)
+    const frames = await decodeFrames(pipeline, latent, { ...where, what, begins: first === 0, decode })
+    parts.push(frames)
+    count += frames.length / (width * height * 3)
+    return { type: 'frames', video, first, frames, width, height, count: count - first }
+  }
+  try {
+    const onWarning = (message: string): unknown => warnings.push(message)
+    const given = await givenLatents(pipeline, request, { ...where, onWarning })
+    if (given.latents) units.push(given.latents)
+    const recipe = finishRecipe(pipeline, request, { ...given.facts, ...place }, given.latents)
+    for (const message of warnings.splice(0)) yield { type: 'warning', message }
+    if (given.latents) yield await show(units.pop() as Tensor, 'decoding the given frames')
+
+    progress.begin(stepCosts(pipeline, recipe, given.latents))
+    const generator = streamOf(recipe)
+    const work = { recipe, features: run.features, generator, given: given.latents, signal }
+    for await (const event of denoise(pipeline, work)) {
+      const { unit } = event
+      if (event.type === 'unit') yield await show(event.latent, `decoding unit ${unit}`)
+      else if (event.type === 'step') {
+        const { stage, step } = event
+        yield { type: 'progress', phase: 'denoise', video, unit, stage, step, ...progress.step() }
+      } else if (run.previews && event.stage < pipeline.stages.count - 1) {
+        const { stage } = event
+        const what = `preview of unit ${unit}, stage ${stage}`
+        const small = await preview(pipeline, event, { ...where, what, begins: unit === 0 })
+        yield { type: 'preview', video, unit, stage, ...small }
+      }
     }
+    const latents = await toClip(units)
+    return new Video({ frames: joined(parts), count, width, height, fps: recipe.fps, latents, recipe })
+  } finally {
+    decoder.dispose()
+    for (const latent of units) latent.dispose()
+  }
+}
+
+/** The recipe of a video, now that all of it is known. */
+function finishRecipe(
+  pipeline: Pipeline,
+  { recipe, guidance }: Request,
+  facts: Pick<Recipe, 'image' | 'continueFrom' | 'model' | 'backend'>,
+  given: Tensor | undefined,
+): Recipe {
+  const known = Object.fromEntries(Object.entries(facts).filter(([, value]) => value !== undefined))
+  const whole: Recipe = { ...recipe, ...known }
+  const latents = latentsOf(pipeline, whole, given)
+  checkLength(whole, pixelFrames(latents))
+  if (typeof guidance !== 'function') return whole
+  const units = 1 + (latents - 1) / (pipeline.config.framesPerUnit ?? 1)
+  return { ...whole, guidance: Array.from({ length: units }, (_, unit) => guidance(unit)) }
+}
+
+/** What the maker of a recipe should know before its bits are compared. */
+function differences(
+  { made }: Request,
+  here: Record<'model' | 'backend' | 'dtype', string | undefined>,
+): string[] {
+  const names = { model: 'another model', backend: 'other kernels', dtype: 'another compute type' }
+  return (['model', 'backend', 'dtype'] as const)
+    .filter((name) => made[name] !== undefined && here[name] !== undefined && made[name] !== here[name])
+    .map(
+      (name) =>
+        `The recipe was made with ${names[name]} (${made[name]}, not ${here[name]}): the video will differ`,
+    )
+}
+
+function joined(parts: readonly Uint8Array[]): Uint8Array {
+  const whole = new Uint8Array(parts.reduce((n, part) => n + part.length, 0))
+  let at = 0
+  for (const part of parts) {
+    whole.set(part, at)
+    at += part.length
+  }
+  return whole
+}
+
+/** How far the steps of all videos are. Later stages cost many times what earlier ones do, so tokens are counted. */
+class Progress {
+  readonly #videos: number
+  readonly #began = performance.now()
+  #costs: readonly number[] = []
+  #finished = 0
+  #step = 0
+  #paid = 0
+  #total = 0
+
+  constructor(videos: number) {
+    this.#videos = videos
+  }
+
+  /** Begins the next video; all cost the same. */
+  begin(costs: readonly number[]): void {
+    this.#finished += this.#costs.length
+    this.#costs = costs
+    this.#step = 0
+    this.#total = this.#videos * costs.reduce((a, b) => a + b, 0)
+  }
+
+  step(): { done: number; total: number; etaMs: number } {
+    this.#paid += this.#costs[this.#step++] as number
+    const etaMs = ((performance.now() - this.#began) / this.#paid) * (this.#total - this.#paid)
+    return { done: this.#finished + this.#step, total: this.#videos * this.#costs.length, etaMs }
   }
 }

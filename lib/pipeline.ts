@@ -1,13 +1,17 @@
+import { throwIfAborted } from './engine/errors.ts'
 import type { LatentNormalisation } from './flow/normalise.ts'
 import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
 import { Generation } from './generate/generation.ts'
-import { type GenerateOptions, type Recipe, resolveOptions } from './generate/options.ts'
-import { generateVideo } from './generate.ts'
+import { modelHash } from './generate/model-hash.ts'
+import type { GenerateOptions } from './generate/options.ts'
+import type { Recipe } from './generate/recipe.ts'
+import { type Request, resolveOptions } from './generate/resolve.ts'
+import { generateVideos } from './generate.ts'
 import { loadParts, type PipelineOptions } from './load-pipeline.ts'
 import type { CausalVideoVAE } from './models/causal-vae.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import { keep } from './tensor/scope.ts'
-import { disposeFeatures, type TextEncoder, type TextFeatures } from './text/encoder.ts'
+import { disposeFeatures, type EncodeOptions, type TextEncoder, type TextFeatures } from './text/encoder.ts'
 
 export type { PipelineOptions } from './load-pipeline.ts'
 
@@ -55,6 +59,7 @@ export class Pipeline {
   /** Undefined for a pipeline made of parts in memory. */
   readonly source: PipelineSource | undefined
   readonly maxMemory: number | undefined
+  #hash: Promise<string | undefined> | undefined
 
   constructor(parts: PipelineParts) {
     this.transformer = parts.transformer
@@ -81,12 +86,24 @@ export class Pipeline {
 
   /** Fills in defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
   resolve(options: GenerateOptions): Recipe {
-    return resolveOptions(this, options)
+    return (resolveOptions(this, options)[0] as Request).recipe
   }
 
-  /** Starts a generation; nothing runs until it is iterated or awaited. @throws ERR_OPTION */
+  /**
+   * Starts a generation; nothing runs until it is iterated or awaited. Several videos are made one after another, so
+   * that a batch takes no more memory than one. A recipe is an option set: it makes its video again.
+   * @throws ERR_OPTION
+   */
   generate(options: GenerateOptions): Generation {
-    return new Generation(generateVideo(this, this.resolve(options), options.signal))
+    const { signal, previews = false } = options
+    const requests = resolveOptions(this, options)
+    return new Generation(generateVideos(this, requests, { signal, previews }), signal)
+  }
+
+  /** A hash that tells this model from others; undefined for one made of parts. @throws ERR_IO */
+  modelHash(): Promise<string | undefined> {
+    this.#hash ??= this.source ? modelHash(this.source) : Promise.resolve(undefined)
+    return this.#hash
   }
 
   /**
@@ -95,12 +112,13 @@ export class Pipeline {
    */
   async encodePrompts(
     prompts: readonly string[],
-    options: { signal?: AbortSignal | undefined } = {},
+    options: EncodeOptions = {},
   ): Promise<TextFeatures[]> {
     if (this.text.encodeEach) return this.text.encodeEach(prompts, options)
     const made: TextFeatures[] = []
     try {
       for (const prompt of prompts) {
+        throwIfAborted(options.signal, 'text encoding')
         const features = await this.text.encode([prompt], options)
         keep(features.embeds)
         keep(features.pooled)

@@ -1,8 +1,7 @@
 import { mkdirSync } from 'node:fs'
 import { join, resolve } from 'node:path'
-import { engine, Pipeline, type Video } from '../../lib/index.ts'
-import { contactSheet } from '../../lib/io/contact-sheet.ts'
-import { saveVideo } from '../../lib/io/image.ts'
+import { engine, Pipeline } from '../../lib/index.ts'
+import { type ContactClip, contactSheet } from '../../lib/io/contact-sheet.ts'
 import { hasFfmpeg } from '../../lib/io/video.ts'
 
 // Generates three short videos with the toy model that comes with the sources.
@@ -18,7 +17,7 @@ mkdirSync(out, { recursive: true })
 const pipeline = await Pipeline.load(model, { dtype: 'bf16' })
 console.log(`engine: ${engine.device.backend}, ${engine.device.threads} threads`)
 const extension = (await hasFfmpeg()) ? 'mp4' : 'webp'
-const clips: (Video & { label: string })[] = []
+const clips: ContactClip[] = []
 for (const job of jobs) {
   const began = performance.now()
   const generation = pipeline.generate(job)
@@ -29,8 +28,8 @@ for (const job of jobs) {
   }
   if (process.stderr.isTTY) process.stderr.write('\r\x1b[K')
   const name = job.prompt.split(' ').slice(1, 5).join('-')
-  const video = await generation.save(join(out, `${name}.webp`))
-  if (extension === 'mp4') await saveVideo(join(out, `${name}.mp4`), video.frames, video)
+  const video = await generation.result()
+  for (const ending of new Set(['webp', extension])) await video.save(join(out, `${name}.${ending}`))
   const seconds = (performance.now() - began) / 1000
   console.log(
     `"${job.prompt}" seed ${job.seed}: ${(seconds / video.count).toFixed(3)} s a frame → ${join(out, name)}.${extension}`,

@@ -1,95 +1,68 @@
-import { PyraflowError } from '../engine/errors.ts'
-import { framesPerSecond, samplingPresets } from '../models/presets.ts'
-import { checkPieces } from '../models/vae-plan.ts'
-import type { Pipeline } from '../pipeline.ts'
-import { latentFrames, pixelFrames } from '../pyramid/units.ts'
+import type { ImageSource } from '../io/image.ts'
+import type { LatentClip } from './latents.ts'
+import type { Recipe } from './recipe.ts'
+import type { Video } from './video.ts'
 
-export interface GenerateOptions {
+/** Frames as they are: u8 RGB [T, height, width, 3]. */
+export interface RawClip {
+  frames: Uint8Array
+  width: number
+  height: number
+}
+
+/**
+ * What a generation continues: a finished video or its saved latents (nothing is lost), the recipe of one (which is
+ * made again first), or a clip whose frames are encoded: a path to a video file or frames in memory.
+ */
+export type ContinueSource = Video | LatentClip | Recipe | RawClip | string
+
+/** Another prompt from `from` seconds on, counted from the beginning of the video. */
+export interface PromptChange {
+  from: number
   prompt: string
-  negativePrompt?: string
+}
+
+/** What to generate. A {@link Recipe} is one, too. Defaults come from the model folder. */
+export interface GenerateOptions {
+  /** One prompt, or several for a batch. May be empty. Required unless the continued video brings its own. */
+  prompt?: string | readonly string[] | undefined
+  /** Later prompts; each holds from the first unit that begins at or after `from`. */
+  promptChanges?: readonly PromptChange[] | undefined
+  negativePrompt?: string | undefined
+  /** Videos of each prompt; number i is what `seed: seed + i` gives alone, bit for bit. Default 1. */
+  videosPerPrompt?: number | undefined
   /** Pixels; multiples of 8·2^stages, one of the model's sizes unless `allowUntrained`. */
-  width?: number
-  height?: number
-  /** Length: seconds, or at least so many frames. */
-  seconds?: number
-  frames?: number
-  /** A first frame to continue from: a path, decoded and cropped to the size. */
-  image?: string
-  seed?: number
-  steps?: readonly number[]
-  videoSteps?: readonly number[]
-  guidanceScale?: number
-  videoGuidanceScale?: number
-  allowUntrained?: boolean
-  /** Bytes that decoding may take besides the weights; see `VaePieces`. Frames are the whole clip's by default. */
-  maxMemory?: number
-  signal?: AbortSignal
-}
-
-/** What a result was made from; the same recipe gives the same video. */
-export type Recipe = Required<
-  Omit<GenerateOptions, 'signal' | 'image' | 'frames' | 'seconds' | 'allowUntrained' | 'maxMemory'>
-> & {
-  frames: number
-  fps: number
-  image?: string
-  maxMemory?: number
-  dtype: string
-}
-
-/** Fills in a pipeline's defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
-export function resolveOptions(pipeline: Pipeline, options: GenerateOptions): Recipe {
-  const c = pipeline.config
-  const preset = options.image === undefined ? samplingPresets.textToVideo : samplingPresets.imageToVideo
-  const [width, height] = c.sizes?.[0] ?? [640, 384]
-  const fps = c.fps ?? framesPerSecond
-  const length =
-    options.frames === undefined ? { seconds: options.seconds ?? c.seconds ?? 5 } : { frames: options.frames }
-  const perStage = (name: string, list: readonly number[]): number[] => {
-    if (list.length === pipeline.stages.count && list.every((n) => Number.isInteger(n) && n > 0))
-      return [...list]
-    throw new PyraflowError('ERR_OPTION', {
-      what: name,
-      expected: `${pipeline.stages.count} positive whole numbers, one a stage`,
-      received: `[${list}]`,
-    })
-  }
-  if (typeof options.prompt !== 'string') {
-    throw new PyraflowError('ERR_OPTION', {
-      what: 'prompt',
-      expected: 'a string',
-      received: typeof options.prompt,
-    })
-  }
-  const recipe: Recipe = {
-    prompt: options.prompt,
-    negativePrompt: options.negativePrompt ?? pipeline.text.negativePrompt ?? '',
-    width: options.width ?? width,
-    height: options.height ?? height,
-    frames: pixelFrames(latentFrames({ ...length, fps, framesPerUnit: c.framesPerUnit ?? 1 })),
-    fps,
-    seed: options.seed ?? 0,
-    steps: perStage('steps', options.steps ?? c.steps ?? preset.steps),
-    videoSteps: perStage('videoSteps', options.videoSteps ?? c.videoSteps ?? preset.videoSteps),
-    guidanceScale: options.guidanceScale ?? c.guidanceScale ?? preset.guidance,
-    videoGuidanceScale: options.videoGuidanceScale ?? c.videoGuidanceScale ?? preset.videoGuidance,
-    dtype: pipeline.dtype,
-    ...(options.image === undefined ? {} : { image: options.image }),
-    ...(options.maxMemory === undefined ? {} : { maxMemory: options.maxMemory }),
-  }
-  checkPieces({ maxMemory: options.maxMemory }, pipeline.vae.spatialFactor)
-  const trained = c.sizes
-  if (
-    trained &&
-    !options.allowUntrained &&
-    !trained.some(([w, h]) => w === recipe.width && h === recipe.height)
-  ) {
-    throw new PyraflowError('ERR_OPTION', {
-      what: 'size',
-      expected: trained.map(([w, h]) => `${w}×${h}`).join(' or '),
-      received: `${recipe.width}×${recipe.height}`,
-      remedy: 'Pass allowUntrained: true to try it all the same.',
-    })
-  }
-  return recipe
+  width?: number | undefined
+  height?: number | undefined
+  /**
+   * Length in seconds, rounded to whole units, or at least so many frames; 1 frame is an image. When continuing: how
+   * much longer.
+   */
+  seconds?: number | undefined
+  frames?: number | undefined
+  /** A first frame to continue from, scaled to cover the size and cropped. */
+  image?: ImageSource | undefined
+  continueFrom?: ContinueSource | undefined
+  /** A whole number from 0. Default 0. */
+  seed?: number | undefined
+  /** Euler steps of the first unit: one number a stage, or one for all. */
+  steps?: number | readonly number[] | undefined
+  /** The same of later units. */
+  videoSteps?: number | readonly number[] | undefined
+  /** How strongly the first unit follows the prompt (27); 0 turns guidance off. */
+  guidanceScale?: number | undefined
+  /** The same of later units. */
+  videoGuidanceScale?: number | undefined
+  /** Guidance unit by unit, in place of both scales: values of which the last holds on, or a function of the unit. */
+  guidance?: readonly number[] | ((unit: number) => number) | undefined
+  /** Guidance that falls from `guidanceScale` by `alpha` a unit down to `min` (0.5 and 2), in place of both scales. */
+  linearGuidance?: { alpha?: number | undefined; min?: number | undefined } | undefined
+  /** Show a small picture at the end of every stage but the last. Costs a few per cent of decoding. */
+  previews?: boolean | undefined
+  /** Accept sizes that the model was not trained for. */
+  allowUntrained?: boolean | undefined
+  /** Bytes that decoding may take besides the weights. Frames are the whole clip's by default. */
+  maxMemory?: number | undefined
+  /** Ends the generation at once, wherever it is, with ERR_ABORTED. */
+  signal?: AbortSignal | undefined
 }

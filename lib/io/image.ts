@@ -3,8 +3,9 @@ import { extname, join } from 'node:path'
 import sharp, { type Sharp } from 'sharp'
 import { PyraflowError } from '../engine/errors.ts'
 import { ioError, writeAtomically, writeFileAtomically } from './atomic.ts'
+import { asciiJson, withGifComment } from './embedded.ts'
 import { abortedError } from './ffmpeg.ts'
-import { type EncodeOptions, encodeMp4 } from './video.ts'
+import { type EncodeOptions, encodeMp4, encodeWebm } from './video.ts'
 
 /** Size, rate and tags of a clip to be saved; `metadata` is kept as JSON where the format has room for it. */
 export type SaveOptions = EncodeOptions
@@ -27,8 +28,27 @@ function animation(frames: Uint8Array, count: number, { width, height, metadata 
   return tagged(sharp(frames, { raw, limitInputPixels: false }), metadata)
 }
 
+// Exif holds ASCII only.
 function tagged(image: Sharp, metadata: Record<string, string> | undefined): Sharp {
-  return metadata ? image.withExif({ IFD0: { ImageDescription: JSON.stringify(metadata) } }) : image
+  return metadata ? image.withExif({ IFD0: { ImageDescription: asciiJson(metadata) } }) : image
+}
+
+// Encoders of pictures cannot be stopped, but nobody has to wait for them.
+async function encoded(image: Sharp, path: string, signal: AbortSignal | undefined): Promise<Buffer> {
+  const work = image.toBuffer()
+  if (!signal) return await work
+  let stop = (): void => undefined
+  const aborted = new Promise<never>((_, reject) => {
+    stop = () => reject(abortedError(`writing ${path}`, signal.reason))
+    signal.addEventListener('abort', stop, { once: true })
+    if (signal.aborted) stop()
+  })
+  work.catch(() => undefined)
+  try {
+    return await Promise.race([work, aborted])
+  } finally {
+    signal.removeEventListener('abort', stop)
+  }
 }
 
 /** Whole-unit delays whose running sum follows the true time, so that 24 fps does not drift. */
@@ -46,7 +66,7 @@ export async function saveWebp(path: string, frames: Uint8Array, options: SaveOp
   const count = checkFrames('saveWebp', frames, options.width, options.height)
   const delay = frameDelays(count, options.fps, 1)
   const image = animation(frames, count, options).webp({ quality: 90, effort: 3, loop: 0, delay })
-  await writeFileAtomically(path, await image.toBuffer())
+  await writeFileAtomically(path, await encoded(image, path, options.signal))
 }
 
 /**
@@ -58,8 +78,10 @@ export async function saveWebp(path: string, frames: Uint8Array, options: SaveOp
 export async function saveGif(path: string, frames: Uint8Array, options: SaveOptions): Promise<void> {
   const count = checkFrames('saveGif', frames, options.width, options.height)
   const delay = frameDelays(count, options.fps, 10)
-  const image = animation(frames, count, { ...options, metadata: undefined } as SaveOptions)
-  await writeFileAtomically(path, await image.gif({ loop: 0, delay, effort: 4 }).toBuffer())
+  const { metadata, ...rest } = options
+  const image = animation(frames, count, rest).gif({ loop: 0, delay, effort: 4 })
+  const gif = await encoded(image, path, options.signal)
+  await writeFileAtomically(path, metadata ? withGifComment(gif, asciiJson(metadata)) : gif)
 }
 
 /**
@@ -127,8 +149,8 @@ export async function savePngFrames(path: string, frames: Uint8Array, options: S
 }
 
 /**
- * Saves a video by the ending of `path`: `.mp4` (needs ffmpeg), `.webp`, `.gif`, or no ending / `.png` for a folder
- * of PNG frames (`out/fox.png` makes the folder `out/fox`).
+ * Saves a video by the ending of `path`: `.mp4` or `.webm` (both need ffmpeg), `.webp`, `.gif`, or no ending / `.png` for
+ * a folder of PNG frames (`out/fox.png` makes the folder `out/fox`). A single frame is saved as a picture under `.png`.
  *
  * @throws PyraflowError `ERR_OPTION` for an unknown ending, else as the saver it picks
  */
@@ -136,15 +158,73 @@ export async function saveVideo(path: string, frames: Uint8Array, options: SaveO
   if (options.signal?.aborted) throw abortedError(`writing ${path}`, options.signal.reason)
   const ending = extname(path).toLowerCase()
   if (ending === '.mp4') return encodeMp4(path, frames, options)
+  if (ending === '.webm') return encodeWebm(path, frames, options)
   if (ending === '.webp') return saveWebp(path, frames, options)
   if (ending === '.gif') return saveGif(path, frames, options)
+  const { width, height } = options
+  const single = frames.length === width * height * 3
+  if (ending === '.png' && single) return savePng(path, frames, options)
   if (ending === '.png') return savePngFrames(path.slice(0, -ending.length), frames, options)
   if (ending === '') return savePngFrames(path, frames, options)
   throw new PyraflowError('ERR_OPTION', {
     what: `the format of ${path}`,
-    expected: 'a name ending in .mp4, .webp, .gif or .png, or a folder for PNG frames',
+    expected: 'a name ending in .mp4, .webm, .webp, .gif or .png, or a folder for PNG frames',
     received: ending,
     remedy: 'rename the output, for example to .mp4',
+  })
+}
+
+/** Pixels as they are: u8 RGB [height, width, 3]. */
+export interface RawImage {
+  data: Uint8Array
+  width: number
+  height: number
+}
+
+/** A path, the bytes of an encoded picture (PNG, JPEG, WebP, …), or raw pixels. */
+export type ImageSource = string | Uint8Array | RawImage
+
+const nameOf = (source: ImageSource): string => (typeof source === 'string' ? source : 'from memory')
+
+async function open(source: ImageSource): Promise<Sharp> {
+  if (typeof source === 'string') {
+    await stat(source).catch((error: unknown) => {
+      throw ioError(error, 'reading image', source)
+    })
+    return sharp(source)
+  }
+  if (source instanceof Uint8Array) return sharp(source)
+  const { data, width, height } = source
+  if (data.length !== width * height * 3) {
+    throw new PyraflowError('ERR_SHAPE', {
+      what: 'image',
+      expected: `u8 RGB [${height}, ${width}, 3], ${width * height * 3} bytes`,
+      received: `${data.length} bytes`,
+    })
+  }
+  return sharp(data, { raw: { width, height, channels: 3 } })
+}
+
+async function readingImage<T>(source: ImageSource, read: (image: Sharp) => Promise<T>): Promise<T> {
+  const image = await open(source)
+  try {
+    return await read(image)
+  } catch (error) {
+    throw new PyraflowError('ERR_IO', {
+      what: `reading image ${nameOf(source)}`,
+      expected: 'a PNG, JPEG, WebP, GIF, AVIF or TIFF picture',
+      received: (error as Error).message,
+      remedy: 'check the file, or convert it to PNG',
+      cause: error,
+    })
+  }
+}
+
+/** Size of a picture, upright. @throws as {@link loadImage} */
+export function imageSize(source: ImageSource): Promise<{ width: number; height: number }> {
+  return readingImage(source, async (image) => {
+    const { autoOrient, width, height } = await image.metadata()
+    return { width: autoOrient.width ?? width, height: autoOrient.height ?? height }
   })
 }
 
@@ -152,27 +232,30 @@ export async function saveVideo(path: string, frames: Uint8Array, options: SaveO
  * Loads a picture as u8 RGB [height, width, 3]: turned upright, scaled by Lanczos until it covers the size, centre
  * cropped. Transparent parts become black.
  *
- * @throws PyraflowError `ERR_IO` naming the file if it is missing or not a picture
+ * @throws PyraflowError `ERR_IO` naming the file if it is missing or not a picture; `ERR_SHAPE` for raw pixels of
+ * another length
  */
-export async function loadImage(
+export function loadImage(
+  source: ImageSource,
+  { width, height }: { width: number; height: number },
+): Promise<Uint8Array> {
+  return readingImage(source, async (image) => {
+    const upright = image.autoOrient().flatten({ background: '#000' }).toColourspace('srgb')
+    const fitted = upright.resize(width, height, { fit: 'cover', position: 'centre', kernel: 'lanczos3' })
+    const { data } = await fitted.raw().toBuffer({ resolveWithObject: true })
+    return new Uint8Array(data.buffer, data.byteOffset, data.length)
+  })
+}
+
+/** Loads the frames of an animated WebP or GIF as {@link loadImage} does: u8 RGB [T, height, width, 3]. */
+export function loadAnimation(
   path: string,
   { width, height }: { width: number; height: number },
 ): Promise<Uint8Array> {
-  await stat(path).catch((error: unknown) => {
-    throw ioError(error, 'reading image', path)
-  })
-  try {
-    const image = sharp(path).autoOrient().flatten({ background: '#000' }).toColourspace('srgb')
-    const fitted = image.resize(width, height, { fit: 'cover', position: 'centre', kernel: 'lanczos3' })
+  return readingImage(path, async () => {
+    const image = sharp(path, { animated: true, limitInputPixels: false }).flatten({ background: '#000' })
+    const fitted = image.toColourspace('srgb').resize(width, height, { fit: 'cover', kernel: 'lanczos3' })
     const { data } = await fitted.raw().toBuffer({ resolveWithObject: true })
     return new Uint8Array(data.buffer, data.byteOffset, data.length)
-  } catch (error) {
-    throw new PyraflowError('ERR_IO', {
-      what: `reading image ${path}`,
-      expected: 'a PNG, JPEG, WebP, GIF, AVIF or TIFF picture',
-      received: (error as Error).message,
-      remedy: 'check the file, or convert it to PNG',
-      cause: error,
-    })
-  }
+  })
 }

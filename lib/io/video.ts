@@ -146,6 +146,21 @@ export async function probeVideo(path: string, signal?: AbortSignal): Promise<Vi
   return { width: size[0], height: size[1], fps, frames }
 }
 
+/** The comment among the tags of a clip, or undefined. @throws PyraflowError as {@link probeVideo} */
+export async function probeComment(path: string, signal?: AbortSignal): Promise<string | undefined> {
+  await requireFile(path)
+  let out = ''
+  const onData = (chunk: Uint8Array): void => {
+    out += Buffer.from(chunk).toString('latin1')
+  }
+  const args = ['-v', 'error', '-show_entries', 'format_tags', '-of', 'json', `file:${path}`]
+  const { code, stderr } = await runChild(ffprobeCommand(), args, { signal, onData })
+  if (code !== 0) throw clipError(path, reason(stderr))
+  const text = Buffer.from(out, 'latin1').toString('utf8')
+  const tags = (JSON.parse(text) as { format?: { tags?: Record<string, string> } }).format?.tags ?? {}
+  return Object.entries(tags).find(([name]) => name.toLowerCase() === 'comment')?.[1]
+}
+
 function checkPositive(name: string, value: number | undefined, whole: boolean): void {
   if (value === undefined || (value > 0 && Number.isFinite(value) && (!whole || Number.isInteger(value))))
     return
@@ -266,7 +281,7 @@ async function* pieces(source: FrameSource, frameBytes: number, done: (bytes: nu
   }
   if (total === 0 || total % frameBytes !== 0) {
     throw new PyraflowError('ERR_SHAPE', {
-      what: 'encodeMp4: frames',
+      what: 'video frames',
       expected: `u8 [T, H, W, 3], a multiple of ${frameBytes} bytes`,
       received: `${total} bytes`,
       remedy: 'give whole RGB frames of the stated width and height',
@@ -275,6 +290,22 @@ async function* pieces(source: FrameSource, frameBytes: number, done: (bytes: nu
   done(total / frameBytes)
 }
 
+const H264 = ['-c:v', 'libx264', '-crf', '18']
+const VP9 = [
+  '-c:v',
+  'libvpx-vp9',
+  '-crf',
+  '24',
+  '-b:v',
+  '0',
+  '-deadline',
+  'good',
+  '-cpu-used',
+  '4',
+  '-row-mt',
+  '1',
+]
+
 /**
  * Encodes u8 RGB frames as H.264 (x264, crf 18, 4:2:0, tagged bt709, index in front). The file appears under
  * `path` only when it is complete.
@@ -282,14 +313,32 @@ async function* pieces(source: FrameSource, frameBytes: number, done: (bytes: nu
  * @throws PyraflowError `ERR_OPTION` for odd sizes, `ERR_SHAPE` for a partial frame, `ERR_IO` naming the file if
  *   it cannot be written, `ERR_ABORTED` after `signal`
  */
-export async function encodeMp4(path: string, frames: FrameSource, options: EncodeOptions): Promise<void> {
+export function encodeMp4(path: string, frames: FrameSource, options: EncodeOptions): Promise<void> {
+  return encode(path, frames, options, [...H264, '-movflags', '+faststart+use_metadata_tags', '-f', 'mp4'])
+}
+
+/**
+ * Encodes u8 RGB frames as VP9 in WebM, otherwise as {@link encodeMp4} does.
+ *
+ * @throws PyraflowError as {@link encodeMp4}
+ */
+export function encodeWebm(path: string, frames: FrameSource, options: EncodeOptions): Promise<void> {
+  return encode(path, frames, options, [...VP9, '-f', 'webm'])
+}
+
+async function encode(
+  path: string,
+  frames: FrameSource,
+  options: EncodeOptions,
+  codec: readonly string[],
+): Promise<void> {
   const { width, height, fps, metadata = {}, signal } = options
   checkPositive('width', width, true)
   checkPositive('height', height, true)
   checkPositive('fps', fps, false)
   if (width % 2 || height % 2) {
     throw new PyraflowError('ERR_OPTION', {
-      what: 'encodeMp4: size',
+      what: `writing ${path}: size`,
       expected: 'even width and height (4:2:0 chroma)',
       received: `${width}×${height}`,
       remedy: 'crop to even sizes, or save as .webp or PNG frames',
@@ -307,9 +356,10 @@ export async function encodeMp4(path: string, frames: FrameSource, options: Enco
         ...['-hide_banner', '-v', 'error', '-y', '-f', 'rawvideo', '-pix_fmt', 'rgb24'],
         ...['-s', `${width}x${height}`, '-r', String(fps), '-i', 'pipe:0', '-an'],
         ...['-vf', 'scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int'],
-        ...['-c:v', 'libx264', '-crf', '18', '-pix_fmt', 'yuv420p', ...colour, '-color_range', 'tv'],
+        ...['-pix_fmt', 'yuv420p', ...colour, '-color_range', 'tv'],
         ...Object.entries(metadata).flatMap(([key, value]) => ['-metadata', `${key}=${value}`]),
-        ...['-movflags', '+faststart+use_metadata_tags', '-f', 'mp4', `file:${temporary}`],
+        ...codec,
+        `file:${temporary}`,
       ],
       { signal, input },
     )

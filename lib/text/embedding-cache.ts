@@ -1,9 +1,9 @@
-import { createHash, type Hash } from 'node:crypto'
-import { mkdir, open, readdir, stat } from 'node:fs/promises'
+import { createHash } from 'node:crypto'
+import { mkdir, readdir } from 'node:fs/promises'
 import { homedir } from 'node:os'
 import { join } from 'node:path'
-import { setImmediate } from 'node:timers/promises'
 import { engine } from '../engine/engine.ts'
+import { addFile } from '../io/fingerprint.ts'
 import { openSafetensors } from '../io/safetensors.ts'
 import { writeSafetensors } from '../io/write-safetensors.ts'
 import { Tensor } from '../tensor/tensor.ts'
@@ -18,11 +18,6 @@ export interface CachedFeatures {
 
 // Raised when the same key would stand for other features.
 const FORMAT = 'pyraflow-prompt-1'
-const WHOLE = 16 * 2 ** 20
-const SAMPLES = 64
-const SAMPLE = 4096
-const SLICE = 64 * 1024
-
 /** Where prompt features are kept unless a caller says otherwise: `$XDG_CACHE_HOME/pyraflow/prompts` or below `~/.cache`. */
 export function defaultCacheFolder(): string {
   const base = process.env.XDG_CACHE_HOME
@@ -30,9 +25,8 @@ export function defaultCacheFolder(): string {
 }
 
 /**
- * A hash of what the text features of a model folder depend on: all of the small files of its text encoders and
- * tokenizers, and of each large one its length and 64 pieces. Copies of a folder agree; times and names of folders do
- * not count.
+ * A hash of the files that the text features of a model folder depend on, as {@link addFile} sees them. Copies of a
+ * folder agree; times and names of folders do not count.
  *
  * @throws ERR_IO as reading the files does
  */
@@ -43,31 +37,11 @@ export async function encoderIdentity(dir: string): Promise<string> {
     for (const part of ['text_encoder', 'tokenizer']) {
       const folder = join(dir, `${part}${suffix}`)
       for (const name of (await readdir(folder)).sort()) {
-        if (!/\.(json|txt|safetensors)$/.test(name)) continue
-        hash.update(`${part}${suffix}/${name}\0`)
-        await addFile(hash, join(folder, name))
+        if (/\.(json|txt|safetensors)$/.test(name)) await addFile(hash, `${part}${suffix}/${name}`, join(folder, name))
       }
     }
   }
   return hash.digest('hex')
-}
-
-async function addFile(hash: Hash, path: string): Promise<void> {
-  const { size } = await stat(path)
-  hash.update(`${size}\0`)
-  const whole = size <= WHOLE
-  const step = whole ? SLICE : Math.floor((size - SAMPLE) / (SAMPLES - 1))
-  const file = await open(path, 'r')
-  try {
-    const buffer = new Uint8Array(whole ? SLICE : SAMPLE)
-    for (let at = 0; at < size; at += step) {
-      const { bytesRead } = await file.read(buffer, 0, buffer.length, at)
-      hash.update(buffer.subarray(0, bytesRead))
-      await setImmediate()
-    }
-  } finally {
-    await file.close()
-  }
 }
 
 /** Features of prompts on disk, a file each; a file that cannot be read is as good as none, and is written again. */

@@ -15,6 +15,16 @@ export function disposeFeatures({ embeds, pooled }: TextFeatures): void {
   pooled.dispose()
 }
 
+/** How one call of a text encoder is run. */
+export interface EncodeOptions {
+  readonly signal?: AbortSignal | undefined
+  /** Is told what of a prompt was cut. Default: `process.emitWarning`, or what the encoder was made with. */
+  readonly onWarning?: ((message: string) => void) | undefined
+}
+
+/** Warns as Node programs do. */
+export const emitWarning = (message: string): void => process.emitWarning(message, 'PyraflowWarning')
+
 /** What the pipeline needs of a text encoder, whatever its kind. */
 export interface TextEncoder {
   /** Width of `embeds`. */
@@ -28,20 +38,14 @@ export interface TextEncoder {
   /** The negative prompt of callers that give none; the null condition when absent. */
   readonly negativePrompt?: string
   /** Features of R prompts; '' is the null condition. The caller disposes them. */
-  encode(
-    prompts: readonly string[],
-    options?: { readonly signal?: AbortSignal | undefined },
-  ): TextFeatures | Promise<TextFeatures>
+  encode(prompts: readonly string[], options?: EncodeOptions): TextFeatures | Promise<TextFeatures>
   /** Features of each prompt, as if it had been encoded alone, where that is cheaper together. */
-  encodeEach?(
-    prompts: readonly string[],
-    options?: { readonly signal?: AbortSignal | undefined },
-  ): Promise<TextFeatures[]>
+  encodeEach?(prompts: readonly string[], options?: EncodeOptions): Promise<TextFeatures[]>
   /** Frees the weights; the encoder cannot be used afterwards. */
   dispose?(): void
 }
 
 /** A text encoder so small that nobody waits for it: what a training step can call. */
 export interface ImmediateTextEncoder extends TextEncoder {
-  encode(prompts: readonly string[]): TextFeatures
+  encode(prompts: readonly string[], options?: EncodeOptions): TextFeatures
 }

@@ -4,8 +4,14 @@ import { concat } from '../ops/copy.ts'
 import { sum } from '../ops/reduce.ts'
 import { keep, scope } from '../tensor/scope.ts'
 import { type CachedFeatures, EmbeddingCache, encoderIdentity } from './embedding-cache.ts'
-import { disposeFeatures, type TextEncoder, type TextFeatures } from './encoder.ts'
-import { emitWarning, PromptEncoder, type PromptEncoderOptions } from './prompt-encoder.ts'
+import {
+  disposeFeatures,
+  type EncodeOptions,
+  emitWarning,
+  type TextEncoder,
+  type TextFeatures,
+} from './encoder.ts'
+import { PromptEncoder, type PromptEncoderOptions } from './prompt-encoder.ts'
 import { promptWidths } from './prompt-networks.ts'
 import { T5_LENGTH } from './prompt-tokenizers.ts'
 
@@ -15,10 +21,6 @@ export interface LazyEncoderOptions extends Pick<PromptEncoderOptions, 'dtype' |
   readonly keep?: boolean
   /** Folder of features that were computed before; false: none. */
   readonly cache: string | false
-}
-
-interface EncodeOptions {
-  readonly signal?: AbortSignal | undefined
 }
 
 /**
@@ -35,7 +37,6 @@ export class LazyPromptEncoder implements TextEncoder {
   readonly #options: LazyEncoderOptions
   #kept: PromptEncoder | undefined
   #cache: Promise<EmbeddingCache | undefined> | undefined
-  #heard: string[] = []
 
   /** Reads the config.json files. @throws ERR_IO, ERR_CHECKPOINT */
   constructor(dir: string, options: LazyEncoderOptions) {
@@ -69,6 +70,7 @@ export class LazyPromptEncoder implements TextEncoder {
     if (prompts.length === 0) {
       throw new PyraflowError('ERR_OPTION', { what: 'prompts', expected: 'one or more', received: 'none' })
     }
+    const warn = options.onWarning ?? this.#options.onWarning ?? emitWarning
     this.#cache ??= this.#openCache()
     const cache = await this.#cache
     const found = new Map<string, CachedFeatures>()
@@ -82,9 +84,12 @@ export class LazyPromptEncoder implements TextEncoder {
       if (missing.length > 0) {
         const made = await this.#compute(missing, options)
         for (const [i, prompt] of missing.entries()) found.set(prompt, owned(made[i] as CachedFeatures))
-        for (const prompt of missing) await this.#remember(cache, prompt, found.get(prompt) as CachedFeatures)
+        const remember = (prompt: string) => cache?.write(prompt, found.get(prompt) as CachedFeatures)
+        // A cache that cannot be written to costs time, not the video.
+        await Promise.all(missing.map(remember)).catch((error: Error) => {
+          warn(`Features of prompts could not be kept on disk: ${error.message}`)
+        })
       }
-      const warn = this.#options.onWarning ?? emitWarning
       for (const { warnings } of found.values()) warnings.forEach(warn)
       for (const prompt of prompts) {
         const { embeds, mask, pooled } = (found.get(prompt) as CachedFeatures).features
@@ -111,10 +116,9 @@ export class LazyPromptEncoder implements TextEncoder {
     try {
       const warnings: string[][] = []
       const tokens = prompts.map((prompt) => {
-        this.#heard = []
-        const row = encoder.tokenize([prompt])
-        warnings.push(this.#heard)
-        return row
+        const heard: string[] = []
+        warnings.push(heard)
+        return encoder.tokenize([prompt], (message) => void heard.push(message))
       })
       const features = await encoder.networks.forwardEach(tokens, { signal })
       try {
@@ -131,20 +135,9 @@ export class LazyPromptEncoder implements TextEncoder {
 
   async #open(signal: AbortSignal | undefined): Promise<PromptEncoder> {
     const { dtype = 'f32', keep: resident = false } = this.#options
-    const onWarning = (message: string): void => void this.#heard.push(message)
-    const encoder = await PromptEncoder.fromPretrained(this.#dir, { dtype, resident, onWarning, signal })
+    const encoder = await PromptEncoder.fromPretrained(this.#dir, { dtype, resident, signal })
     if (resident) this.#kept = encoder
     return encoder
-  }
-
-  // A cache that cannot be written to costs time, not the video.
-  async #remember(cache: EmbeddingCache | undefined, prompt: string, features: CachedFeatures): Promise<void> {
-    try {
-      await cache?.write(prompt, features)
-    } catch (error) {
-      const why = error instanceof Error ? error.message : String(error)
-      ;(this.#options.onWarning ?? emitWarning)(`Prompt features could not be kept on disk: ${why}`)
-    }
   }
 
   /** Frees the networks, if they were kept; a later prompt loads them again. */

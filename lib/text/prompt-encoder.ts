@@ -1,6 +1,6 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { defaultNegativePrompt, promptSuffix } from '../models/presets.ts'
-import type { TextEncoder, TextFeatures } from './encoder.ts'
+import { type EncodeOptions, emitWarning, type TextEncoder, type TextFeatures } from './encoder.ts'
 import { PromptNetworks, type PromptTokens } from './prompt-networks.ts'
 import { PromptTokenizers, T5_LENGTH } from './prompt-tokenizers.ts'
 import type { T5Options } from './t5-encoder.ts'
@@ -10,9 +10,6 @@ export interface PromptEncoderOptions extends T5Options {
   /** Is told when a prompt was cut. Default: `process.emitWarning`. */
   readonly onWarning?: (message: string) => void
 }
-
-/** Says it on the process, where nobody else listens. */
-export const emitWarning = (message: string): void => process.emitWarning(message, 'PyraflowWarning')
 
 /** The text encoder of a published model: its tokenizers and its networks (spec/text.md). */
 export class PromptEncoder implements TextEncoder {
@@ -69,8 +66,11 @@ export class PromptEncoder implements TextEncoder {
   }
 
   /** Tokens of R prompts, padded; warns of what does not fit. */
-  tokenize(prompts: readonly string[]): PromptTokens {
-    return this.tokenizers.encode(prompts, this.#warn)
+  tokenize(
+    prompts: readonly string[],
+    onWarning: (message: string) => void = this.#warn,
+  ): PromptTokens {
+    return this.tokenizers.encode(prompts, onWarning)
   }
 
   /**
@@ -78,14 +78,11 @@ export class PromptEncoder implements TextEncoder {
    *
    * @throws ERR_OPTION for no prompts; ERR_ABORTED
    */
-  async encode(
-    prompts: readonly string[],
-    options: { readonly signal?: AbortSignal | undefined } = {},
-  ): Promise<TextFeatures> {
+  async encode(prompts: readonly string[], options: EncodeOptions = {}): Promise<TextFeatures> {
     if (prompts.length === 0) {
       throw new PyraflowError('ERR_OPTION', { what: 'prompts', expected: 'one or more', received: 'none' })
     }
-    return this.networks.forward(this.tokenize(prompts), options)
+    return this.networks.forward(this.tokenize(prompts, options.onWarning), options)
   }
 
   /** Frees the networks. */

@@ -250,8 +250,9 @@ export class T5Encoder {
     const { vocabulary, width, eps, layers } = this.config
     const ids = inputs.map(({ ids: rows, mask }) => {
       const length = rows[0]?.length ?? 0
+      const tensor = tokenTensor('T5', rows, length, vocabulary)
       checkMask(rows.length, length, mask)
-      return tokenTensor('T5', rows, length, vocabulary)
+      return tensor
     })
     const tails = this.#with((w) => inputs.map(({ mask }) => attentionTails(this.#bias(w), mask)))
     yield

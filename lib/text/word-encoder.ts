@@ -5,7 +5,7 @@ import { writeFileAtomically } from '../io/atomic.ts'
 import { readConfig } from '../io/pretrained.ts'
 import { uniformAt } from '../tensor/shuffle.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import type { ImmediateTextEncoder, TextFeatures } from './encoder.ts'
+import { type EncodeOptions, emitWarning, type ImmediateTextEncoder, type TextFeatures } from './encoder.ts'
 
 export interface WordEncoderConfig {
   vocabulary: string[]
@@ -67,7 +67,7 @@ export class WordEncoder implements ImmediateTextEncoder {
   }
 
   /** @throws ERR_OPTION naming a word outside the vocabulary and the nearest one in it. */
-  tokenize(prompt: string): number[] {
+  tokenize(prompt: string, onWarning: (message: string) => void = emitWarning): number[] {
     const words = prompt.toLowerCase().match(/[a-z0-9]+/g) ?? []
     const ids = words.map((word) => {
       const id = this.#index.get(word)
@@ -79,7 +79,13 @@ export class WordEncoder implements ImmediateTextEncoder {
       }
       return id
     })
-    return [...ids.slice(0, this.config.maxLength - 1), 0]
+    const room = this.config.maxLength - 1
+    if (ids.length > room) {
+      onWarning(
+        `The prompt is longer than ${room} words; the model does not see "${words.slice(room).join(' ')}"`,
+      )
+    }
+    return [...ids.slice(0, room), 0]
   }
 
   #word(id: number): Float64Array {
@@ -105,12 +111,12 @@ export class WordEncoder implements ImmediateTextEncoder {
     return this.#places[s] as Float64Array
   }
 
-  encode(prompts: readonly string[]): TextFeatures {
+  encode(prompts: readonly string[], { onWarning }: EncodeOptions = {}): TextFeatures {
     const { dim, maxLength } = this.config
     const embeds = new Float32Array(prompts.length * maxLength * dim)
     const pooled = new Float32Array(prompts.length * dim)
     const mask = prompts.map((prompt, r) => {
-      const ids = this.tokenize(prompt)
+      const ids = this.tokenize(prompt, onWarning)
       ids.forEach((id, s) => {
         const vector = this.#word(id)
         const place = this.#place(s)

@@ -1,0 +1,80 @@
+import type { Pipeline } from '../pipeline.ts'
+import { historyTokens } from '../pyramid/history.ts'
+import { type Unit, unitsForFrames } from '../pyramid/units.ts'
+import { type SampleEvent, sampleLatents, seededNoise } from '../sample.ts'
+import type { Generator } from '../tensor/generator.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import type { Recipe } from './recipe.ts'
+import type { PromptFeatures } from './texts.ts'
+
+/** Latent frames of the whole video, those of what it continues included. */
+export function latentsOf(pipeline: Pipeline, recipe: Recipe, given: Tensor | undefined): number {
+  const f = pipeline.vae.temporalFactor
+  const continued = recipe.continueFrom === undefined ? undefined : given?.shape[2]
+  return continued === undefined ? (recipe.frames - 1) / f + 1 : continued + recipe.frames / f
+}
+
+/** The sampler as a recipe wants it. */
+export function denoise(
+  pipeline: Pipeline,
+  work: {
+    recipe: Recipe
+    features: PromptFeatures
+    generator: Generator
+    given: Tensor | undefined
+    signal: AbortSignal | undefined
+  },
+): AsyncGenerator<SampleEvent> {
+  const { recipe, features, generator, given, signal } = work
+  const factor = pipeline.vae.spatialFactor
+  const framesPerUnit = pipeline.config.framesPerUnit ?? 1
+  return sampleLatents(pipeline.transformer, {
+    stages: pipeline.stages,
+    frames: latentsOf(pipeline, recipe, given),
+    height: recipe.height / factor,
+    width: recipe.width / factor,
+    text: (unit) => features.of(promptAt(recipe, beginOf(unit, framesPerUnit, pipeline) / recipe.fps)),
+    negative: features.negative(recipe.negativePrompt),
+    steps: recipe.steps,
+    videoSteps: recipe.videoSteps,
+    guidance: {
+      guidanceScale: recipe.guidanceScale,
+      videoGuidanceScale: recipe.videoGuidanceScale,
+      linear: recipe.linearGuidance,
+      perUnit: recipe.guidance,
+    },
+    noise: seededNoise(generator),
+    given,
+    framesPerUnit,
+    signal,
+  })
+}
+
+/** The frame of the video with which a unit begins. */
+function beginOf(unit: number, framesPerUnit: number, { vae }: Pipeline): number {
+  return unit === 0 ? 0 : 1 + (unit - 1) * framesPerUnit * vae.temporalFactor
+}
+
+/** The prompt that a unit follows which begins at `seconds`. */
+function promptAt({ prompt, promptChanges = [] }: Recipe, seconds: number): string {
+  // Frame times are quotients, which may miss a whole second by a last digit.
+  return promptChanges.filter(({ from }) => from <= seconds + 1e-6).at(-1)?.prompt ?? prompt
+}
+
+/** What every step of a video costs, in tokens, in the order of the steps. */
+export function stepCosts(pipeline: Pipeline, recipe: Recipe, given: Tensor | undefined): number[] {
+  const framesPerUnit = pipeline.config.framesPerUnit ?? 1
+  const { stages, vae, text } = pipeline
+  const size = { height: recipe.height / vae.spatialFactor, width: recipe.width / vae.spatialFactor }
+  const before = given?.shape[2] ?? 0
+  const cost = (unit: Unit, stage: number): number =>
+    historyTokens({ unit: unit.index, stage, stageCount: stages.count, framesPerUnit, ...size }).total +
+    text.maxLength
+  return unitsForFrames(latentsOf(pipeline, recipe, given), { framesPerUnit })
+    .filter(({ firstFrame }) => firstFrame >= before)
+    .flatMap((unit) =>
+      (unit.index === 0 ? recipe.steps : recipe.videoSteps).flatMap((count, stage) =>
+        new Array<number>(count).fill(cost(unit, stage)),
+      ),
+    )
+}
