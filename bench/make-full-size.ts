@@ -59,7 +59,7 @@ function* clipShapes(): Shapes {
 
 /** Names and shapes of a network's parameters; no weight is made. */
 function shapesOf(make: () => { parameters: ReadonlyMap<string, Tensor> }): Shapes {
-  return rehearse(engine, () => Array.from(make().parameters, ([name, { shape }]) => [name, shape] as const)).result
+  return rehearse(engine, () => Array.from(make().parameters, ([name, { shape }]) => [name, shape] as const))
 }
 
 /** Tensors whose values pass signals on without growing: matrices by fan-in, norms around 1, small biases. */

@@ -4,10 +4,11 @@ import { engine } from './engine/engine.ts'
 import { PyraflowError, throwIfAborted } from './engine/errors.ts'
 import { openWeights } from './io/safetensors.ts'
 import { type ModelFolder, surveyFolder, VAE_FOLDER } from './model-folder.ts'
+import { fitsKept } from './plan-folder.ts'
 import { CausalVideoVAE } from './models/causal-vae.ts'
 import { loadVelocityNetwork } from './models/load-network.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
-import type { Pipeline, PipelineParts } from './pipeline.ts'
+import type { PipelineParts } from './pipeline.ts'
 import { defaultCacheFolder } from './text/embedding-cache.ts'
 import type { TextEncoder } from './text/encoder.ts'
 import { LazyPromptEncoder } from './text/lazy-encoder.ts'
@@ -51,23 +52,14 @@ export function checkDevice(device: string): void {
   })
 }
 
-/**
- * The parts of the pipeline in a model folder.
- *
- * @param keepText - whether text encoders may stay in memory, when everything else is known
- * @throws as {@link Pipeline.load}
- */
-export async function loadParts(
-  dir: string,
-  options: PipelineOptions,
-  keepText: (folder: ModelFolder) => boolean,
-): Promise<PipelineParts> {
+/** The parts of the pipeline in a model folder. @throws as `Pipeline.load` */
+export async function loadParts(dir: string, options: PipelineOptions): Promise<PipelineParts> {
   const { dtype = 'f32', device = 'auto', signal } = options
   checkOptions(options)
   checkDevice(device)
   const folder = surveyFolder(dir, options)
   await checkHeaders(folder, signal)
-  const text = await openText(folder, { ...options, dtype }, keepText(folder))
+  const text = await openText(folder, { ...options, dtype }, fitsKept(folder, options))
   let transformer: VelocityNetwork | undefined
   try {
     transformer = await loadVelocityNetwork(join(dir, folder.variant), { dtype, signal })

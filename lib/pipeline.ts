@@ -10,6 +10,8 @@ import { generateVideos } from './generate.ts'
 import { loadParts, type PipelineOptions } from './load-pipeline.ts'
 import type { CausalVideoVAE } from './models/causal-vae.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
+import { type Plan, planVideo, refuseTooLarge } from './plan.ts'
+import type { Rates } from './plan-seconds.ts'
 import { keep } from './tensor/scope.ts'
 import { disposeFeatures, type EncodeOptions, type TextEncoder, type TextFeatures } from './text/encoder.ts'
 
@@ -81,7 +83,7 @@ export class Pipeline {
    * together; ERR_IO for a file that cannot be read; ERR_DEVICE; ERR_OPTION; ERR_MEMORY; ERR_ABORTED.
    */
   static async load(dir: string, options: PipelineOptions = {}): Promise<Pipeline> {
-    return new Pipeline(await loadParts(dir, options, () => false))
+    return new Pipeline(await loadParts(dir, options))
   }
 
   /** Fills in defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
@@ -90,13 +92,26 @@ export class Pipeline {
   }
 
   /**
+   * What a generation is going to take, by phase: tokens, operations, bytes, and seconds where the machine's rates are
+   * given (`measureRates`). Nothing is computed or allocated. Of a batch it is one video: they are made one after another.
+   *
+   * @throws ERR_OPTION; ERR_MEMORY when not even the smallest pieces of decoding fit the budget
+   */
+  plan(options: GenerateOptions & { rates?: Rates } = {}): Plan {
+    const { rates, ...rest } = options
+    const { recipe } = resolveOptions(this, { prompt: '', ...rest })[0] as Request
+    return planVideo(this, recipe, rates)
+  }
+
+  /**
    * Starts a generation; nothing runs until it is iterated or awaited. Several videos are made one after another, so
    * that a batch takes no more memory than one. A recipe is an option set: it makes its video again.
-   * @throws ERR_OPTION
+   * @throws ERR_OPTION; ERR_MEMORY naming the largest video that fits, when this one is beyond `maxMemory`
    */
   generate(options: GenerateOptions): Generation {
     const { signal, previews = false } = options
     const requests = resolveOptions(this, options)
+    refuseTooLarge(this, (requests[0] as Request).recipe)
     return new Generation(generateVideos(this, requests, { signal, previews }), signal)
   }
 

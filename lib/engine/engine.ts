@@ -251,6 +251,11 @@ export class Engine {
       .sort((a, b) => b.seconds - a.seconds)
   }
 
+  /** Whether commands are only counted. */
+  get rehearsing(): boolean {
+    return this.#rehearsing
+  }
+
   /** Lets another binding take the commands of synchronous work; for `rehearse`. */
   standIn<T>(
     make: (real: NativeBinding, commands: Float64Array) => { binding: NativeBinding; run: () => T },

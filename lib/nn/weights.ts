@@ -233,7 +233,7 @@ export class Weights {
     const values = entries?.has(key) ? undefined : options.values
     const pack = this.#shared.pack && options.matrix === true
     const make = (): Tensor => {
-      if (values) return Tensor.from(values(), shape, dtype)
+      if (values) return engine.rehearsing ? Tensor.empty(shape, dtype) : Tensor.from(values(), shape, dtype)
       if (entries) return this.#load(key, shape, dtype, pack)
       const drawn = this.#draw(key, shape, dtype, init)
       if (pack) packWeight(drawn)

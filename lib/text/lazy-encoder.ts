@@ -1,3 +1,4 @@
+import { DTYPES } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { defaultNegativePrompt, promptSuffix } from '../models/presets.ts'
 import { concat } from '../ops/copy.ts'
@@ -12,6 +13,7 @@ import {
   type TextFeatures,
 } from './encoder.ts'
 import { PromptEncoder, type PromptEncoderOptions } from './prompt-encoder.ts'
+import { promptMemory, type TextMemory } from './prompt-memory.ts'
 import { promptWidths } from './prompt-networks.ts'
 import { T5_LENGTH } from './prompt-tokenizers.ts'
 
@@ -138,6 +140,11 @@ export class LazyPromptEncoder implements TextEncoder {
     const encoder = await PromptEncoder.fromPretrained(this.#dir, { dtype, resident, signal })
     if (resident) this.#kept = encoder
     return encoder
+  }
+
+  memory(prompts: number): TextMemory {
+    const { dtype = 'f32', keep: kept = false } = this.#options
+    return promptMemory(this.#dir, { prompts, bytes: DTYPES[dtype].bytes, keep: kept })
   }
 
   /** Frees the networks, if they were kept; a later prompt loads them again. */
