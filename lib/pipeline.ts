@@ -99,7 +99,8 @@ export class Pipeline {
    */
   plan(options: GenerateOptions & { rates?: Rates } = {}): Plan {
     const { rates, ...rest } = options
-    const { recipe } = resolveOptions(this, { prompt: '', ...rest })[0] as Request
+    const { prompt = '' } = rest
+    const { recipe } = resolveOptions(this, { ...rest, prompt })[0] as Request
     return planVideo(this, recipe, rates)
   }
 
@@ -115,9 +116,9 @@ export class Pipeline {
     return new Generation(generateVideos(this, requests, { signal, previews }), signal)
   }
 
-  /** A hash that tells this model from others; undefined for one made of parts. @throws ERR_IO */
+  /** A hash that tells this model from others; undefined for one made of parts, or whose folder is gone. */
   modelHash(): Promise<string | undefined> {
-    this.#hash ??= this.source ? modelHash(this.source) : Promise.resolve(undefined)
+    this.#hash ??= this.source ? modelHash(this.source).catch(() => undefined) : Promise.resolve(undefined)
     return this.#hash
   }
 

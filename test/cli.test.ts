@@ -1,10 +1,12 @@
 import { spawn, spawnSync } from 'node:child_process'
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import sharp from 'sharp'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { makeProgress } from '../lib/cli/progress.ts'
+import { writePipeline } from './fixtures/tiny.ts'
 import { goldenFolder } from './golden.ts'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
@@ -113,6 +115,93 @@ describe('settings', () => {
     const { status, stderr } = run(['train', '--config', config, '--dry-run'])
     expect(stderr).toMatch(why)
     expect(status).toBe(2)
+  })
+})
+
+describe('generate', () => {
+  const model = join(folder, 'model')
+  const base = ['generate', '--model', model, '--prompt', 'a red circle', '--progress', 'none']
+  beforeAll(() => writePipeline(model))
+
+  it('writes a video with its recipe and makes it again from there', () => {
+    const first = run([
+      ...base,
+      '--frames',
+      '9',
+      '--seed',
+      '3',
+      '--guidance',
+      '3,2',
+      '--out',
+      'a.webp',
+      '--json',
+    ])
+    expect(first.stderr).toBe('')
+    const { out, recipe } = JSON.parse(first.stdout)
+    expect(out).toBe('a.webp')
+    expect(recipe).toMatchObject({ prompt: 'a red circle', seed: 3, frames: 9, guidance: [3, 2] })
+    const args = ['generate', '--model', model, '--recipe', 'a.webp', '--out', 'b.webp', '--progress', 'none']
+    expect(run(args)).toMatchObject({ status: 0, stdout: 'b.webp\n' })
+    expect(readFileSync(join(folder, 'b.webp'))).toEqual(readFileSync(join(folder, 'a.webp')))
+    const dry = JSON.parse(run([...args, '--dry-run', '--seed', '4', '--seconds', '2']).stdout)
+    expect(dry).toMatchObject({ seed: 4, frames: 17, guidance: [3, 2] })
+  })
+
+  it('continues a video from its latents, with previews of what comes', () => {
+    expect(run([...base, '--frames', '1', '--out', 'c.webp', '--latents']).status).toBe(0)
+    const more = ['--continue-from', 'c.webp.latents.safetensors', '--frames', '8', '--preview', 'small']
+    expect(run([...base, ...more, '--out', 'd.webp']).status).toBe(0)
+    expect(run([...base, '--frames', '9', '--out', 'e.webp']).status).toBe(0)
+    expect(readdirSync(join(folder, 'small'))).toEqual([
+      'video-0-unit-1-stage-0.png',
+      'video-0-unit-1-stage-1.png',
+    ])
+    // The pictures are the same; what was made how is not.
+    return Promise.all(
+      ['d.webp', 'e.webp'].map((name) => sharp(join(folder, name), { animated: true }).raw().toBuffer()),
+    ).then(([d, e]) => expect(d!.equals(e!)).toBe(true))
+  })
+
+  it('makes a batch and later prompts, and warns of what is cut', () => {
+    const args = [
+      '--prompt',
+      'a blue square moving left on black',
+      '--videos-per-prompt',
+      '2',
+      '--frames',
+      '1',
+    ]
+    const { stdout, stderr, status } = run([...base, ...args, '--out', 'many.webp', '--json'])
+    expect(status).toBe(0)
+    expect(stderr).toMatch(/warning: The prompt is longer than 5 words; the model does not see "on black"/)
+    const { videos } = JSON.parse(stdout)
+    expect(
+      videos.map(({ out, recipe }: { out: string; recipe: { seed: number } }) => [out, recipe.seed]),
+    ).toEqual([
+      ['many-0.webp', 0],
+      ['many-1.webp', 1],
+      ['many-2.webp', 0],
+      ['many-3.webp', 1],
+    ])
+    const dry = run([...base, '--from', '1:a blue square', '--from', '0.5: a blue circle', '--dry-run'])
+    expect(JSON.parse(dry.stdout).promptChanges).toEqual([
+      { from: 0.5, prompt: 'a blue circle' },
+      { from: 1, prompt: 'a blue square' },
+    ])
+  })
+
+  it.each([
+    [['--seconds', '1e9'], 2, /video length: expected at most/],
+    [['--width', '128'], 2, /size: expected 64×64/],
+    [['--from', 'soon:x'], 2, /Expected a number/],
+    [['--image', 'none.png'], 1, /none\.png/],
+    [['--recipe', 'none.webp'], 1, /none\.webp/],
+    [['--steps', '1,1'], 2, /steps: expected 3/],
+  ])('ends %j with exit code %i', (args, code, why) => {
+    const { status, stderr } = run([...base, ...args])
+    expect(stderr).toMatch(why)
+    expect(stderr.trim().split('\n')).toHaveLength(1)
+    expect(status).toBe(code)
   })
 })
 

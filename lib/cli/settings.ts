@@ -34,7 +34,8 @@ export function option<T>(
   command: Command,
   flags: string,
   about: string,
-  parse?: (text: string) => T,
+  /** Gets the text and, for a flag that is given again, what it gave before. */
+  parse?: (text: string, before: T | undefined) => T,
 ): Command {
   const made = new Option(flags, about).env(variable(flags))
   if (parse) made.argParser(parse)
@@ -78,14 +79,16 @@ export function resolveSettings<S extends z.ZodObject>(
   schema: S,
   command: Command,
   file?: string,
+  /** Flags that are named otherwise than their setting. */
+  renamed: Readonly<Record<string, string>> = {},
 ): z.output<S> {
   const known = Object.keys(schema.shape)
   const given = file === undefined ? {} : readSettings(file)
   const settings: Record<string, unknown> = { ...given }
   const flags = command.opts()
-  for (const key of known) {
-    const source = command.getOptionValueSource(key)
-    if (source === 'cli' || source === 'env') settings[key] = flags[key]
+  for (const flag of [...known, ...Object.keys(renamed)]) {
+    const source = command.getOptionValueSource(flag)
+    if (source === 'cli' || source === 'env') settings[renamed[flag] ?? flag] = flags[flag]
   }
   const parsed = schema.safeParse(settings)
   if (parsed.success) return parsed.data

@@ -92,20 +92,12 @@ export async function saveGif(path: string, frames: Uint8Array, options: SaveOpt
 export async function savePng(
   path: string,
   pixels: Uint8Array,
-  options: { width: number; height: number; metadata?: Record<string, string> },
+  options: Omit<SaveOptions, 'fps'>,
 ): Promise<void> {
-  await writeFileAtomically(path, await pngBytes(pixels, options))
-}
-
-async function pngBytes(
-  pixels: Uint8Array,
-  options: { width: number; height: number; metadata?: Record<string, string> },
-): Promise<Uint8Array> {
-  const { width, height, metadata } = options
+  const { width, height, metadata, signal } = options
   checkFrames('savePng', pixels, width, height)
-  return tagged(sharp(pixels, { raw: { width, height, channels: 3 } }), metadata)
-    .png()
-    .toBuffer()
+  const image = tagged(sharp(pixels, { raw: { width, height, channels: 3 } }), metadata).png()
+  await writeFileAtomically(path, await encoded(image, path, signal))
 }
 
 const frameName = (i: number): string => `frame-${String(i).padStart(5, '0')}.png`
@@ -125,8 +117,8 @@ export async function savePngFrames(path: string, frames: Uint8Array, options: S
     for (let i = 0; i < count; ++i) {
       if (signal?.aborted) throw abortedError(`writing ${path}`, signal.reason)
       const pixels = frames.subarray(i * bytes, (i + 1) * bytes)
-      const png = await pngBytes(pixels, { width, height, ...(metadata ? { metadata } : {}) })
-      await writeFile(join(folder, frameName(i)), png)
+      const image = tagged(sharp(pixels, { raw: { width, height, channels: 3 } }), metadata).png()
+      await writeFile(join(folder, frameName(i)), await encoded(image, path, signal))
     }
   }
   const existing = await stat(path).catch(() => undefined)

@@ -66,10 +66,7 @@ export class PromptEncoder implements TextEncoder {
   }
 
   /** Tokens of R prompts, padded; warns of what does not fit. */
-  tokenize(
-    prompts: readonly string[],
-    onWarning: (message: string) => void = this.#warn,
-  ): PromptTokens {
+  tokenize(prompts: readonly string[], onWarning: (message: string) => void = this.#warn): PromptTokens {
     return this.tokenizers.encode(prompts, onWarning)
   }
 
