@@ -26,7 +26,12 @@ class Builder {
     return this.#sizes.heads * this.#sizes.headDim
   }
 
-  op(op: string, inputs: readonly string[], attributes: Record<string, Attribute> = {}, domain?: string): string {
+  op(
+    op: string,
+    inputs: readonly string[],
+    attributes: Record<string, Attribute> = {},
+    domain?: string,
+  ): string {
     const output = `t${this.#count++}`
     this.nodes.push({ op, inputs, outputs: [output], attributes, ...(domain && { domain }) })
     return output
@@ -67,7 +72,10 @@ class Builder {
   query(x: string, length: number, rotated: boolean): string {
     const { heads, headDim } = this.#sizes
     const d = this.width
-    const split = this.op('Reshape', [this.linear(x, d, d), this.whole(`split${length}`, [1, length, heads, headDim])])
+    const split = this.op('Reshape', [
+      this.linear(x, d, d),
+      this.whole(`split${length}`, [1, length, heads, headDim]),
+    ])
     const normed = this.op('SimplifiedLayerNormalization', [split, this.constant(headDim)], {
       axis: 3,
       epsilon: { float: 1e-6 },
@@ -75,7 +83,10 @@ class Builder {
     const flat = this.op('Reshape', [normed, this.whole(`flat${length}`, [1, length, d])])
     if (!rotated) return flat
     const [cos, sin] = [this.constant(length, headDim / 2), this.constant(length, headDim / 2)]
-    return this.own('RotaryEmbedding', [flat, this.whole('zero', [0]), cos, sin], { interleaved: 1, num_heads: heads })
+    return this.own('RotaryEmbedding', [flat, this.whole('zero', [0]), cos, sin], {
+      interleaved: 1,
+      num_heads: heads,
+    })
   }
 
   attention(q: string, k: string, v: string): string {
@@ -102,7 +113,10 @@ export function blockGraph(sizes: BlockSizes): Graph {
   const both = (p: string, q: string): string => b.op('Concat', [p, q], { axis: 1 })
 
   const [xn, cn] = [b.modulated('x'), b.modulated('c')]
-  const [q, k] = [0, 1].map(() => both(b.query(cn, text, false), b.query(xn, latent, true))) as [string, string]
+  const [q, k] = [0, 1].map(() => both(b.query(cn, text, false), b.query(xn, latent, true))) as [
+    string,
+    string,
+  ]
   const o = b.attention(q, k, both(b.linear(cn, d, d), b.linear(xn, d, d)))
   const x1 = b.gatedAdd('x', b.linear(b.rows(o, text, text + latent), d, d))
   const c1 = b.gatedAdd('c', b.linear(b.rows(o, 0, text), d, d))
@@ -128,7 +142,9 @@ export function convGraph(frames: number, height: number, width: number, channel
   const shape = [channels, channels, 3, 3, 3]
   const count = shape.reduce((a, b) => a * b, 1)
   return {
-    nodes: [{ op: 'Conv', inputs: ['x', 'w', 'b'], outputs: ['y'], attributes: { pads: [2, 1, 1, 0, 1, 1] } }],
+    nodes: [
+      { op: 'Conv', inputs: ['x', 'w', 'b'], outputs: ['y'], attributes: { pads: [2, 1, 1, 0, 1, 1] } },
+    ],
     constants: {
       w: { shape, data: noise(count, 1, 0.02) },
       b: { shape: [channels], data: noise(channels, 2) },

@@ -27,14 +27,25 @@ export async function blocks(effort: Effort): Promise<Unnamed[]> {
   const heads = effort.quick ? 2 : miniFluxConfig.num_attention_heads
   const rows: Unnamed[] = []
   // Latents of 2·24 × 2·40 and 2·62 × 2·64: with the text 1,088 and 4,096 tokens.
-  for (const [y, x] of effort.quick ? [[4, 4]] : [[24, 40], [62, 64]]) {
+  for (const [y, x] of effort.quick
+    ? [[4, 4]]
+    : [
+        [24, 40],
+        [62, 64],
+      ]) {
     const latent = (y as number) * (x as number)
     const sizes = { latent, text: TEXT, heads, headDim: 64 }
     const peer = ort && (await onnxPeer(ort, 'graph of the same blocks', blockGraph(sizes)))
-    for (const dtype of DTYPES) rows.push(await block(effort, dtype, [2 * (y as number), 2 * (x as number)], heads, peer))
+    for (const dtype of DTYPES)
+      rows.push(await block(effort, dtype, [2 * (y as number), 2 * (x as number)], heads, peer))
     await peer?.close()
   }
-  for (const [frames, h, w, c] of effort.quick ? [[2, 8, 8, 16]] : [[3, 48, 80, 512], [2, 192, 320, 128]]) {
+  for (const [frames, h, w, c] of effort.quick
+    ? [[2, 8, 8, 16]]
+    : [
+        [3, 48, 80, 512],
+        [2, 192, 320, 128],
+      ]) {
     const clip = [frames, h, w, c] as [number, number, number, number]
     const peer = ort && (await onnxPeer(ort, 'Conv', convGraph(...clip)))
     for (const dtype of DTYPES) rows.push(await conv(effort, dtype, clip, peer))
@@ -84,7 +95,12 @@ async function block(
   const flops = 2 * 24 * d ** 2 * tokens + 2 * 4 * tokens ** 2 * d
   try {
     const name = `double and single block, ${tokens} tokens, d = ${d}, ${dtype}`
-    return await compared(effort, { name, flops, dtype }, () => model.forward({ ...inputs, layout })[0] as Tensor, peer)
+    return await compared(
+      effort,
+      { name, flops, dtype },
+      () => model.forward({ ...inputs, layout })[0] as Tensor,
+      peer,
+    )
   } finally {
     for (const t of [text, inputs.pooled, ...inputs.columns.flat()]) t.dispose()
     model.dispose()

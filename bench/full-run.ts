@@ -32,7 +32,13 @@ export function peakRss(): number {
 /** Loads and generates, telling `log` what happens. */
 export async function fullRun(
   dir: string,
-  options: { seconds?: number; frames?: number; steps?: number; maxMemory?: number; log?: (line: string) => void },
+  options: {
+    seconds?: number
+    frames?: number
+    steps?: number
+    maxMemory?: number
+    log?: (line: string) => void
+  },
 ): Promise<FullRun> {
   const { steps: each = 1, log = () => undefined } = options
   const steps = [each, each, each]
@@ -58,12 +64,23 @@ export async function fullRun(
   }
   peak()
   const run: FullRun = {
-    ...{ load, loadRss, weightsEngine, firstStep: 0, firstFrame: 0, total: 0, frames: 0, peakRss: 0, peakEngine: 0 },
+    ...{
+      load,
+      loadRss,
+      weightsEngine,
+      firstStep: 0,
+      firstFrame: 0,
+      total: 0,
+      frames: 0,
+      peakRss: 0,
+      peakEngine: 0,
+    },
     steps: [],
     decodes: [],
   }
   try {
-    const length = options.frames === undefined ? { seconds: options.seconds ?? 5 } : { frames: options.frames }
+    const length =
+      options.frames === undefined ? { seconds: options.seconds ?? 5 } : { frames: options.frames }
     const request = { prompt: 'a red fox in the snow', seed: 1, steps, videoSteps: steps, ...length }
     for await (const event of pipe.generate(request)) {
       const seconds = lap()
@@ -73,12 +90,16 @@ export async function fullRun(
         run.firstStep ||= at
         const { unit, stage } = event
         run.steps.push({ unit, stage, seconds, engine: bytes })
-        log(`unit ${unit} stage ${stage}: ${seconds.toFixed(2)} s, engine ${gib(bytes)}, rss ${gib(process.memoryUsage.rss())}`)
+        log(
+          `unit ${unit} stage ${stage}: ${seconds.toFixed(2)} s, engine ${gib(bytes)}, rss ${gib(process.memoryUsage.rss())}`,
+        )
       } else if (event.type === 'frames') {
         run.firstFrame ||= at
         run.frames += event.count
         run.decodes.push({ frames: event.count, seconds, engine: bytes })
-        log(`${event.count} frames: ${seconds.toFixed(2)} s, engine ${gib(bytes)}, rss ${gib(process.memoryUsage.rss())}, at ${at.toFixed(0)} s`)
+        log(
+          `${event.count} frames: ${seconds.toFixed(2)} s, engine ${gib(bytes)}, rss ${gib(process.memoryUsage.rss())}, at ${at.toFixed(0)} s`,
+        )
       }
     }
   } finally {
@@ -87,7 +108,9 @@ export async function fullRun(
   run.total = (performance.now() - began) / 1000
   run.peakRss = peakRss()
   run.peakEngine = peakEngine
-  log(`${run.frames} frames in ${run.total.toFixed(0)} s, first after ${run.firstFrame.toFixed(0)} s, peak rss ${gib(run.peakRss)}`)
+  log(
+    `${run.frames} frames in ${run.total.toFixed(0)} s, first after ${run.firstFrame.toFixed(0)} s, peak rss ${gib(run.peakRss)}`,
+  )
   return run
 }
 

@@ -3,8 +3,8 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { engine } from '../lib/engine/engine.ts'
 import { findWeights } from '../lib/io/find-weights.ts'
-import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
+import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { miniFluxConfig } from '../lib/models/presets.ts'
 import { planFolder } from '../lib/plan-folder.ts'
 import { historyTokens, planHistory } from '../lib/pyramid/history.ts'
@@ -52,7 +52,13 @@ async function transformer(dir: string): Promise<Unnamed[]> {
   const begin = performance.now()
   const model = await PyramidFluxTransformer.fromPretrained(folder, { dtype: 'bf16' })
   const load = (performance.now() - begin) / 1000
-  rows.push({ name: 'load the transformer, f32 file to bf16', value: load, unit: 's', ratio: cat / load, against: 'cat' })
+  rows.push({
+    name: 'load the transformer, f32 file to bf16',
+    value: load,
+    unit: 's',
+    ratio: cat / load,
+    against: 'cat',
+  })
   try {
     for (const unit of UNITS) {
       for (let stage = 0; stage < STAGES; stage++) rows.push(await step(model, unit, stage))
@@ -79,7 +85,10 @@ async function step(model: PyramidFluxTransformer, unit: number, stage: number):
   const inputs = { columns, timesteps: [500, 500], text, pooled }
   const layout = model.layout(inputs)
   try {
-    const seconds = await engineSeconds(() => noGrad(() => model.forward({ ...inputs, layout })[0] as Tensor), 1)
+    const seconds = await engineSeconds(
+      () => noGrad(() => model.forward({ ...inputs, layout })[0] as Tensor),
+      1,
+    )
     const { total } = historyTokens({ unit, stage, stageCount: STAGES, height, width })
     const name = `step, unit ${unit}, stage ${stage}, 2 × ${total + 128} tokens, bf16`
     return { name, value: seconds, unit: 's' }

@@ -15,7 +15,17 @@ import { pyramid } from './pyramid.ts'
 import { train } from './train.ts'
 
 // Measures the engine against what the machine can do. Tables go to stderr, JSON where it is asked for.
-const GROUPS: Record<string, Group> = { dispatch, matmul, pyramid, kernels, attention, blocks, train, generate, full }
+const GROUPS: Record<string, Group> = {
+  dispatch,
+  matmul,
+  pyramid,
+  kernels,
+  attention,
+  blocks,
+  train,
+  generate,
+  full,
+}
 
 const USAGE = `npm run bench -- [options]
   --filter NAME   only the groups whose name contains NAME (${Object.keys(GROUPS).join(', ')})

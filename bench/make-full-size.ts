@@ -48,7 +48,8 @@ function* clipShapes(): Shapes {
   yield ['text_model.embeddings.position_embedding.weight', [POSITIONS, d]]
   for (let i = 0; i < CLIP.num_hidden_layers; i++) {
     const at = `text_model.encoder.layers.${i}`
-    for (const name of ['q_proj', 'k_proj', 'v_proj', 'out_proj']) yield* both(`${at}.self_attn.${name}`, [d, d])
+    for (const name of ['q_proj', 'k_proj', 'v_proj', 'out_proj'])
+      yield* both(`${at}.self_attn.${name}`, [d, d])
     yield* both(`${at}.layer_norm1`, [d])
     yield* both(`${at}.layer_norm2`, [d])
     yield* both(`${at}.mlp.fc1`, [f, d])
@@ -82,7 +83,8 @@ function drawn(shapes: Shapes, dtype: 'f32' | 'bf16', generator: Generator): Ten
   }))
 }
 
-const json = (path: string, value: unknown): void => writeFileSync(path, `${JSON.stringify(value, null, 2)}\n`)
+const json = (path: string, value: unknown): void =>
+  writeFileSync(path, `${JSON.stringify(value, null, 2)}\n`)
 
 const special = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true }
 const letters = Array.from({ length: 26 }, (_, i) => String.fromCharCode(97 + i))
@@ -144,7 +146,9 @@ async function writeT5(dir: string, generator: Generator): Promise<void> {
 }
 
 async function writeClip(dir: string, generator: Generator): Promise<void> {
-  await writeSafetensors(join(dir, 'model.safetensors'), drawn(clipShapes(), 'bf16', generator), { format: 'pt' })
+  await writeSafetensors(join(dir, 'model.safetensors'), drawn(clipShapes(), 'bf16', generator), {
+    format: 'pt',
+  })
   json(join(dir, 'config.json'), {
     architectures: ['CLIPTextModel'],
     ...CLIP,

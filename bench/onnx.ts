@@ -49,7 +49,8 @@ function varint(value: number): number[] {
   return [...digits, rest]
 }
 
-const number = (field: number, value: number): Bytes => Uint8Array.from([...varint(field << 3), ...varint(value)])
+const number = (field: number, value: number): Bytes =>
+  Uint8Array.from([...varint(field << 3), ...varint(value)])
 const bytes = (field: number, value: Bytes): Bytes =>
   join([Uint8Array.from([...varint((field << 3) | 2), ...varint(value.length)]), value])
 const text = (field: number, value: string): Bytes => bytes(field, new TextEncoder().encode(value))

@@ -36,7 +36,10 @@ export function findOnnxRuntime(): Ort | undefined {
 
 /** Numbers between −1 and 1 that depend on the seed alone. */
 export function noise(count: number, seed: number, size = 1): Float32Array {
-  return Float32Array.from({ length: count }, (_, i) => ((Math.imul(i + seed, 0x9e3779b1) >> 8) / 2 ** 23) * size)
+  return Float32Array.from(
+    { length: count },
+    (_, i) => ((Math.imul(i + seed, 0x9e3779b1) >> 8) / 2 ** 23) * size,
+  )
 }
 
 /** onnxruntime on as many threads as the engine has. */
@@ -71,7 +74,12 @@ export function onnxAttention(ort: Ort, length: number, heads: number, headDim: 
     nodes: [
       {
         op: 'MultiHeadAttention',
-        ...{ inputs: ['q', 'k', 'v'], outputs: ['o'], attributes: { num_heads: heads }, domain: 'com.microsoft' },
+        ...{
+          inputs: ['q', 'k', 'v'],
+          outputs: ['o'],
+          attributes: { num_heads: heads },
+          domain: 'com.microsoft',
+        },
       },
     ],
     inputs: { q: shape, k: shape, v: shape },

@@ -4,11 +4,11 @@ import { engine } from './engine/engine.ts'
 import { PyraflowError, throwIfAborted } from './engine/errors.ts'
 import { openWeights } from './io/safetensors.ts'
 import { type ModelFolder, surveyFolder, VAE_FOLDER } from './model-folder.ts'
-import { fitsKept } from './plan-folder.ts'
 import { CausalVideoVAE } from './models/causal-vae.ts'
 import { loadVelocityNetwork } from './models/load-network.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import type { PipelineParts } from './pipeline.ts'
+import { fitsKept } from './plan-folder.ts'
 import { defaultCacheFolder } from './text/embedding-cache.ts'
 import type { TextEncoder } from './text/encoder.ts'
 import { LazyPromptEncoder } from './text/lazy-encoder.ts'
@@ -125,4 +125,3 @@ function checkWidths(dir: string, text: TextEncoder, { config }: VelocityNetwork
     remedy: 'Check that transformer and text encoders belong to one model.',
   })
 }
-

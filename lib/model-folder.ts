@@ -65,7 +65,12 @@ function listed(dir: string): string[] {
   const [parent, name] = [dirname(resolve(dir)), basename(dir)]
   const around = existsSync(parent) && statSync(parent).isDirectory() ? readdirSync(parent) : []
   const near = nearestName(name, around)
-  throw wrong(dir, 'a folder', existsSync(dir) ? 'a file' : 'nothing there', near && `Nearest there is '${near}'.`)
+  throw wrong(
+    dir,
+    'a folder',
+    existsSync(dir) ? 'a file' : 'nothing there',
+    near && `Nearest there is '${near}'.`,
+  )
 }
 
 // A part by itself, or something else altogether.
@@ -82,9 +87,10 @@ function notAModel(dir: string, names: readonly string[]): PyraflowError {
         : 'Give the folder that holds it beside the other parts of the model.',
     )
   }
-  const inside = names.find((name) =>
-    statSync(join(dir, name)).isDirectory() &&
-    readdirSync(join(dir, name)).some((inner) => inner.startsWith(TRANSFORMER)),
+  const inside = names.find(
+    (name) =>
+      statSync(join(dir, name)).isDirectory() &&
+      readdirSync(join(dir, name)).some((inner) => inner.startsWith(TRANSFORMER)),
   )
   const remedy = inside === undefined ? 'Complete the download.' : `Give ${join(dir, inside)}.`
   return wrong(dir, expected, names.slice(0, 8).join(', ') || 'an empty folder', remedy)
@@ -108,7 +114,12 @@ function checkPart(dir: string, name: string, names: readonly string[], kinds: r
   }
   const kind = identify(join(dir, name))
   if (kinds.includes(kind)) return
-  throw wrong(join(dir, name), PARTS[kinds[0] as ModelKind], PARTS[kind], 'Check that folders have not changed places.')
+  throw wrong(
+    join(dir, name),
+    PARTS[kinds[0] as ModelKind],
+    PARTS[kind],
+    'Check that folders have not changed places.',
+  )
 }
 
 // Whether the text encoders are published ones; they must be those of the transformer's family.

@@ -126,10 +126,7 @@ export class Pipeline {
    * Features of prompts as they are, without suffix, each of one row; the caller disposes them. A prompt at a time, so
    * that its features do not depend on its company.
    */
-  async encodePrompts(
-    prompts: readonly string[],
-    options: EncodeOptions = {},
-  ): Promise<TextFeatures[]> {
+  async encodePrompts(prompts: readonly string[], options: EncodeOptions = {}): Promise<TextFeatures[]> {
     if (this.text.encodeEach) return this.text.encodeEach(prompts, options)
     const made: TextFeatures[] = []
     try {

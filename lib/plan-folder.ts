@@ -34,7 +34,11 @@ export function planFolder(
 /** A pipeline whose weights do not exist; good for plans and nothing else. */
 function imagined(
   folder: ModelFolder,
-  { dtype = 'f32', keep = false, maxMemory }: Pick<PipelineOptions, 'dtype' | 'maxMemory'> & { keep?: boolean },
+  {
+    dtype = 'f32',
+    keep = false,
+    maxMemory,
+  }: Pick<PipelineOptions, 'dtype' | 'maxMemory'> & { keep?: boolean },
 ): Pipeline {
   const { dir, variant, config } = folder
   return rehearse(engine, () => {

@@ -5,11 +5,11 @@ import { denormaliseLatents } from './flow/normalise.ts'
 import type { Recipe } from './generate/recipe.ts'
 import { stepFlops, type UnitTokens, unitTokens } from './generate/tokens.ts'
 import type { VaePlan } from './models/vae-plan.ts'
-import type { Rates } from './plan-seconds.ts'
-import { secondsOf } from './plan-seconds.ts'
 import { cast } from './ops/cast.ts'
 import { framesEncode } from './ops/frames.ts'
 import type { Pipeline } from './pipeline.ts'
+import type { Rates } from './plan-seconds.ts'
+import { secondsOf } from './plan-seconds.ts'
 import { LatentHistory } from './sample/latent-history.ts'
 import { PromptRows } from './sample/prompt-rows.ts'
 import { StageRun } from './sample/stage-run.ts'
@@ -44,12 +44,22 @@ export interface Plan {
   /** Latent tokens of one network call, for each unit and stage. */
   readonly tokens: readonly UnitTokens[]
   /** Multiplications and additions, by phase. */
-  readonly flops: { readonly text: number; readonly denoise: number; readonly decode: number; readonly total: number }
+  readonly flops: {
+    readonly text: number
+    readonly denoise: number
+    readonly decode: number
+    readonly total: number
+  }
   readonly bytes: PlannedBytes
   /** Pieces that units are decoded in. */
   readonly pieces: VaePlan
   /** Rough times of this machine, where its rates were given. */
-  readonly seconds?: { readonly text: number; readonly denoise: number; readonly decode: number; readonly total: number }
+  readonly seconds?: {
+    readonly text: number
+    readonly denoise: number
+    readonly decode: number
+    readonly total: number
+  }
 }
 
 interface Phases {
@@ -91,7 +101,8 @@ export function decodeBudget(pipeline: Pipeline, recipe: Pick<Recipe, 'maxMemory
 export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Plan {
   const { width, height, frames, dtype } = recipe
   const tokens = unitTokens(pipeline, recipe)
-  const prompts = new Set([recipe.prompt, ...(recipe.promptChanges ?? []).map(({ prompt }) => prompt)]).size + 1
+  const prompts =
+    new Set([recipe.prompt, ...(recipe.promptChanges ?? []).map(({ prompt }) => prompt)]).size + 1
   const text = pipeline.text.memory?.(prompts) ?? { kept: 0, peak: 0, flops: 0 }
   const weights = pipelineWeights(pipeline)
   const phases = rehearsePhases(pipeline, recipe, { prompts, last: tokens.at(-1) as UnitTokens })
@@ -105,7 +116,12 @@ export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Pl
   const largest = Math.max(text.peak, phases.denoise, phases.decode)
   return {
     ...{ width, height, frames, dtype, tokens },
-    flops: { text: text.flops, denoise: linear + attention, decode, total: text.flops + linear + attention + decode },
+    flops: {
+      text: text.flops,
+      denoise: linear + attention,
+      decode,
+      total: text.flops + linear + attention + decode,
+    },
     bytes: {
       ...{ weights, text: text.peak, denoise: phases.denoise, decode: phases.decode, frames: finished },
       peak: kept + largest + finished,
@@ -169,10 +185,22 @@ function rehearsePhases(
         lap()
         const scale = 2 ** (stages.count - 1 - last.stage)
         const began = keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale]))
-        const place = { unit: last.unit, stage: last.stage, began, clips: history.clips(last.unit, last.stage) }
+        const place = {
+          unit: last.unit,
+          stage: last.stage,
+          began,
+          clips: history.clips(last.unit, last.stage),
+        }
         const run = own(
           new StageRun({
-            ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, job: 0, ...place },
+            ...{
+              model: transformer,
+              prompts: both,
+              guidance: 1,
+              guided: last.sequences > 1,
+              job: 0,
+              ...place,
+            },
             ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
           }),
         )

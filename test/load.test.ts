@@ -203,15 +203,27 @@ test('loading 2000 tensors does not keep the event loop for 10 ms', async () => 
 
 describe('a model folder', () => {
   const refused: [string, () => string, RegExp, object?][] = [
-    ['that is a transformer by itself', () => join(flux, VARIANT), /a transformer by itself.*Give the folder above it/],
+    [
+      'that is a transformer by itself',
+      () => join(flux, VARIANT),
+      /a transformer by itself.*Give the folder above it/,
+    ],
     ['that is a VAE by itself', () => join(flux, 'causal_video_vae'), /a VAE by itself/],
     ['that holds the model one level further down', () => folder, /Give .*(flux|sd3|toy|copy)/],
     ['without a VAE', () => without('causal_video_vae'), /expected a folder causal_video_vae/],
     ['without text encoders', () => without('text_encoder'), /expected a folder text_encoder/],
     ['without a tokenizer', () => without('tokenizer_2'), /tokenizer_2: expected tokenizer.json/],
-    ['with a tokenizer that lacks a file', () => without('tokenizer', 'merges.txt'), /vocab.json and merges.txt/],
+    [
+      'with a tokenizer that lacks a file',
+      () => without('tokenizer', 'merges.txt'),
+      /vocab.json and merges.txt/,
+    ],
     ['whose VAE is a transformer', exchanged, /causal_video_vae: expected a VAE, received a transformer/],
-    ['of the SD3 variant with the text encoders of miniFLUX', mixed, /mixes parts of the two published models/],
+    [
+      'of the SD3 variant with the text encoders of miniFLUX',
+      mixed,
+      /mixes parts of the two published models/,
+    ],
     ['of miniFLUX with a third text encoder', mixedBack, /mixes parts of the two published models/],
   ]
   function without(...path: string[]): string {
@@ -290,13 +302,17 @@ describe('a model folder', () => {
     expect(await load('diffusion_transformer_image')).toEqual(['diffusion_transformer_image', [1024, 1024]])
     await expect(load('769p')).rejects.toMatchObject({
       code: 'ERR_CHECKPOINT',
-      message: expect.stringMatching(/_384p or .*_768p or .*_image, received 769p.*Nearest is 'diffusion_transformer_768p'/),
+      message: expect.stringMatching(
+        /_384p or .*_768p or .*_image, received 769p.*Nearest is 'diffusion_transformer_768p'/,
+      ),
     })
   })
 
   test('is loaded for a device that is there', async () => {
     for (const device of ['auto', 'cpu'] as const) (await Pipeline.load(toy, { device })).dispose()
-    await expect(Pipeline.load(toy, { device: 'cuda' as 'cpu' })).rejects.toMatchObject({ code: 'ERR_DEVICE' })
+    await expect(Pipeline.load(toy, { device: 'cuda' as 'cpu' })).rejects.toMatchObject({
+      code: 'ERR_DEVICE',
+    })
     await expect(Pipeline.load(toy, { device: 'tpu' as 'cpu' })).rejects.toMatchObject({ code: 'ERR_OPTION' })
     await expect(Pipeline.load(toy, { dtype: 'f16' as 'f32' })).rejects.toMatchObject({ code: 'ERR_OPTION' })
   })

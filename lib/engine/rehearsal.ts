@@ -123,7 +123,10 @@ class Ledger {
     if (!COSTLY.has(op)) return
     let at = 5
     const next = (): Size => {
-      if ((c[at] as number) < 0) return at++, null
+      if ((c[at] as number) < 0) {
+        at++
+        return null
+      }
       const rank = c[at + 3] as number
       const dtype = TYPES.get(c[at + 2] as number) as Operand['dtype']
       const shape = Array.from({ length: rank }, (_, i) => c[at + 4 + i] as number)

@@ -37,7 +37,8 @@ export async function encoderIdentity(dir: string): Promise<string> {
     for (const part of ['text_encoder', 'tokenizer']) {
       const folder = join(dir, `${part}${suffix}`)
       for (const name of (await readdir(folder)).sort()) {
-        if (/\.(json|txt|safetensors)$/.test(name)) await addFile(hash, `${part}${suffix}/${name}`, join(folder, name))
+        if (/\.(json|txt|safetensors)$/.test(name))
+          await addFile(hash, `${part}${suffix}/${name}`, join(folder, name))
       }
     }
   }
@@ -56,7 +57,9 @@ export class EmbeddingCache {
   }
 
   path(prompt: string): string {
-    const key = createHash('sha256').update(JSON.stringify([FORMAT, this.#encoder, prompt])).digest('hex')
+    const key = createHash('sha256')
+      .update(JSON.stringify([FORMAT, this.#encoder, prompt]))
+      .digest('hex')
     return join(this.folder, `${key}.safetensors`)
   }
 

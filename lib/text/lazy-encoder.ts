@@ -54,8 +54,14 @@ export class LazyPromptEncoder implements TextEncoder {
     const each = await this.encodeEach(prompts, options)
     if (each.length === 1) return each[0] as TextFeatures
     const [embeds, pooled] = scope(() => [
-      concat(each.map((f) => f.embeds), 0),
-      concat(each.map((f) => f.pooled), 0),
+      concat(
+        each.map((f) => f.embeds),
+        0,
+      ),
+      concat(
+        each.map((f) => f.pooled),
+        0,
+      ),
     ]) as [TextFeatures['embeds'], TextFeatures['pooled']]
     each.forEach(disposeFeatures)
     return { embeds, mask: each.flatMap(({ mask }) => mask), pooled }

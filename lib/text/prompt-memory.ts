@@ -2,8 +2,8 @@ import { join } from 'node:path'
 import { clipClasses } from './clip-text.ts'
 import { TextConfig } from './network.ts'
 import { textLayoutOf, textLayouts } from './prompt-networks.ts'
-import { T5_CLASSES } from './t5-encoder.ts'
 import { T5_LENGTH } from './prompt-tokenizers.ts'
+import { T5_CLASSES } from './t5-encoder.ts'
 
 /** What a text encoder takes. */
 export interface TextMemory {
@@ -21,7 +21,10 @@ export interface TextMemory {
  * @param keep - whether the networks stay in memory; else T5 is there a layer at a time
  * @throws ERR_IO, ERR_CHECKPOINT
  */
-export function promptMemory(dir: string, how: { prompts: number; bytes: number; keep: boolean }): TextMemory {
+export function promptMemory(
+  dir: string,
+  how: { prompts: number; bytes: number; keep: boolean },
+): TextMemory {
   const { prompts, bytes, keep } = how
   const { clip, projection, t5 } = textLayouts[textLayoutOf(dir)]
   const clips = clip.map((suffix) => {

@@ -1,6 +1,6 @@
 import { PyraflowError } from '../engine/errors.ts'
-import { linearLayer } from '../nn/linear.ts'
 import { openWeights, type Safetensors } from '../io/safetensors.ts'
+import { linearLayer } from '../nn/linear.ts'
 import { type ComputeType, Weights } from '../nn/weights.ts'
 import { attention } from '../ops/attention.ts'
 import { concat, permute, reshape, slice } from '../ops/copy.ts'
@@ -165,7 +165,11 @@ export class T5Encoder {
   /** Where weights that are not kept come from. */
   readonly #source: Safetensors | null
 
-  private constructor(config: T5Config, weights: Weights, options: { dtype: ComputeType; source?: Safetensors }) {
+  private constructor(
+    config: T5Config,
+    weights: Weights,
+    options: { dtype: ComputeType; source?: Safetensors },
+  ) {
     this.config = config
     this.dtype = options.dtype
     this.#weights = weights

@@ -12,8 +12,8 @@ constexpr size_t kSpare = size_t{256} << 20;
 
 size_t Pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
-// Large blocks are mappings of their own: what is freed goes back to the system at once and leaves no holes in a
-// heap.
+// Large blocks are mappings of their own: what is freed goes back to the system at once and leaves no holes
+// in a heap.
 void* Acquire(size_t bytes) {
   if (bytes < kHugePage) return std::aligned_alloc(64, bytes);
   const size_t size = Pages(bytes), whole = size + kHugePage;

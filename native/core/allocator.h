@@ -25,7 +25,7 @@ class Allocator {
 
  private:
   static size_t Rounded(size_t bytes);
-  size_t Room() const;      // bytes that may be kept for reuse
+  size_t Room() const;     // bytes that may be kept for reuse
   void Trim(size_t most);  // gives back what is kept beyond this many bytes
 
   const size_t limit_;

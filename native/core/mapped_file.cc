@@ -12,8 +12,8 @@
 #include <tuple>
 
 namespace {
-// The open files of the process: whoever opens one again, even from another thread, shares its mapping. A file that
-// was written meanwhile is another one.
+// The open files of the process: whoever opens one again, even from another thread, shares its mapping. A
+// file that was written meanwhile is another one.
 using Identity = std::tuple<dev_t, ino_t, off_t, time_t, long>;
 std::mutex g_mutex;
 std::map<Identity, std::weak_ptr<MappedFile>> g_open;

@@ -6,7 +6,8 @@
 
 class MappedFile {
  public:
-  // nullptr with a reason when the file cannot be opened or mapped. Shared with whoever has the same file open.
+  // nullptr with a reason when the file cannot be opened or mapped. Shared with whoever has the same file
+  // open.
   static std::shared_ptr<MappedFile> Open(const std::string& path, std::string* error);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
