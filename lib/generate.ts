@@ -64,14 +64,14 @@ async function* generateVideo(
   const where = { signal, job }
   const units: Tensor[] = []
   const decoder = pipeline.vae.decodeStream({ maxMemory: decodeBudget(pipeline, request.recipe) })
-  const parts: Uint8Array[] = []
+  let whole = new Uint8Array()
   let count = 0
   const show = async (latent: Tensor, what: string): Promise<GenerateEvent> => {
     units.push(latent)
     const first = count
     const decode = decoder.pushSteps.bind(decoder)
     const frames = await decodeFrames(pipeline, latent, { ...where, what, begins: first === 0, decode })
-    parts.push(frames)
+    whole.set(frames, first * width * height * 3)
     count += frames.length / (width * height * 3)
     return { type: 'frames', video, first, frames, width, height, count: count - first }
   }
@@ -81,6 +81,8 @@ async function* generateVideo(
     if (given.latents) units.push(given.latents)
     const recipe = finishRecipe(pipeline, request, { ...given.facts, ...place }, given.latents)
     for (const message of warnings.splice(0)) yield { type: 'warning', message }
+    // Filled unit by unit: copying all of a long video at once would hold up the event loop.
+    whole = new Uint8Array(pixelFrames(latentsOf(pipeline, recipe, given.latents)) * width * height * 3)
     if (given.latents) yield await show(units.pop() as Tensor, 'decoding the given frames')
 
     progress.begin(stepCosts(pipeline, recipe, given.latents))
@@ -100,7 +102,7 @@ async function* generateVideo(
       }
     }
     const latents = await toClip(units)
-    return new Video({ frames: joined(parts), count, width, height, fps: recipe.fps, latents, recipe })
+    return new Video({ frames: whole, count, width, height, fps: recipe.fps, latents, recipe })
   } finally {
     decoder.dispose()
     for (const latent of units) latent.dispose()
@@ -135,16 +137,6 @@ function differences(
       (name) =>
         `The recipe was made with ${names[name]} (${made[name]}, not ${here[name]}): the video will differ`,
     )
-}
-
-function joined(parts: readonly Uint8Array[]): Uint8Array {
-  const whole = new Uint8Array(parts.reduce((n, part) => n + part.length, 0))
-  let at = 0
-  for (const part of parts) {
-    whole.set(part, at)
-    at += part.length
-  }
-  return whole
 }
 
 /** How far the steps of all videos are. Later stages cost many times what earlier ones do, so tokens are counted. */

@@ -28,7 +28,7 @@ export interface PlannedBytes {
   readonly denoise: number
   /** Most while a unit is decoded, with everything that waits for the next one. */
   readonly decode: number
-  /** Finished frames, twice: as they come and joined. They are the program's, not the engine's. */
+  /** Finished frames, and a unit's as they come. They are the program's, not the engine's. */
   readonly frames: number
   /** All weights, the largest phase and the frames. */
   readonly peak: number
@@ -111,7 +111,8 @@ export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Pl
   const attention = denoise.reduce((n, { attention: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
   const units = (tokens.at(-1) as UnitTokens).unit
   const decode = phases.firstFlops + units * phases.laterFlops
-  const finished = 2 * frames * width * height * 3
+  const unit = pipeline.vae.temporalFactor * (pipeline.config.framesPerUnit ?? 1)
+  const finished = (frames + unit) * width * height * 3
   const kept = weights.transformer + weights.vae + weights.text
   const largest = Math.max(text.peak, phases.denoise, phases.decode)
   return {

@@ -69,7 +69,7 @@ test('every TypeScript and JavaScript block in the documentation type-checks and
   }
   expect(existsSync(join(place, 'circle.webp'))).toBe(true)
   expect(existsSync(join(place, 'runs/mine/checkpoint-2/diffusion_transformer/config.json'))).toBe(true)
-}, 200_000)
+}, 300_000)
 
 const scripts: Record<string, string> = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')).scripts
 const otherTools = ['cd', 'git', 'cmake', 'export', 'flock']

@@ -52,6 +52,25 @@ describe('a continued video', () => {
     expect(await live()).toBe(before)
   })
 
+  test('equals one that was made in one go with units of several latent frames, and in bf16', async () => {
+    const { transformer, vae, text } = pipe
+    const coarse = new Pipeline({ transformer, vae, text, config: { ...pipe.config, framesPerUnit: 2 } })
+    const narrow = await Pipeline.load(join(folder, 'model'), { dtype: 'bf16' })
+    for (const [pipeline, parts] of [
+      [coarse, [17, 16]],
+      [narrow, [9, 8]],
+    ] as const) {
+      const options = { prompt: PROMPT, seed: 4 }
+      const whole = await pipeline.generate({ ...options, frames: parts[0] + parts[1] }).result()
+      const first = await pipeline.generate({ ...options, frames: parts[0] }).result()
+      const both = await pipeline.generate({ continueFrom: first, frames: parts[1] }).result()
+      expect(both.frames).toEqual(whole.frames)
+    }
+    // Lengths are whole units.
+    expect(coarse.resolve({ prompt: PROMPT, frames: 2 }).frames).toBe(17)
+    narrow.dispose()
+  })
+
   test('can be saved and taken up again from its latents', async () => {
     const first = await make({ ...long, frames: 17 })
     const path = join(folder, 'first.webp')

@@ -238,6 +238,16 @@ test('options of the wrong kind, or of no known name, are refused by name', () =
   }
 })
 
+test('a size beyond the position table of a network is refused', () => {
+  const config = { ...pipe.transformer.config, pos_embed_max_size: 4 }
+  const transformer = Object.create(pipe.transformer, { config: { value: config } })
+  const small = new Pipeline({ transformer, vae: pipe.vae, text: pipe.text, config: pipe.config })
+  expect(small.resolve({ prompt: A }).width).toBe(64)
+  expect(() => small.resolve({ prompt: A, width: 128, allowUntrained: true })).toThrow(
+    /at most 64 pixels a side, which the position table holds, received 128×64/,
+  )
+})
+
 test('a guidance function that gives no number is refused before anything is computed', async () => {
   const run = make({ prompt: A, frames: 9, guidance: () => Number.NaN })
   await expect(run).rejects.toMatchObject({ code: 'ERR_OPTION', message: expect.stringMatching(/guidance/) })

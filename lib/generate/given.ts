@@ -1,4 +1,5 @@
 import { createHash } from 'node:crypto'
+import { setImmediate } from 'node:timers/promises'
 import { PyraflowError } from '../engine/errors.ts'
 import { loadClip } from '../io/clip.ts'
 import { type ImageSource, imageSize, loadImage } from '../io/image.ts'
@@ -68,7 +69,7 @@ async function fromImage(
     work,
   )
   const bytes = typeof image === 'string' ? undefined : image instanceof Uint8Array ? image : image.data
-  return { latents, facts: { image: bytes === undefined ? (image as string) : hashOf(bytes) } }
+  return { latents, facts: { image: bytes === undefined ? (image as string) : await hashOf(bytes) } }
 }
 
 async function fromSource(
@@ -88,7 +89,7 @@ async function fromSource(
   if ('latents' in source)
     return { latents: toTensor(source.latents), facts: { continueFrom: source.recipe } }
   if ('shape' in source) {
-    return { latents: toTensor(source), facts: { continueFrom: hashOf(source.data) } }
+    return { latents: toTensor(source), facts: { continueFrom: await hashOf(source.data) } }
   }
   if ('prompt' in source)
     return { latents: await remake(pipeline, source, work), facts: { continueFrom: source } }
@@ -100,7 +101,7 @@ async function fromSource(
     )
   }
   const latents = await fromFrames(pipeline, recipe, source.frames, generator, work)
-  return { latents, facts: { continueFrom: hashOf(source.frames) } }
+  return { latents, facts: { continueFrom: await hashOf(source.frames) } }
 }
 
 async function fromFrames(
@@ -171,6 +172,15 @@ function checkGiven(pipeline: Pipeline, recipe: Recipe, latents: Tensor): void {
   )
 }
 
-function hashOf(data: Uint8Array | Float32Array): string {
-  return `sha256:${createHash('sha256').update(data).digest('hex').slice(0, 32)}`
+const HASHED_AT_ONCE = 4 * 1024 * 1024
+
+/** A hash of many bytes that lets the event loop turn. */
+async function hashOf(data: Uint8Array | Float32Array): Promise<string> {
+  const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength)
+  const hash = createHash('sha256')
+  for (let at = 0; at < bytes.length; at += HASHED_AT_ONCE) {
+    hash.update(bytes.subarray(at, at + HASHED_AT_ONCE))
+    await setImmediate()
+  }
+  return `sha256:${hash.digest('hex').slice(0, 32)}`
 }
