@@ -38,6 +38,7 @@ export class LazyPromptEncoder implements TextEncoder {
   readonly #dir: string
   readonly #options: LazyEncoderOptions
   #kept: PromptEncoder | undefined
+  #disposed = false
   #cache: Promise<EmbeddingCache | undefined> | undefined
 
   /** Reads the config.json files. @throws ERR_IO, ERR_CHECKPOINT */
@@ -77,6 +78,12 @@ export class LazyPromptEncoder implements TextEncoder {
   async encodeEach(prompts: readonly string[], options: EncodeOptions = {}): Promise<TextFeatures[]> {
     if (prompts.length === 0) {
       throw new PyraflowError('ERR_OPTION', { what: 'prompts', expected: 'one or more', received: 'none' })
+    }
+    if (this.#disposed) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'text encoder',
+        received: 'a prompt after it was disposed',
+      })
     }
     const warn = options.onWarning ?? this.#options.onWarning ?? emitWarning
     this.#cache ??= this.#openCache()
@@ -153,8 +160,9 @@ export class LazyPromptEncoder implements TextEncoder {
     return promptMemory(this.#dir, { prompts, bytes: DTYPES[dtype].bytes, keep: kept })
   }
 
-  /** Frees the networks, if they were kept; a later prompt loads them again. */
+  /** Frees the networks, if they were kept; the encoder cannot be used afterwards. */
   dispose(): void {
+    this.#disposed = true
     this.#kept?.dispose()
     this.#kept = undefined
   }
