@@ -13,7 +13,7 @@ import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { peakRss } from './full-run.ts'
-import { ceiling, type Effort, engineSeconds, type Unnamed } from './harness.ts'
+import { ceiling, type Effort, type Unnamed } from './harness.ts'
 
 // A model folder of the published sizes, as `node dist/bench/make-full-size.js --out DIR` writes one.
 const VARIABLE = 'PYRAFLOW_FULL_MODEL'
