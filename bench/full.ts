@@ -85,10 +85,11 @@ async function step(model: PyramidFluxTransformer, unit: number, stage: number):
   const inputs = { columns, timesteps: [500, 500], text, pooled }
   const layout = model.layout(inputs)
   try {
-    const seconds = await engineSeconds(
-      () => noGrad(() => model.forward({ ...inputs, layout })[0] as Tensor),
-      1,
-    )
+    // Once: a call is seconds long, and a warm-up would double them.
+    const begin = ceiling('clock')
+    noGrad(() => model.forward({ ...inputs, layout })[0] as Tensor).dispose()
+    const [from, to] = await Promise.all([begin, ceiling('clock')])
+    const seconds = to - from
     const { total } = historyTokens({ unit, stage, stageCount: STAGES, height, width })
     const name = `step, unit ${unit}, stage ${stage}, 2 × ${total + 128} tokens, bf16`
     return { name, value: seconds, unit: 's' }
