@@ -3,7 +3,9 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { attention } from './attention.ts'
+import { blocks } from './blocks.ts'
 import { dispatch } from './dispatch.ts'
+import { full } from './full.ts'
 import { generate } from './generate.ts'
 import { effortOf, type Group, meets, type Row } from './harness.ts'
 import { kernels } from './kernels.ts'
@@ -13,7 +15,17 @@ import { pyramid } from './pyramid.ts'
 import { train } from './train.ts'
 
 // Measures the engine against what the machine can do. Tables go to stderr, JSON where it is asked for.
-const GROUPS: Record<string, Group> = { dispatch, matmul, pyramid, kernels, attention, train, generate }
+const GROUPS: Record<string, Group> = {
+  dispatch,
+  matmul,
+  pyramid,
+  kernels,
+  attention,
+  blocks,
+  train,
+  generate,
+  full,
+}
 
 const USAGE = `npm run bench -- [options]
   --filter NAME   only the groups whose name contains NAME (${Object.keys(GROUPS).join(', ')})

@@ -1,11 +1,12 @@
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { engine } from '../lib/engine/engine.ts'
+import { type Graph, onnxModel } from './onnx.ts'
 
-// Another implementation of attention, measured in the same process. It is no dependency: whoever wants the comparison
-// installs it for the occasion.
+// Other implementations, measured in the same process. They are no dependencies: whoever wants the comparison installs
+// them for the occasion.
 
-/** Multi-head attention [1, L, H·D] in f32, by another library. */
+/** A graph in f32, run by another library. */
 export interface Peer {
   name: string
   /** Mean seconds of one call, of `count`. */
@@ -33,25 +34,30 @@ export function findOnnxRuntime(): Ort | undefined {
   }
 }
 
-/** onnxruntime's MultiHeadAttention on as many threads as the engine has. */
-export async function onnxAttention(ort: Ort, length: number, heads: number, headDim: number): Promise<Peer> {
-  const width = heads * headDim
-  const session = await ort.InferenceSession.create(attentionModel(length, heads, width), {
+/** Numbers between −1 and 1 that depend on the seed alone. */
+export function noise(count: number, seed: number, size = 1): Float32Array {
+  return Float32Array.from(
+    { length: count },
+    (_, i) => ((Math.imul(i + seed, 0x9e3779b1) >> 8) / 2 ** 23) * size,
+  )
+}
+
+/** onnxruntime on as many threads as the engine has. */
+export async function onnxPeer(ort: Ort, name: string, graph: Graph): Promise<Peer> {
+  const session = await ort.InferenceSession.create(onnxModel(graph), {
     intraOpNumThreads: engine.device.threads,
     interOpNumThreads: 1,
     graphOptimizationLevel: 'all',
   })
-  const input = (seed: number): unknown => {
-    const values = Float32Array.from(
-      { length: length * width },
-      (_, i) => (Math.imul(i + seed, 0x9e3779b1) >> 8) / 2 ** 23,
-    )
-    return new ort.Tensor('float32', values, [1, length, width])
-  }
-  const feeds = { q: input(1), k: input(2), v: input(3) }
+  const feeds = Object.fromEntries(
+    Object.entries(graph.inputs).map(([input, shape], i) => {
+      const count = shape.reduce((a, b) => a * b, 1)
+      return [input, new ort.Tensor('float32', noise(count, i + 1), [...shape])]
+    }),
+  )
   await session.run(feeds)
   return {
-    name: 'onnxruntime MultiHeadAttention, f32',
+    name: `onnxruntime ${name}, f32`,
     async seconds(count) {
       const begin = performance.now()
       for (let i = 0; i < count; i++) await session.run(feeds)
@@ -61,43 +67,22 @@ export async function onnxAttention(ort: Ort, length: number, heads: number, hea
   }
 }
 
-// The few fields of the ONNX protocol buffers that a graph of one node needs, by their numbers.
-const varint = (value: number): number[] =>
-  value < 128 ? [value] : [(value & 127) | 128, ...varint(value >>> 7)]
-const number = (field: number, value: number): number[] => [...varint(field << 3), ...varint(value)]
-const bytes = (field: number, value: ArrayLike<number>): number[] => [
-  ...varint((field << 3) | 2),
-  ...varint(value.length),
-  ...Array.from(value),
-]
-const text = (field: number, value: string): number[] => bytes(field, new TextEncoder().encode(value))
-
-function attentionModel(length: number, heads: number, width: number): Uint8Array {
-  const FLOAT = 1
-  const INT = 2
-  const value = (name: string): number[] => {
-    const dims = [1, length, width].flatMap((n) => bytes(1, number(1, n)))
-    return [...text(1, name), ...bytes(2, bytes(1, [...number(1, FLOAT), ...bytes(2, dims)]))]
-  }
-  const node = [
-    ...['q', 'k', 'v'].flatMap((name) => text(1, name)),
-    ...text(2, 'o'),
-    ...text(4, 'MultiHeadAttention'),
-    ...bytes(5, [...text(1, 'num_heads'), ...number(3, heads), ...number(20, INT)]),
-    ...text(7, 'com.microsoft'),
-  ]
-  const graph = [
-    ...bytes(1, node),
-    ...text(2, 'attention'),
-    ...['q', 'k', 'v'].flatMap((name) => bytes(11, value(name))),
-    ...bytes(12, value('o')),
-  ]
-  const operators = (domain: string, version: number): number[] =>
-    bytes(8, [...text(1, domain), ...number(2, version)])
-  return Uint8Array.from([
-    ...number(1, 8),
-    ...bytes(7, graph),
-    ...operators('', 17),
-    ...operators('com.microsoft', 1),
-  ])
+/** onnxruntime's MultiHeadAttention. */
+export function onnxAttention(ort: Ort, length: number, heads: number, headDim: number): Promise<Peer> {
+  const shape = [1, length, heads * headDim]
+  return onnxPeer(ort, 'MultiHeadAttention', {
+    nodes: [
+      {
+        op: 'MultiHeadAttention',
+        ...{
+          inputs: ['q', 'k', 'v'],
+          outputs: ['o'],
+          attributes: { num_heads: heads },
+          domain: 'com.microsoft',
+        },
+      },
+    ],
+    inputs: { q: shape, k: shape, v: shape },
+    outputs: { o: shape },
+  })
 }

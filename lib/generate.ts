@@ -9,6 +9,7 @@ import { checkLength, type Request } from './generate/resolve.ts'
 import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
 import type { Pipeline } from './pipeline.ts'
+import { decodeBudget } from './plan.ts'
 import { pixelFrames } from './pyramid/units.ts'
 import type { Tensor } from './tensor/tensor.ts'
 
@@ -59,10 +60,10 @@ async function* generateVideo(
   place: Pick<Recipe, 'model' | 'backend'>,
 ): AsyncGenerator<GenerateEvent, Video> {
   const { pipeline, signal, job, progress, warnings } = run
-  const { width, height, maxMemory } = request.recipe
+  const { width, height } = request.recipe
   const where = { signal, job }
   const units: Tensor[] = []
-  const decoder = pipeline.vae.decodeStream({ maxMemory })
+  const decoder = pipeline.vae.decodeStream({ maxMemory: decodeBudget(pipeline, request.recipe) })
   let whole = new Uint8Array()
   let count = 0
   const show = async (latent: Tensor, what: string): Promise<GenerateEvent> => {

@@ -1,6 +1,4 @@
-import { existsSync, readdirSync } from 'node:fs'
-import { join } from 'node:path'
-import { PyraflowError, throwIfAborted } from './engine/errors.ts'
+import { throwIfAborted } from './engine/errors.ts'
 import type { LatentNormalisation } from './flow/normalise.ts'
 import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
 import { Generation } from './generate/generation.ts'
@@ -9,14 +7,15 @@ import type { GenerateOptions } from './generate/options.ts'
 import type { Recipe } from './generate/recipe.ts'
 import { type Request, resolveOptions } from './generate/resolve.ts'
 import { generateVideos } from './generate.ts'
-import { readJsonObject } from './io/pretrained.ts'
-import { CausalVideoVAE } from './models/causal-vae.ts'
-import { loadVelocityNetwork, type NetworkKind, networkKind } from './models/load-network.ts'
-import { latentNormalisation } from './models/presets.ts'
+import { loadParts, type PipelineOptions } from './load-pipeline.ts'
+import type { CausalVideoVAE } from './models/causal-vae.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
+import { type Plan, planVideo, refuseTooLarge } from './plan.ts'
+import type { Rates } from './plan-seconds.ts'
 import { keep } from './tensor/scope.ts'
-import { disposeFeatures, type TextEncoder, type TextFeatures } from './text/encoder.ts'
-import { loadTextEncoder } from './text/load.ts'
+import { disposeFeatures, type EncodeOptions, type TextEncoder, type TextFeatures } from './text/encoder.ts'
+
+export type { PipelineOptions } from './load-pipeline.ts'
 
 /** `pyraflow.json` beside the networks: what a trained model needs besides their weights. */
 export interface PipelineConfig {
@@ -33,19 +32,23 @@ export interface PipelineConfig {
   seconds?: number
 }
 
-export interface PipelineOptions {
-  dtype?: 'f32' | 'bf16'
-  /** Folder name of the transformer when there are several, e.g. `diffusion_transformer_384p`. */
-  variant?: string
-}
-
 /** Where the parts of a pipeline were loaded from. */
 export interface PipelineSource {
   readonly dir: string
   readonly variant: string
 }
 
-const VAE_FOLDER = 'causal_video_vae'
+/** What a pipeline is made of. */
+export interface PipelineParts {
+  transformer: VelocityNetwork
+  vae: CausalVideoVAE
+  text: TextEncoder
+  config: PipelineConfig
+  dtype?: 'f32' | 'bf16'
+  source?: PipelineSource
+  /** Most bytes that weights and work together may take. */
+  maxMemory?: number | undefined
+}
 
 /** A text encoder, a DiT and a VAE, loaded from one folder. */
 export class Pipeline {
@@ -57,16 +60,10 @@ export class Pipeline {
   readonly dtype: 'f32' | 'bf16'
   /** Undefined for a pipeline made of parts in memory. */
   readonly source: PipelineSource | undefined
+  readonly maxMemory: number | undefined
   #hash: Promise<string | undefined> | undefined
 
-  constructor(parts: {
-    transformer: VelocityNetwork
-    vae: CausalVideoVAE
-    text: TextEncoder
-    config: PipelineConfig
-    dtype?: 'f32' | 'bf16'
-    source?: PipelineSource
-  }) {
+  constructor(parts: PipelineParts) {
     this.transformer = parts.transformer
     this.vae = parts.vae
     this.text = parts.text
@@ -74,40 +71,19 @@ export class Pipeline {
     this.stages = makeStages(parts.config.stages)
     this.dtype = parts.dtype ?? 'f32'
     this.source = parts.source
+    this.maxMemory = parts.maxMemory
   }
 
   /**
-   * Loads a model folder: `causal_video_vae`, `diffusion_transformer*` of either family, `pyraflow.json` and what
-   * `loadTextEncoder` reads.
-   * @throws ERR_CHECKPOINT naming what is missing or does not fit.
+   * Loads a model folder, published or one of ours: `diffusion_transformer…` of either family, `causal_video_vae`,
+   * `text_encoder…`, `tokenizer…` and, where there is one, `pyraflow.json`. Weights are converted once to the type computed in,
+   * shared with other pipelines of the same folder, and while they load the event loop goes on.
+   *
+   * @throws ERR_CHECKPOINT saying what the folder is or lacks, which file is damaged, or which parts do not belong
+   * together; ERR_IO for a file that cannot be read; ERR_DEVICE; ERR_OPTION; ERR_MEMORY; ERR_ABORTED.
    */
   static async load(dir: string, options: PipelineOptions = {}): Promise<Pipeline> {
-    const dtype = options.dtype ?? 'f32'
-    if (!existsSync(dir)) {
-      throw new PyraflowError('ERR_CHECKPOINT', { what: `model folder ${dir}`, received: 'nothing there' })
-    }
-    const variants = readdirSync(dir).filter((name) => name.startsWith('diffusion_transformer'))
-    const variant = options.variant ?? variants[0]
-    if (variant === undefined || !variants.includes(variant)) {
-      throw new PyraflowError('ERR_CHECKPOINT', {
-        what: `model folder ${dir}`,
-        expected: options.variant ?? 'a folder diffusion_transformer…',
-        received: variants.join(', ') || 'none',
-      })
-    }
-    const config = readPipelineConfig(join(dir, 'pyraflow.json'), networkKind(join(dir, variant)))
-    const text = await loadTextEncoder(dir, { dtype })
-    let transformer: VelocityNetwork | undefined
-    try {
-      transformer = await loadVelocityNetwork(join(dir, variant), { dtype })
-      checkWidths(dir, text, transformer)
-      const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype })
-      return new Pipeline({ transformer, vae, text, config, dtype, source: { dir, variant } })
-    } catch (error) {
-      transformer?.dispose()
-      text.dispose?.()
-      throw error
-    }
+    return new Pipeline(await loadParts(dir, options))
   }
 
   /** Fills in defaults and checks an option set; nothing is computed. @throws ERR_OPTION */
@@ -116,13 +92,27 @@ export class Pipeline {
   }
 
   /**
+   * What a generation is going to take, by phase: tokens, operations, bytes, and seconds where the machine's rates are
+   * given (`measureRates`). Nothing is computed or allocated. Of a batch it is one video: they are made one after another.
+   *
+   * @throws ERR_OPTION; ERR_MEMORY when not even the smallest pieces of decoding fit the budget
+   */
+  plan(options: GenerateOptions & { rates?: Rates } = {}): Plan {
+    const { rates, ...rest } = options
+    const { prompt = '' } = rest
+    const { recipe } = resolveOptions(this, { ...rest, prompt })[0] as Request
+    return planVideo(this, recipe, rates)
+  }
+
+  /**
    * Starts a generation; nothing runs until it is iterated or awaited. Several videos are made one after another, so
    * that a batch takes no more memory than one. A recipe is an option set: it makes its video again.
-   * @throws ERR_OPTION
+   * @throws ERR_OPTION; ERR_MEMORY naming the largest video that fits, when this one is beyond `maxMemory`
    */
   generate(options: GenerateOptions): Generation {
     const { signal, previews = false } = options
     const requests = resolveOptions(this, options)
+    refuseTooLarge(this, (requests[0] as Request).recipe)
     return new Generation(generateVideos(this, requests, { signal, previews }), signal)
   }
 
@@ -136,10 +126,8 @@ export class Pipeline {
    * Features of prompts as they are, without suffix, each of one row; the caller disposes them. A prompt at a time, so
    * that its features do not depend on its company.
    */
-  async encodePrompts(
-    prompts: readonly string[],
-    options: { signal?: AbortSignal | undefined; onWarning?: ((message: string) => void) | undefined } = {},
-  ): Promise<TextFeatures[]> {
+  async encodePrompts(prompts: readonly string[], options: EncodeOptions = {}): Promise<TextFeatures[]> {
+    if (this.text.encodeEach) return this.text.encodeEach(prompts, options)
     const made: TextFeatures[] = []
     try {
       for (const prompt of prompts) {
@@ -161,25 +149,4 @@ export class Pipeline {
     this.vae.dispose()
     this.text.dispose?.()
   }
-}
-
-function readPipelineConfig(path: string, kind: NetworkKind): PipelineConfig {
-  const normalisation = latentNormalisation[kind]
-  if (!existsSync(path)) return { normalisation }
-  const config: Partial<PipelineConfig> = readJsonObject(path, {
-    expected: 'settings of the pipeline',
-    remedy: 'Check that the file can be read.',
-  })
-  return { normalisation, ...config }
-}
-
-function checkWidths(dir: string, text: TextEncoder, { config }: VelocityNetwork): void {
-  const [joint, pooled] = [config.joint_attention_dim, config.pooled_projection_dim]
-  if (text.jointDim === joint && text.pooledDim === pooled) return
-  throw new PyraflowError('ERR_CHECKPOINT', {
-    what: `model folder ${dir}: width of text features`,
-    expected: `${joint} and ${pooled} (joint and pooled), which the transformer takes`,
-    received: `${text.jointDim} and ${text.pooledDim}`,
-    remedy: 'Check that transformer and text encoders belong to one model.',
-  })
 }

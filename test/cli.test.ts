@@ -45,7 +45,8 @@ describe('the command line', () => {
     const { status, stdout, stderr } = run(['--help'])
     expect(status).toBe(0)
     expect(stderr).toBe('')
-    for (const name of ['generate', 'train', 'encode', 'verify', 'info']) expect(stdout).toContain(name)
+    for (const name of ['generate', 'plan', 'train', 'encode', 'verify', 'info'])
+      expect(stdout).toContain(name)
     expect(run(['generate', '--help']).stdout).toContain('--prompt')
     expect(run(['--version']).stdout.trim()).toBe(
       JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')).version,

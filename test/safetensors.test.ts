@@ -213,7 +213,7 @@ describe('sharded weights', () => {
   })
 
   it.each([
-    ['a missing shard', { a: 'three.safetensors' }, 'ERR_IO', /three/],
+    ['a missing shard', { a: 'three.safetensors' }, 'ERR_CHECKPOINT', /three/],
     ['a tensor that its shard lacks', { z: 'one.safetensors' }, 'ERR_CHECKPOINT', /'z'/],
     ['a shard in another folder', { a: '../one.safetensors' }, 'ERR_CHECKPOINT', /without folders/],
     ['a shard that is no name', { a: 1 }, 'ERR_CHECKPOINT', /without folders/],

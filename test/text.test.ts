@@ -8,7 +8,7 @@ import { defaultNegativePrompt, promptSuffix } from '../lib/models/presets.ts'
 import { gelu } from '../lib/ops/pointwise.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
-import type { TextFeatures } from '../lib/text/encoder.ts'
+import type { TextEncoder, TextFeatures } from '../lib/text/encoder.ts'
 import { loadTextEncoder } from '../lib/text/load.ts'
 import { PromptEncoder } from '../lib/text/prompt-encoder.ts'
 import { PromptNetworks } from '../lib/text/prompt-networks.ts'
@@ -280,15 +280,21 @@ describe('the text encoder of a model folder', () => {
   })
 
   test('gives the pipeline its prompt suffix and negative prompt', async () => {
-    const pipe = await Pipeline.load(modelFolder('flux'))
-    const encode = vi.spyOn(pipe.text, 'encode')
+    const pipe = await Pipeline.load(modelFolder('flux'), { promptCache: false })
+    const encode = vi.spyOn(pipe.text as Required<TextEncoder>, 'encodeEach')
     // In letters, as the small tokenizers read them, the negative prompt is too long.
     const emitted = vi.spyOn(process, 'emitWarning').mockImplementation(() => undefined)
-    const small = { width: 64, height: 64, frames: 1, steps: [1, 1, 1], videoSteps: [1, 1, 1] }
+    const small = {
+      width: 64,
+      height: 64,
+      allowUntrained: true,
+      frames: 1,
+      steps: [1, 1, 1],
+      videoSteps: [1, 1, 1],
+    }
     const video = await pipe.generate({ prompt: 'a red fox', ...small }).result()
     expect(encode.mock.calls.map(([prompts]) => prompts)).toEqual([
-      [`a red fox${promptSuffix}`],
-      [defaultNegativePrompt],
+      [`a red fox${promptSuffix}`, defaultNegativePrompt],
     ])
     expect(video.recipe).toMatchObject({ prompt: 'a red fox', negativePrompt: defaultNegativePrompt })
     expect(video.frames.length).toBe(64 * 64 * 3)
@@ -304,7 +310,7 @@ describe('a folder with the wrong networks', () => {
     const dir = modelFolder('flux')
     rmSync(join(dir, 'text_encoder_2', 'model-00002-of-00002.safetensors'))
     await expect(loadTextEncoder(dir)).rejects.toMatchObject({
-      code: 'ERR_IO',
+      code: 'ERR_CHECKPOINT',
       message: expect.stringContaining('model-00002-of-00002.safetensors'),
     })
   })

@@ -138,7 +138,10 @@ async function run(flags: GenerateFlags, command: Command): Promise<void> {
       signal,
     }
     if (request.seconds !== undefined) delete options.frames
-    if (flags.dryRun) return resultJson({ model, out, ...pipeline.resolve(options) })
+    if (flags.dryRun) {
+      const plan = pipeline.plan(options)
+      return resultJson({ model, out, ...pipeline.resolve(options), plan })
+    }
     const generation = pipeline.generate(options)
     for await (const event of generation) {
       if (event.type === 'progress') {

@@ -42,6 +42,8 @@ const OP_FREE = 2
 const OP_LOAD = 3
 const OP_MAP = 4
 const MAX_RANK = 6
+// Ids from here on belong to rehearsals: no storage has them.
+const REHEARSED = 2 ** 40
 // The last word names the job that commands belong to, until it is changed.
 const JOB = COMMAND_LIMIT - 1
 
@@ -54,6 +56,7 @@ export class Engine {
   #nextId = 0
   #lastJob = 0
   #opened: { backend: string; threads: number } | undefined
+  #rehearsing = false
 
   /** Settings for the first use. @throws ERR_DEVICE when the engine already runs. */
   configure(options: EngineOptions): void {
@@ -112,6 +115,8 @@ export class Engine {
   }
 
   free(storage: number): void {
+    // What a rehearsal left to the garbage collector.
+    if (storage >= REHEARSED && !this.#rehearsing) return
     const c = this.#commands
     c[0] = OP_FREE
     c[1] = storage
@@ -244,6 +249,32 @@ export class Engine {
       .map((op) => ({ op, calls: calls[OPS[op].id] ?? 0, seconds: seconds[OPS[op].id] ?? 0 }))
       .filter((row) => row.calls > 0)
       .sort((a, b) => b.seconds - a.seconds)
+  }
+
+  /** Whether commands are only counted. */
+  get rehearsing(): boolean {
+    return this.#rehearsing
+  }
+
+  /** Lets another binding take the commands of synchronous work; for `rehearse`. */
+  standIn<T>(
+    make: (real: NativeBinding, commands: Float64Array) => { binding: NativeBinding; run: () => T },
+  ): T {
+    const real = this.#start()
+    const { binding, run } = make(real, this.#commands)
+    const [freeIds, nextId, rehearsing] = [this.#freeIds, this.#nextId, this.#rehearsing]
+    this.#native = binding
+    this.#freeIds = []
+    this.#nextId = Math.max(nextId, REHEARSED)
+    this.#rehearsing = true
+    try {
+      return run()
+    } finally {
+      this.#native = real
+      this.#freeIds = freeIds
+      this.#nextId = nextId
+      this.#rehearsing = rehearsing
+    }
   }
 
   /** Every backend with the reason it is or is not usable; does not start the engine. */

@@ -1,4 +1,4 @@
-import { closeSync, fstatSync, openSync, readFileSync, readSync, statSync } from 'node:fs'
+import { closeSync, existsSync, fstatSync, openSync, readFileSync, readSync, statSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 import { findWeights } from './find-weights.ts'
@@ -69,6 +69,15 @@ export function openWeights(fileOrFolder: string): Safetensors {
   if (!path.endsWith('.json')) return openSafetensors(path)
 
   const map = readIndex(path)
+  const missing = [...new Set(map.values())].filter((shard) => !existsSync(join(dirname(path), shard)))
+  if (missing.length > 0) {
+    throw damaged(path, {
+      what: 'shards',
+      expected: `${missing.map((shard) => join(dirname(path), shard)).join(', ')} beside the index`,
+      received: 'no such file',
+      remedy: 'Complete the download of this folder.',
+    })
+  }
   const shards = new Map<string, Safetensors>()
   for (const shard of new Set(map.values())) shards.set(shard, openSafetensors(join(dirname(path), shard)))
   const entries = new Map<string, TensorEntry>()

@@ -35,6 +35,8 @@ export interface VaeOptions {
   dtype?: 'f32' | 'bf16'
   /** Make the parameters leaves that collect gradients. */
   train?: boolean
+  /** Ends the loading. */
+  signal?: AbortSignal | undefined
 }
 
 export interface VaeRunOptions extends VaePieces {
@@ -59,6 +61,7 @@ export class CausalVideoVAE {
   readonly parameters: Map<string, Tensor>
   readonly #encoder: VaeNetwork
   readonly #decoder: VaeNetwork
+  readonly #weights: Weights
 
   private constructor(config: CausalVaeConfig, weights: Weights, dtype: 'f32' | 'bf16') {
     checkConfig(config)
@@ -67,6 +70,7 @@ export class CausalVideoVAE {
     this.#encoder = VaeNetwork.encoder(config, weights)
     this.#decoder = VaeNetwork.decoder(config, weights)
     this.parameters = weights.parameters
+    this.#weights = weights
   }
 
   /**
@@ -76,7 +80,8 @@ export class CausalVideoVAE {
   static async fromPretrained(dir: string, options: VaeOptions = {}): Promise<CausalVideoVAE> {
     const config = { ...CAUSAL_VAE_DEFAULTS, ...(readConfig(dir) as Partial<CausalVaeConfig>) }
     const dtype = options.dtype ?? 'f32'
-    const how = { dtype, train: options.train ?? false, stripPrefix: 'vae.', ignorePrefixes: ['loss.'] }
+    const { train = false, signal } = options
+    const how = { dtype, train, signal, stripPrefix: 'vae.', ignorePrefixes: ['loss.'] }
     return Weights.load(dir, how, (weights) => new CausalVideoVAE(config, weights, dtype))
   }
 
@@ -306,7 +311,7 @@ export class CausalVideoVAE {
   }
 
   dispose(): void {
-    for (const p of this.parameters.values()) p.dispose()
+    this.#weights.dispose()
   }
 }
 

@@ -178,9 +178,14 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     return Object.fromEntries([['_class_name', this.#form.className], ...Object.entries(this.config)])
   }
 
-  /** Writes config.json and the weights as published folders hold them; buffers keep their type. @throws ERR_IO */
+  /**
+   * Writes config.json and the weights as published folders hold them, by default in the type computed in; buffers keep
+   * theirs.
+   *
+   * @throws ERR_IO
+   */
   async save(dir: string, options: { dtype?: ComputeType; signal?: AbortSignal } = {}): Promise<void> {
-    const { dtype, ...rest } = options
+    const { dtype = this.dtype, ...rest } = options
     const tensors = [...tensorsToWrite(this.buffers), ...tensorsToWrite(this.parameters, dtype)]
     await writePretrained(dir, this.modelConfig(), tensors, rest)
   }

@@ -23,12 +23,17 @@ export class DecodeStream {
   readonly #rules: StreamRules
   readonly #passes: Pass[] = []
   #shape: readonly number[] | undefined
-  #tile: number | null = null
+  #plan: VaePlan = { tile: null, window: null }
   #state: 'ready' | 'busy' | 'disposed' = 'ready'
 
   constructor(network: VaeNetwork, rules: StreamRules) {
     this.#network = network
     this.#rules = rules
+  }
+
+  /** In which pieces the last unit was decoded. */
+  get pieces(): VaePlan {
+    return this.#plan
   }
 
   /**
@@ -51,7 +56,8 @@ export class DecodeStream {
     }
     this.#rules.check(z)
     const lengths = this.#lengths(z)
-    const grid = this.#tile === null ? null : this.#rules.grid(this.#tile)
+    const { tile } = this.#plan
+    const grid = tile === null ? null : this.#rules.grid(tile)
     this.#state = 'busy'
     const frames = yield* overTime(z, lengths, (chunk) =>
       overTiles(chunk, grid, (part, i) => runChunk(this.#network, part, this.#pass(i))),
@@ -73,10 +79,9 @@ export class DecodeStream {
         received: `[${shape}]`,
       })
     }
-    const plan = this.#rules.plan(shape, initial ? { initial } : { initial, tile: this.#tile })
-    this.#tile = plan.tile
+    this.#plan = this.#rules.plan(shape, initial ? { initial } : { initial, tile: this.#plan.tile })
     this.#shape ??= shape
-    return chunkLengths(shape[2] as number, plan.window, initial)
+    return chunkLengths(shape[2] as number, this.#plan.window, initial)
   }
 
   #pass(index: number): Pass {

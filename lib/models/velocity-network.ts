@@ -10,8 +10,10 @@ export interface TransformerOptions {
   dtype?: ComputeType
   /** Parameters want gradients. Default false. */
   train?: boolean
-  /** Keep packed copies of the weights, which inference runs faster on. Default: unless training. */
+  /** Keep matrices packed for the kernels instead of plain. Default: unless training. */
   pack?: boolean
+  /** Ends the loading. */
+  signal?: AbortSignal | undefined
 }
 
 /** What one call of the network gets. R = bs·C rows; row b·C + c belongs to sequence b of column c. */

@@ -1,4 +1,4 @@
-import { type LinearOptions, linear, packWeight } from '../ops/matmul.ts'
+import { type LinearOptions, linear } from '../ops/matmul.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { Init, Weights } from './weights.ts'
 
@@ -6,8 +6,8 @@ import type { Init, Weights } from './weights.ts'
 export type Linear = (x: Tensor, options?: LinearOptions) => Tensor
 
 /**
- * The layer `weight` [N, K] and, unless `withBias` is false, `bias` [N] below `weights`. For inference the weight is packed for the matrix kernels,
- * once, when the layer is made.
+ * The layer `weight` [N, K] and, unless `withBias` is false, `bias` [N] below `weights`. For inference the weight is packed for the matrix
+ * kernels, once.
  */
 export function linearLayer(
   weights: Weights,
@@ -16,8 +16,7 @@ export function linearLayer(
   init: Init = 'xavier',
   withBias = true,
 ): Linear {
-  const weight = weights.get('weight', [outputs, inputs], init)
+  const weight = weights.get('weight', [outputs, inputs], init, { matrix: true })
   const bias = withBias ? weights.get('bias', [outputs], 'zeros') : null
-  if (weights.pack) packWeight(weight)
   return (x, options) => linear(x, weight, bias, options)
 }

@@ -1,11 +1,17 @@
+import { statSync } from 'node:fs'
+import { abortable } from '../engine/abortable.ts'
 import { type DType, engine } from '../engine/engine.ts'
-import { PyraflowError } from '../engine/errors.ts'
+import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
 import type { Safetensors, SafetensorsDtype, TensorEntry } from '../io/safetensors.ts'
 import { openWeights } from '../io/safetensors.ts'
+import { packWeight } from '../ops/matmul.ts'
 import { clamp } from '../ops/pointwise.ts'
 import type { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
+import { sliced } from '../tensor/sliced.ts'
+import type { Steps } from '../tensor/tape.ts'
 import { sizeOf, Tensor } from '../tensor/tensor.ts'
+import { inTurn, release, share } from './loaded.ts'
 
 /** Types that weights may be computed in. */
 export type ComputeType = 'f32' | 'bf16'
@@ -25,8 +31,10 @@ export interface WeightsOptions {
   dtype?: ComputeType
   /** Parameters want gradients and may be written; without it they may lie in the mapped file. */
   train?: boolean
-  /** Whether linear layers also keep a copy packed for the matrix kernels. Default: unless training. */
+  /** Whether linear layers keep their weights packed for the matrix kernels. Default: unless training. */
   pack?: boolean
+  /** Only check names, shapes and types: every tensor is what the file holds, mapped, and none of it is read. */
+  survey?: boolean
   /** Prefix in training checkpoints, e.g. `dit.`: if any key has it, only those are meant, without it. */
   stripPrefix?: string
 }
@@ -37,6 +45,8 @@ export interface GetOptions {
   dtype?: ComputeType
   /** A buffer is saved with the parameters but never trained. */
   buffer?: boolean
+  /** A matrix that only `linear` reads: packed, if these weights are. */
+  matrix?: boolean
   /** What a tensor that can be computed holds, for files that lack it and when initialising. */
   values?: () => Float32Array
 }
@@ -56,9 +66,22 @@ interface Shared {
   readonly dtype: ComputeType
   readonly train: boolean
   readonly pack: boolean
-  readonly files: Map<string, number>
+  readonly survey: boolean
+  readonly files: Map<string, { id: number; identity: string }>
   readonly parameters: Map<string, Tensor>
   readonly buffers: Map<string, Tensor>
+  /** Keys of what is shared with others who load the same file. */
+  readonly shares: string[]
+  loading: Loading | null
+}
+
+/** A network's weights on their way from the file. */
+interface Loading {
+  /** What is left to queue, a tensor at a time. */
+  readonly steps: (() => void)[]
+  /** One sum a tensor of the file, which is finite only if all its values are. */
+  readonly sums: Tensor
+  readonly checked: string[]
 }
 
 /**
@@ -95,7 +118,7 @@ export class Weights {
     generator: Generator | null,
     options: WeightsOptions,
   ): Weights {
-    const { dtype = 'f32', train = false, pack = !train } = options
+    const { dtype = 'f32', train = false, survey = false, pack = !train && !survey } = options
     if (dtype !== 'f32' && dtype !== 'bf16') {
       throw new PyraflowError('ERR_OPTION', {
         what: 'dtype',
@@ -103,32 +126,63 @@ export class Weights {
         received: String(dtype),
       })
     }
-    const empty = { files: new Map(), parameters: new Map(), buffers: new Map() }
-    return new Weights({ label, entries, generator, dtype, train, pack, ...empty }, '')
+    const empty = { files: new Map(), parameters: new Map(), buffers: new Map(), shares: [], loading: null }
+    return new Weights({ label, entries, generator, dtype, train, pack, survey, ...empty }, '')
   }
 
   /**
-   * A network that `make` asks the weights of a folder for; it must use all of them.
+   * A network that `make` asks the weights of a folder for; it must use all of them. What `make` gets is filled
+   * afterwards, a tensor at a time, while the event loop goes on.
    *
    * @throws as `open` and `make` do; ERR_CHECKPOINT for keys that nothing asked for, except those with one of the ignored
-   * prefixes, and for values that are not finite. The weights are freed then.
+   * prefixes, and for values that are not finite; ERR_ABORTED. The weights are freed then.
    */
   static async load<T>(
     dir: string,
-    options: WeightsOptions & { ignorePrefixes: readonly string[] },
+    options: WeightsOptions & { ignorePrefixes: readonly string[]; signal?: AbortSignal | undefined },
     make: (weights: Weights) => T,
   ): Promise<T> {
-    const { ignorePrefixes, ...rest } = options
-    const weights = Weights.open(dir, rest)
-    try {
-      const network = make(weights)
-      weights.assertAllUsed({ ignorePrefixes })
-      await weights.checkFinite()
-      return network
-    } catch (error) {
-      weights.dispose()
-      throw error
+    const { ignorePrefixes, signal, ...rest } = options
+    return inTurn(async () => {
+      throwIfAborted(signal, 'loading')
+      const weights = Weights.open(dir, rest)
+      const job = engine.newJob()
+      try {
+        const network = engine.within(job, () => {
+          weights.#startLoading()
+          return make(weights)
+        })
+        weights.assertAllUsed(ignorePrefixes)
+        await sliced(() => weights.#fillSteps(signal), { grad: false, job })
+        weights.close()
+        await abortable(weights.#checkSums(), signal, job, 'loading')
+        return network
+      } catch (error) {
+        await engine.cancel(job)
+        weights.dispose()
+        throw error
+      } finally {
+        weights.#endLoading()
+      }
+    })
+  }
+
+  #startLoading(): void {
+    const sums = keep(Tensor.empty([this.#shared.entries?.size ?? 0], 'f32'))
+    this.#shared.loading = { steps: [], sums, checked: [] }
+  }
+
+  *#fillSteps(signal: AbortSignal | undefined): Steps<void> {
+    for (const step of (this.#shared.loading as Loading).steps) {
+      throwIfAborted(signal, 'loading')
+      step()
+      yield
     }
+  }
+
+  #endLoading(): void {
+    this.#shared.loading?.sums.dispose()
+    this.#shared.loading = null
   }
 
   /** Every parameter that was asked for so far, by its full published key. */
@@ -177,9 +231,13 @@ export class Weights {
     if (known) return known
     const dtype = options.dtype ?? this.#shared.dtype
     const values = entries?.has(key) ? undefined : options.values
+    const pack = this.#shared.pack && options.matrix === true
     const make = (): Tensor => {
-      if (values) return Tensor.from(values(), shape, dtype)
-      return entries ? this.#load(key, shape, dtype) : this.#draw(key, shape, dtype, init)
+      if (values) return engine.rehearsing ? Tensor.empty(shape, dtype) : Tensor.from(values(), shape, dtype)
+      if (entries) return this.#load(key, shape, dtype, pack)
+      const drawn = this.#draw(key, shape, dtype, init)
+      if (pack) packWeight(drawn)
+      return drawn
     }
     const tensor = keep(make())
     tensor.requiresGrad = train && !options.buffer
@@ -187,8 +245,8 @@ export class Weights {
     return tensor
   }
 
-  #load(key: string, shape: readonly number[], dtype: ComputeType): Tensor {
-    const { entries, label, files } = this.#shared
+  #load(key: string, shape: readonly number[], dtype: ComputeType, pack: boolean): Tensor {
+    const { entries, label, train, survey, shares, loading } = this.#shared
     const entry = entries?.get(key)
     if (!entry) {
       const near = nearestName(key, (entries as ReadonlyMap<string, TensorEntry>).keys())
@@ -216,16 +274,62 @@ export class Weights {
         remedy: 'Convert the checkpoint to one of these.',
       })
     }
-    let file = files.get(entry.file)
-    if (file === undefined) {
-      file = engine.openFile(entry.file).id
-      files.set(entry.file, file)
-    }
+    const { id, identity } = this.#file(entry.file)
+    const asStored = (): Tensor => Tensor.mapped(id, entry.begin, shape, type)
+    const later = (step: () => void): void => (loading ? void loading.steps.push(step) : step())
+    const count = sizeOf(shape)
+    if (survey) return asStored()
     // An optimizer writes parameters in place, which a mapping does not allow.
-    if (type === dtype && !this.#shared.train) return Tensor.mapped(file, entry.begin, shape, dtype)
-    const tensor = Tensor.empty(shape, dtype)
-    if (tensor.size > 0) engine.load(tensor, file, entry.begin, type)
-    return tensor
+    const bytes = pack ? engine.packBytes(shape[0] as number, shape[1] as number, dtype) : 0
+    if (type === dtype && !train && bytes === 0) {
+      const tensor = asStored()
+      later(() => this.#sum(key, tensor))
+      return tensor
+    }
+    const convert = (): Tensor => {
+      if (bytes === 0) {
+        const tensor = keep(Tensor.empty(shape, dtype))
+        later(() => {
+          if (count > 0) engine.load(tensor, id, entry.begin, type)
+          this.#sum(key, tensor)
+        })
+        return tensor
+      }
+      // Only the packed form stays. Whoever wants the plain values, as saving does, finds them in the file.
+      const tensor = keep(asStored())
+      tensor.packed = keep(Tensor.empty([bytes], 'u8'))
+      later(() => {
+        const plain = Tensor.empty(shape, dtype)
+        engine.load(plain, id, entry.begin, type)
+        this.#sum(key, plain)
+        engine.run('matmul_pack', [plain], [tensor.packed], [])
+        plain.dispose()
+      })
+      return tensor
+    }
+    if (train || !loading) return convert()
+    const name = [identity, entry.begin, type, dtype, bytes > 0].join(':')
+    shares.push(name)
+    return share(name, convert)
+  }
+
+  #file(path: string): { id: number; identity: string } {
+    const known = this.#shared.files.get(path)
+    if (known) return known
+    const { dev, ino, size, mtimeNs } = statSync(path, { bigint: true })
+    const file = { id: engine.openFile(path).id, identity: [dev, ino, size, mtimeNs].join(':') }
+    this.#shared.files.set(path, file)
+    return file
+  }
+
+  // One number a tensor keeps the check to a single wait.
+  #sum(key: string, tensor: Tensor): void {
+    const { loading } = this.#shared
+    if (!loading) return
+    const sum = loading.sums.view([1], loading.checked.length)
+    loading.checked.push(key)
+    engine.run('sum', [tensor], [sum], [1, tensor.size, 1, 1, 0])
+    sum.dispose()
   }
 
   #draw(key: string, shape: readonly number[], dtype: ComputeType, init: Init | undefined): Tensor {
@@ -244,17 +348,11 @@ export class Weights {
     return scope(() => clamp(generator.normal(shape, { mean: 0, std, dtype }), -2, 2))
   }
 
-  /**
-   * Closes the files (mapped tensors stay usable).
-   *
-   * @throws ERR_CHECKPOINT when the file has keys that the model did not ask for, except under `ignorePrefixes`.
-   */
-  assertAllUsed(options: { ignorePrefixes?: readonly string[] } = {}): void {
-    this.close()
+  /** @throws ERR_CHECKPOINT when the file has keys that nothing asked for, except those with an ignored prefix. */
+  assertAllUsed(ignored: readonly string[] = []): void {
     const { entries, label } = this.#shared
     if (!entries) return
     const known = new Set(this.#all().map(([key]) => key))
-    const ignored = options.ignorePrefixes ?? []
     const extra = [...entries.keys()].filter(
       (key) => !known.has(key) && !ignored.some((prefix) => key.startsWith(prefix)),
     )
@@ -267,29 +365,17 @@ export class Weights {
     })
   }
 
-  /** Closes the files without looking for unused keys. */
+  /** Closes the files; mapped tensors stay usable. */
   close(): void {
-    for (const id of this.#shared.files.values()) engine.closeFile(id)
+    for (const { id } of this.#shared.files.values()) engine.closeFile(id)
     this.#shared.files.clear()
   }
 
-  /**
-   * Waits until everything is loaded and looks at every value.
-   *
-   * @throws ERR_CHECKPOINT naming the parameters that hold NaN or infinity.
-   */
-  async checkFinite(): Promise<void> {
-    const entries = this.#all()
-    const sums = Tensor.empty([entries.length], 'f32')
-    // A sum is finite only if all its terms are; one number a tensor keeps this to a single wait.
-    entries.forEach(([, tensor], i) => {
-      const sum = sums.view([1], i)
-      engine.run('sum', [tensor], [sum], [1, tensor.size, 1, 1, 0])
-      sum.dispose()
-    })
-    const values = await sums.floats()
-    sums.dispose()
-    const bad = entries.filter((_, i) => !Number.isFinite(values[i])).map(([key]) => key)
+  // Waits until everything is loaded, and has been looked at.
+  async #checkSums(): Promise<void> {
+    const { sums, checked } = this.#shared.loading as Loading
+    const values = checked.length > 0 ? await sums.floats() : []
+    const bad = checked.filter((_, i) => !Number.isFinite(values[i]))
     if (bad.length === 0) return
     throw new PyraflowError('ERR_CHECKPOINT', {
       what: `${this.#shared.label}: '${bad[0]}'${bad.length > 1 ? ` and ${bad.length - 1} more` : ''}`,
@@ -306,9 +392,11 @@ export class Weights {
   /** Frees every parameter and buffer. */
   dispose(): void {
     this.close()
-    for (const [, tensor] of this.#all()) tensor.dispose()
-    this.#shared.parameters.clear()
-    this.#shared.buffers.clear()
+    const { shares, parameters, buffers } = this.#shared
+    const borrowed = new Set(shares.splice(0).map(release))
+    for (const [, tensor] of this.#all()) if (!borrowed.has(tensor)) tensor.dispose()
+    parameters.clear()
+    buffers.clear()
   }
 }
 

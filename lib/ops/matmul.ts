@@ -34,7 +34,7 @@ function checkPair(op: string, a: Tensor, b: Tensor, name: string): void {
  * act(x·Wᵀ + b) + residual, in x's dtype with f32 accumulation.
  *
  * @param x - [..., K]
- * @param weight - [N, K], of x's dtype; its packed form is used where it has one and no gradient is wanted
+ * @param weight - [N, K], of x's dtype unless packed; its packed form is used where no gradient is wanted
  * @param bias - [N]
  * @returns [..., N]
  */
@@ -49,7 +49,8 @@ export function linear(
   expectFloats('linear', x, weight, bias, residual)
   const k = x.shape[x.rank - 1] ?? 0
   expectShape('linear', 'weight [N, K]', weight, [null, k])
-  checkPair('linear', x, weight, 'weight')
+  // A packed weight was packed in the type computed in, whatever the file holds.
+  if (!weight.packed) checkPair('linear', x, weight, 'weight')
   const n = weight.shape[0] as number
   if (bias) expectShape('linear', 'bias [N]', bias, [n])
   const shape = [...x.shape.slice(0, -1), n]

@@ -38,10 +38,14 @@ export async function sliced<T>(
 }
 
 /** Ends work that pauses at the first pause after the signal has fired. @throws ERR_ABORTED */
-export function* abortableSteps<T>(steps: Steps<T>, signal: AbortSignal | undefined): Steps<T> {
+export function* abortableSteps<T>(
+  steps: Steps<T>,
+  signal: AbortSignal | undefined,
+  what = 'generation',
+): Steps<T> {
   try {
     for (;;) {
-      throwIfAborted(signal, 'generation')
+      throwIfAborted(signal, what)
       const { value, done } = steps.next()
       if (done) return value
       yield

@@ -36,6 +36,12 @@ export interface ClipTextConfig {
 
 const LEGACY_EOS = 2
 
+/** What a config.json calls this network. */
+export function clipClasses(projection: boolean): readonly string[] {
+  const names = projection ? [] : ['CLIPTextModel']
+  return [...names, 'CLIPTextModelWithProjection', 'clip_text_model']
+}
+
 /** Every token sees itself and those before it. */
 interface CausalMask {
   readonly segment: Tensor
@@ -118,8 +124,7 @@ export class ClipTextModel {
     options: TextNetworkOptions & { readonly projection: boolean },
   ): Promise<ClipTextModel> {
     const { projection, ...rest } = options
-    const names = projection ? [] : ['CLIPTextModel']
-    const c = new TextConfig(folder, [...names, 'CLIPTextModelWithProjection', 'clip_text_model'])
+    const c = new TextConfig(folder, clipClasses(projection))
     const config: ClipTextConfig = {
       width: c.size('hidden_size'),
       heads: c.size('num_attention_heads'),

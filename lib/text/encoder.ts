@@ -39,6 +39,10 @@ export interface TextEncoder {
   readonly negativePrompt?: string
   /** Features of R prompts; '' is the null condition. The caller disposes them. */
   encode(prompts: readonly string[], options?: EncodeOptions): TextFeatures | Promise<TextFeatures>
+  /** Features of each prompt, as if it had been encoded alone, where that is cheaper together. */
+  encodeEach?(prompts: readonly string[], options?: EncodeOptions): Promise<TextFeatures[]>
+  /** What it takes for so many prompts, where that is worth planning for: bytes that stay, bytes besides, operations. */
+  memory?(prompts: number): { readonly kept: number; readonly peak: number; readonly flops: number }
   /** Frees the weights; the encoder cannot be used afterwards. */
   dispose?(): void
 }

@@ -8,6 +8,8 @@ import { Tensor } from '../tensor/tensor.ts'
 export interface TextNetworkOptions {
   /** Type of weights and activations; sums and statistics are f32 in both. Default `f32`. */
   readonly dtype?: ComputeType
+  /** Ends the loading. */
+  readonly signal?: AbortSignal | undefined
 }
 
 /** Is shown intermediate results while they live. */

@@ -1,12 +1,12 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { defaultNegativePrompt, promptSuffix } from '../models/presets.ts'
 import { type EncodeOptions, emitWarning, type TextEncoder, type TextFeatures } from './encoder.ts'
-import type { TextNetworkOptions } from './network.ts'
 import { PromptNetworks, type PromptTokens } from './prompt-networks.ts'
 import { PromptTokenizers, T5_LENGTH } from './prompt-tokenizers.ts'
+import type { T5Options } from './t5-encoder.ts'
 
 /** How to load the text encoder of a published model. */
-export interface PromptEncoderOptions extends TextNetworkOptions {
+export interface PromptEncoderOptions extends T5Options {
   /** Is told when a prompt was cut. Default: `process.emitWarning`. */
   readonly onWarning?: (message: string) => void
 }

@@ -1,4 +1,6 @@
+import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
+import { PyraflowError } from '../engine/errors.ts'
 import { type PromptTokens, textLayoutOf, textLayouts } from './prompt-networks.ts'
 import { TextTokenizer } from './tokenizer.ts'
 
@@ -7,6 +9,29 @@ export const T5_LENGTH = 128
 
 // Where a CLIP tokenizer says nothing of its length.
 const CLIP_LENGTH = 77
+
+/**
+ * Whether the folders of a model's tokenizers hold their files; they are not read.
+ *
+ * @throws ERR_CHECKPOINT naming the first that does not
+ */
+export function checkTokenizers(dir: string): void {
+  const { clip, t5 } = textLayouts[textLayoutOf(dir)]
+  const clipFiles = [['tokenizer.json'], ['vocab.json', 'merges.txt']]
+  for (const [suffix, sets] of [
+    ...clip.map((suffix) => [suffix, clipFiles] as const),
+    [t5, [['tokenizer.json']]] as const,
+  ]) {
+    const folder = join(dir, `tokenizer${suffix}`)
+    if (sets.some((files) => files.every((file) => existsSync(join(folder, file))))) continue
+    throw new PyraflowError('ERR_CHECKPOINT', {
+      what: `tokenizer ${folder}`,
+      expected: sets.map((files) => files.join(' and ')).join(', or '),
+      received: existsSync(folder) ? readdirSync(folder).join(', ') || 'an empty folder' : 'no such folder',
+      remedy: 'Download the whole folder; a spiece.model alone is not read.',
+    })
+  }
+}
 
 /** The tokenizers of a published model. */
 export class PromptTokenizers {

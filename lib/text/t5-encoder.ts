@@ -1,6 +1,7 @@
 import { PyraflowError } from '../engine/errors.ts'
+import { openWeights, type Safetensors } from '../io/safetensors.ts'
 import { linearLayer } from '../nn/linear.ts'
-import type { ComputeType, Weights } from '../nn/weights.ts'
+import { type ComputeType, Weights } from '../nn/weights.ts'
 import { attention } from '../ops/attention.ts'
 import { concat, permute, reshape, slice } from '../ops/copy.ts'
 import { embedding } from '../ops/embedding.ts'
@@ -81,6 +82,36 @@ function attentionTails(table: Tensor, mask: readonly (readonly number[])[]): Ta
   })
 }
 
+// @throws ERR_SHAPE when the mask is not one of R rows of S, each with a token.
+function checkMask(rows: number, length: number, mask: readonly (readonly number[])[]): void {
+  if (mask.length === rows && mask.every((row) => row.length === length && row.some(Boolean))) return
+  throw new PyraflowError('ERR_SHAPE', {
+    what: 'T5: mask',
+    expected: `${rows} × ${length} values, at least one of each row set`,
+    received: `[${mask.map((row) => row.length)}], of which set ${mask.map((row) => row.filter(Boolean).length)}`,
+  })
+}
+
+/** What a config.json calls this network. */
+export const T5_CLASSES: readonly string[] = ['T5EncoderModel', 'T5ForConditionalGeneration', 't5']
+// The token table may be stored under both of its names.
+const IGNORED = ['encoder.embed_tokens.', 'decoder.', 'lm_head.']
+
+function t5Config(c: TextConfig): T5Config {
+  c.oneOf('feed_forward_proj', ['gated-gelu'])
+  c.oneOf('relative_attention_num_buckets', [BUCKETS])
+  c.oneOf('relative_attention_max_distance', [MAX_DISTANCE])
+  return {
+    width: c.size('d_model'),
+    heads: c.size('num_heads'),
+    headDim: c.size('d_kv'),
+    hidden: c.size('d_ff'),
+    layers: c.size('num_layers'),
+    vocabulary: c.size('vocab_size'),
+    eps: c.eps('layer_norm_epsilon'),
+  }
+}
+
 type Block = (h: Tensor, tails: Tails) => Tensor
 
 function t5Block(w: Weights, c: T5Config): Block {
@@ -109,56 +140,99 @@ function t5Block(w: Weights, c: T5Config): Block {
   }
 }
 
+/** How to load a T5 encoder. */
+export interface T5Options extends TextNetworkOptions {
+  /**
+   * Keep the weights. Without, every use reads them from the file a layer at a time and lets them go again: the network
+   * then takes the memory of a layer, and the time of reading the file. Default true.
+   */
+  readonly resident?: boolean
+}
+
+/** Tokens of R prompts. */
+export interface T5Tokens {
+  /** R rows of S ids. */
+  readonly ids: readonly (readonly number[])[]
+  /** R × S, 1 for a token and 0 for padding, which is not attended to. */
+  readonly mask: readonly (readonly number[])[]
+}
+
 /** The encoder half of T5 v1.1 (spec/text.md §2). */
 export class T5Encoder {
   readonly config: T5Config
   readonly dtype: ComputeType
   readonly #weights: Weights
-  readonly #table: Tensor
-  readonly #bias: Tensor
-  readonly #blocks: Block[]
-  readonly #norm: Tensor
+  /** Where weights that are not kept come from. */
+  readonly #source: Safetensors | null
 
-  private constructor(config: T5Config, w: Weights) {
+  private constructor(
+    config: T5Config,
+    weights: Weights,
+    options: { dtype: ComputeType; source?: Safetensors },
+  ) {
     this.config = config
-    this.dtype = w.dtype
-    this.#weights = w
+    this.dtype = options.dtype
+    this.#weights = weights
+    this.#source = options.source ?? null
+    // Asking for a weight is what loads it, or says that it is missing.
+    this.#table(weights)
+    this.#bias(weights)
+    for (let i = 0; i < config.layers; i++) this.#block(weights, i)
+    this.#norm(weights)
+  }
+
+  #table(w: Weights): Tensor {
     const name = w.has('shared.weight') ? 'shared.weight' : 'encoder.embed_tokens.weight'
-    this.#table = w.get(name, [config.vocabulary, config.width])
-    const encoder = w.sub('encoder')
-    this.#bias = encoder.get('block.0.layer.0.SelfAttention.relative_attention_bias.weight', [
-      BUCKETS,
-      config.heads,
-    ])
-    this.#blocks = Array.from({ length: config.layers }, (_, i) =>
-      t5Block(encoder.sub('block').sub(i), config),
-    )
-    this.#norm = encoder.get('final_layer_norm.weight', [config.width], 'ones')
+    return w.get(name, [this.config.vocabulary, this.config.width])
+  }
+
+  #bias(w: Weights): Tensor {
+    const name = 'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    return w.get(name, [BUCKETS, this.config.heads])
+  }
+
+  #block(w: Weights, i: number): Block {
+    return t5Block(w.sub('encoder.block').sub(i), this.config)
+  }
+
+  #norm(w: Weights): Tensor {
+    return w.get('encoder.final_layer_norm.weight', [this.config.width], 'ones')
+  }
+
+  // What `use` queues runs before its weights are freed, because commands run in order.
+  #with<T>(use: (w: Weights) => T): T {
+    if (!this.#source) return use(this.#weights)
+    const weights = Weights.open(this.#source, { dtype: this.dtype, pack: false })
+    try {
+      return use(weights)
+    } finally {
+      weights.dispose()
+    }
   }
 
   /**
    * Loads a published folder, whole or in shards.
    *
    * @throws ERR_IO when the folder or a shard cannot be read; ERR_CHECKPOINT when it holds another network, or one
-   * that this class does not compute.
+   * that this class does not compute; ERR_ABORTED.
    */
-  static async fromPretrained(folder: string, options: TextNetworkOptions = {}): Promise<T5Encoder> {
-    const c = new TextConfig(folder, ['T5EncoderModel', 'T5ForConditionalGeneration', 't5'])
-    c.oneOf('feed_forward_proj', ['gated-gelu'])
-    c.oneOf('relative_attention_num_buckets', [BUCKETS])
-    c.oneOf('relative_attention_max_distance', [MAX_DISTANCE])
-    const config: T5Config = {
-      width: c.size('d_model'),
-      heads: c.size('num_heads'),
-      headDim: c.size('d_kv'),
-      hidden: c.size('d_ff'),
-      layers: c.size('num_layers'),
-      vocabulary: c.size('vocab_size'),
-      eps: c.eps('layer_norm_epsilon'),
+  static async fromPretrained(folder: string, options: T5Options = {}): Promise<T5Encoder> {
+    const { resident = true, ...rest } = options
+    const c = new TextConfig(folder, T5_CLASSES)
+    const config = t5Config(c)
+    const { dtype = 'f32' } = rest
+    const make = (weights: Weights, source?: Safetensors): T5Encoder =>
+      new T5Encoder(config, weights, source ? { dtype, source } : { dtype })
+    if (resident) return loadNetwork(folder, rest, (weights) => make(weights), IGNORED)
+    const source = openWeights(folder)
+    const survey = Weights.open(source, { survey: true })
+    try {
+      const encoder = make(survey, source)
+      survey.assertAllUsed(IGNORED)
+      return encoder
+    } finally {
+      survey.dispose()
     }
-    // The token table may be stored under both of its names.
-    const ignored = ['encoder.embed_tokens.', 'decoder.', 'lm_head.']
-    return loadNetwork(folder, options, (weights) => new T5Encoder(config, weights), ignored)
   }
 
   /**
@@ -168,31 +242,42 @@ export class T5Encoder {
    * @throws ERR_SHAPE, ERR_OPTION for rows that differ in length, an id outside the vocabulary or a row without tokens
    */
   *forwardSteps(
-    rows: readonly (readonly number[])[],
+    ids: readonly (readonly number[])[],
     mask: readonly (readonly number[])[],
     capture?: Capture,
   ): Steps<Tensor> {
-    const length = rows[0]?.length ?? 0
-    const ids = tokenTensor('T5', rows, length, this.config.vocabulary)
-    if (mask.length !== rows.length || mask.some((row) => row.length !== length || !row.some(Boolean))) {
-      throw new PyraflowError('ERR_SHAPE', {
-        what: 'T5: mask',
-        expected: `${rows.length} × ${length} values, at least one of each row set`,
-        received: `[${mask.map((row) => row.length)}], of which set ${mask.map((row) => row.filter(Boolean).length)}`,
+    return (yield* this.forwardEachSteps([{ ids, mask }], capture))[0] as Tensor
+  }
+
+  /** {@link forwardSteps} of several inputs that do not know of each other, with one pass over the weights. */
+  *forwardEachSteps(inputs: readonly T5Tokens[], capture?: Capture): Steps<Tensor[]> {
+    const { vocabulary, width, eps, layers } = this.config
+    const ids = inputs.map(({ ids: rows, mask }) => {
+      const length = rows[0]?.length ?? 0
+      const tensor = tokenTensor('T5', rows, length, vocabulary)
+      checkMask(rows.length, length, mask)
+      return tensor
+    })
+    const tails = this.#with((w) => inputs.map(({ mask }) => attentionTails(this.#bias(w), mask)))
+    yield
+    let states = this.#with((w) => ids.map((rows) => embedding(this.#table(w), rows))) // [R·S, d]
+    for (const rows of ids) rows.dispose()
+    for (let i = 0; i < layers; i++) {
+      for (const h of states) capture?.(`hidden_states.${i}`, h)
+      yield
+      states = this.#with((w) => {
+        const block = this.#block(w, i)
+        return states.map((h, j) => replaceBy(h, (x) => block(x, tails[j] as Tails)))
       })
     }
-    const tails = attentionTails(this.#bias, mask)
-    yield
-    let h = embedding(this.#table, ids) // [R·S, d]
-    ids.dispose()
-    for (const [i, block] of this.#blocks.entries()) {
-      capture?.(`hidden_states.${i}`, h)
-      yield
-      h = replaceBy(h, (x) => block(x, tails))
-    }
-    for (const tail of Object.values(tails)) tail.dispose()
-    const { width, eps } = this.config
-    return replaceBy(h, (x) => reshape(rmsNorm(x, this.#norm, eps), [rows.length, length, width]))
+    for (const tail of tails.flatMap((t) => Object.values(t) as Tensor[])) tail.dispose()
+    return this.#with((w) =>
+      states.map((h, j) => {
+        const { mask } = inputs[j] as T5Tokens
+        const shape = [mask.length, (mask[0] as readonly number[]).length, width]
+        return replaceBy(h, (x) => reshape(rmsNorm(x, this.#norm(w), eps), shape))
+      }),
+    )
   }
 
   /** Frees the parameters. */

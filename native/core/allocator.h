@@ -25,7 +25,8 @@ class Allocator {
 
  private:
   static size_t Rounded(size_t bytes);
-  void DropCache();
+  size_t Room() const;     // bytes that may be kept for reuse
+  void Trim(size_t most);  // gives back what is kept beyond this many bytes
 
   const size_t limit_;
   std::map<size_t, std::vector<void*>> cache_;

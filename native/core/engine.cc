@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "core/check.h"
-#include "core/element.h"
 
 const char* const kOpNames[PF_OP_COUNT] = {
 #define PF_OP(folder, name, inputs, outputs, scalars) #name,
@@ -50,16 +49,6 @@ void* Scratch(PfContext* self, size_t bytes) {
 
 double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// Integers beyond 2^53 lose bits on the way through double, which no checkpoint needs.
-void ConvertElements(const char* from, int32_t from_type, char* to, int32_t to_type, int64_t n) {
-  if (from_type == to_type) {
-    memcpy(to, from, n * PfSize(to_type));
-    return;
-  }
-  const PfView source{const_cast<char*>(from), from_type, 1, {n}}, target{to, to_type, 1, {n}};
-  for (int64_t i = 0; i < n; ++i) Set(target, i, Get(source, i));
 }
 
 }  // namespace
@@ -145,6 +134,7 @@ std::string Engine::TakeError(int job) {
 
 void Engine::Release(Slot& slot) {
   if (slot.allocated) allocator_.Free(slot.data, slot.bytes);
+  if (slot.file) slot.file->Forget(static_cast<char*>(slot.data) - slot.file->data(), slot.bytes);
   slot = Slot{};
 }
 
@@ -315,12 +305,25 @@ void Engine::Load(const Command& command) {
   for (int64_t i = 0; i < n; i += step) {
     const int64_t count = std::min(step, n - i);
     const size_t bytes = count * PfSize(from);
-    buffer.resize(bytes);
-    if (!command.file || !command.file->Read(offset, buffer.data(), bytes))
+    char* const target = static_cast<char*>(view.data) + i * PfSize(view.dtype);
+    char* read = target;
+    if (from != view.dtype) {
+      buffer.resize(bytes);
+      read = buffer.data();
+    }
+    if (!command.file || !command.file->Read(offset, read, bytes))
       return FailWith("ERR_IO", "a weight file ended early: it was truncated or replaced while loading");
-    ConvertElements(buffer.data(), from, static_cast<char*>(view.data) + i * PfSize(view.dtype), view.dtype,
-                    count);
     offset += bytes;
+    if (read == target) continue;
+    const PfView source{read, from, 1, {count}}, part{target, view.dtype, 1, {count}};
+    ScratchContext context;
+    context.scratch = Scratch;
+    context.error[0] = 0;
+    context.allocator = &allocator_;
+    const PfArgs args{&source, &part, nullptr, 1, 1, 0, &context};
+    const int32_t status = backend_->kernels[PF_OP_cast](&args);
+    for (const auto& [block, size] : context.blocks) allocator_.Free(block, size);
+    if (status != PF_OK) return FailWith(CodeOf(status), context.error);
   }
   if (slot) slot->written = true;
 }

@@ -1,0 +1,136 @@
+import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import { engine } from '../lib/engine/engine.ts'
+import { findWeights } from '../lib/io/find-weights.ts'
+import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
+import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
+import { miniFluxConfig } from '../lib/models/presets.ts'
+import { planFolder } from '../lib/plan-folder.ts'
+import { historyTokens, planHistory } from '../lib/pyramid/history.ts'
+import { Generator } from '../lib/tensor/generator.ts'
+import { scope } from '../lib/tensor/scope.ts'
+import { noGrad } from '../lib/tensor/tape.ts'
+import type { Tensor } from '../lib/tensor/tensor.ts'
+import { peakRss } from './full-run.ts'
+import { ceiling, type Effort, type Unnamed } from './harness.ts'
+
+// A model folder of the published sizes, as `node dist/bench/make-full-size.js --out DIR` writes one.
+const VARIABLE = 'PYRAFLOW_FULL_MODEL'
+const [WIDTH, HEIGHT] = [640, 384]
+const STAGES = 3
+const UNITS = [0, 3, 15] as const
+
+/**
+ * The published network at full size: loading against reading, a denoising step of each stage with short and long
+ * histories, and decoding a unit. `full-run.ts` makes a whole video and takes minutes to hours.
+ */
+export async function full(effort: Effort): Promise<Unnamed[]> {
+  const dir = process.env[VARIABLE]
+  if (dir === undefined || !existsSync(dir) || effort.quick) {
+    const why = effort.quick ? 'a quick run' : `${VARIABLE} names no folder`
+    process.stderr.write(`  full size is left out: ${why}\n`)
+    return []
+  }
+  return [...(await transformer(dir)), ...(await decoder(dir)), ...memory(dir)]
+}
+
+/** Seconds that `cat` takes for the same bytes. */
+function catSeconds(path: string): number {
+  const begin = performance.now()
+  spawnSync('sh', ['-c', 'cat "$1" > /dev/null', 'cat', path])
+  return (performance.now() - begin) / 1000
+}
+
+async function transformer(dir: string): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
+  const folder = join(dir, 'diffusion_transformer_384p')
+  const { path } = findWeights(folder)
+  // Twice: the first reading may have to come from the disk.
+  catSeconds(path)
+  const cat = catSeconds(path)
+  const begin = performance.now()
+  const model = await PyramidFluxTransformer.fromPretrained(folder, { dtype: 'bf16' })
+  const load = (performance.now() - begin) / 1000
+  rows.push({
+    name: 'load the transformer, f32 file to bf16',
+    value: load,
+    unit: 's',
+    ratio: cat / load,
+    against: 'cat',
+  })
+  try {
+    for (const unit of UNITS) {
+      for (let stage = 0; stage < STAGES; stage++) rows.push(await step(model, unit, stage))
+    }
+  } finally {
+    model.dispose()
+    await engine.idle()
+  }
+  return rows
+}
+
+/** One network call under guidance, with a random history. */
+async function step(model: PyramidFluxTransformer, unit: number, stage: number): Promise<Unnamed> {
+  const generator = new Generator(unit)
+  const [height, width] = [HEIGHT / 8, WIDTH / 8]
+  const clip = (frames: number, level: number): Tensor => {
+    const scale = 2 ** (STAGES - 1 - level)
+    return generator.normal([2, 16, frames, height / scale, width / scale])
+  }
+  const clips = planHistory(unit, stage, STAGES).map(({ frameCount, level }) => clip(frameCount, level))
+  const text = generator.normal([2, 128, miniFluxConfig.joint_attention_dim], { dtype: 'bf16' })
+  const pooled = generator.normal([2, miniFluxConfig.pooled_projection_dim], { dtype: 'bf16' })
+  const columns = [[...clips, clip(1, stage)]]
+  const inputs = { columns, timesteps: [500, 500], text, pooled }
+  const layout = model.layout(inputs)
+  try {
+    // Once: a call is seconds long, and a warm-up would double them.
+    const begin = ceiling('clock')
+    noGrad(() => model.forward({ ...inputs, layout })[0] as Tensor).dispose()
+    const [from, to] = await Promise.all([begin, ceiling('clock')])
+    const seconds = to - from
+    const { total } = historyTokens({ unit, stage, stageCount: STAGES, height, width })
+    const name = `step, unit ${unit}, stage ${stage}, 2 × ${total + 128} tokens, bf16`
+    return { name, value: seconds, unit: 's' }
+  } finally {
+    for (const t of [text, pooled, ...columns.flat()]) t.dispose()
+  }
+}
+
+async function decoder(dir: string): Promise<Unnamed[]> {
+  const vae = await CausalVideoVAE.fromPretrained(join(dir, 'causal_video_vae'), { dtype: 'bf16' })
+  const generator = new Generator(1)
+  const stream = vae.decodeStream()
+  const rows: Unnamed[] = []
+  try {
+    for (const [name, frames] of [
+      ['first frame', 1],
+      ['frame of a later unit', 8],
+    ] as const) {
+      const z = generator.normal([1, 16, 1, HEIGHT / 8, WIDTH / 8], { dtype: 'bf16' })
+      const begin = ceiling('clock')
+      noGrad(() => scope(() => stream.push(z))).dispose()
+      const [from, to] = await Promise.all([begin, ceiling('clock')])
+      rows.push({ name: `decode, ${name}, ${WIDTH}×${HEIGHT}, bf16`, value: (to - from) / frames, unit: 's' })
+      z.dispose()
+    }
+  } finally {
+    stream.dispose()
+    vae.dispose()
+    await engine.idle()
+  }
+  return rows
+}
+
+/** What this process had at most, without text encoders, against the plan's largest phase. */
+function memory(dir: string): Unnamed[] {
+  const { bytes } = planFolder(dir, { dtype: 'bf16', seconds: 5 })
+  const value = peakRss() / 2 ** 30
+  const planned = (bytes.weights.vae + bytes.decode) / 2 ** 30
+  return [
+    { name: 'peak RSS of this group', value, unit: 'GiB' },
+    { name: 'plan: peak of a 5 s video', value: bytes.peak / 2 ** 30, unit: 'GiB' },
+    { name: 'plan: VAE and decoding', value: planned, unit: 'GiB' },
+  ]
+}

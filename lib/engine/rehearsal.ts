@@ -1,0 +1,168 @@
+import { DTYPES, type Engine, type Operand } from './engine.ts'
+import type { NativeBinding } from './native.ts'
+import { OPS, type OpName } from './ops.gen.ts'
+
+/** What rehearsed work would have taken since the last time it was asked for. */
+export interface Lap {
+  /** Most bytes of tensors and of what kernels borrow at once, counted from the beginning of the rehearsal. */
+  readonly peak: number
+  /** Bytes that are there now. */
+  readonly live: number
+  /** Multiplications and additions of matrix products, convolutions and, as if nothing were masked, attention. */
+  readonly flops: number
+}
+
+type Size = Pick<Operand, 'dtype' | 'shape'> | null
+
+const NAMES: ReadonlyMap<number, OpName> = new Map(
+  Object.entries(OPS).map(([name, { id }]) => [id as number, name as OpName]),
+)
+const TYPES = new Map(Object.entries(DTYPES).map(([name, { code }]) => [code, name as Operand['dtype']]))
+
+const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].bytes : 0)
+const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
+
+// What the two kernels with large buffers borrow (matmul_cpu.cc, attention_forward.h), in bytes.
+const TILE = { rows: 256, columns: 512, packed: 256 } as const
+const PACKED_HEADS = 48 * 2 ** 20
+const QUERIES = 48
+const KEYS = 64
+
+const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 'conv3d', 'attention'])
+
+// ChooseTile of matmul_cpu.cc.
+function tileOf(m: number, n: number, k: number, packed: boolean): [number, number] {
+  let [rows, columns] = [Math.min(m, TILE.rows), Math.min(n, packed ? TILE.packed : TILE.columns)]
+  for (;;) {
+    const tiles = Math.ceil(m / rows) * Math.ceil(n / columns)
+    if (tiles >= 16 || (2 * rows * columns + 16 * (rows + columns)) * k <= 8 << 20) return [rows, columns]
+    if (columns > 256 && !packed) columns = 256
+    else if (rows > 64) rows = 16 * Math.ceil(Math.floor(rows / 2) / 16)
+    else if (columns > 64 && !packed) columns = 16 * Math.ceil(Math.floor(columns / 2) / 16)
+    else return [rows, columns]
+  }
+}
+
+function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[], machine: Machine): number {
+  const { threads, products } = machine
+  const wide = (x: Size): number => (x?.dtype === 'bf16' && !products ? 4 * product(x.shape) : 0)
+  const [a, b] = inputs
+  if (op === 'matmul' || op === 'matmul_packed') {
+    const shape = (outputs[0] as Operand).shape
+    const n = shape[shape.length - 1] as number
+    const [rows, columns] = tileOf(product(shape) / n, n, a?.shape.at(-1) as number, op === 'matmul_packed')
+    const tile = 4 * rows * columns
+    // Biases are read as f32; a plain weight is copied where its type has no products.
+    const bias = inputs[2]?.dtype === 'bf16' ? 4 * n : 0
+    return wide(a ?? null) + (op === 'matmul' ? wide(b ?? null) : 0) + bias + threads * tile
+  }
+  if (op === 'conv3d') {
+    // The weight in the kernel's own order, and where bf16 has no products everything else as well.
+    const all = [...inputs.slice(0, 2), outputs[0] ?? null]
+    return 2 * bytesOf(b ?? null) + all.reduce((n, x) => n + wide(x ?? null), 0)
+  }
+  if (op === 'attention') {
+    const [batch, length, heads, d] = (b as Operand).shape as [number, number, number, number]
+    const head = 2 * length * d * ((b as Operand).dtype === 'bf16' && products ? 2 : 4)
+    return Math.min(PACKED_HEADS, batch * heads * head) + threads * 4 * QUERIES * (2 * KEYS + 2 * d)
+  }
+  return 0
+}
+
+function flopsOf(op: OpName, inputs: readonly Size[], outputs: readonly Size[]): number {
+  const [a, b] = inputs
+  const out = product(outputs[0]?.shape ?? [0])
+  if (op === 'matmul_packed') return 2 * out * (a?.shape.at(-1) as number)
+  if (op === 'matmul') return 2 * product(a?.shape ?? []) * (outputs[0]?.shape.at(-1) as number)
+  if (op === 'conv3d') return (2 * out * product(b?.shape ?? [])) / (b?.shape[0] as number)
+  if (op === 'attention') return 4 * product(a?.shape ?? []) * (b?.shape[1] as number)
+  return 0
+}
+
+interface Machine {
+  readonly threads: number
+  /** Whether bf16 is multiplied as it is. */
+  readonly products: boolean
+}
+
+// Stands in for the addon: commands move counters, and nothing is allocated or computed.
+class Ledger {
+  #live = 0
+  #peak = 0
+  #flops = 0
+  readonly #commands: Float64Array
+  readonly #real: NativeBinding
+  readonly #machine: Machine
+  readonly #sizes = new Map<number, number>()
+
+  constructor(real: NativeBinding, commands: Float64Array, machine: Machine) {
+    this.#real = real
+    this.#commands = commands
+    this.#machine = machine
+  }
+
+  submit(): void {
+    const c = this.#commands
+    const kind = c[0]
+    if (kind === 0) this.#run()
+    if (kind === 1) {
+      this.#sizes.set(c[1] as number, c[2] as number)
+      this.#live += c[2] as number
+      this.#peak = Math.max(this.#peak, this.#live)
+    }
+    if (kind === 2) {
+      this.#live -= this.#sizes.get(c[1] as number) ?? 0
+      this.#sizes.delete(c[1] as number)
+    }
+  }
+
+  #run(): void {
+    const c = this.#commands
+    const op = NAMES.get(c[1] as number) as OpName
+    // The others borrow next to nothing.
+    if (!COSTLY.has(op)) return
+    let at = 5
+    const next = (): Size => {
+      if ((c[at] as number) < 0) {
+        at++
+        return null
+      }
+      const rank = c[at + 3] as number
+      const dtype = TYPES.get(c[at + 2] as number) as Operand['dtype']
+      const shape = Array.from({ length: rank }, (_, i) => c[at + 4 + i] as number)
+      at += 4 + rank
+      return { dtype, shape }
+    }
+    const inputs = Array.from({ length: c[2] as number }, next)
+    const outputs = Array.from({ length: c[3] as number }, next)
+    this.#flops += flopsOf(op, inputs, outputs)
+    this.#peak = Math.max(this.#peak, this.#live + borrowed(op, inputs, outputs, this.#machine))
+  }
+
+  /** What was taken since the last call. */
+  readonly lap = (): Lap => {
+    const lap = { peak: this.#peak, live: this.#live, flops: this.#flops }
+    this.#peak = this.#live
+    this.#flops = 0
+    return lap
+  }
+
+  write(): void {}
+
+  packBytes(n: number, k: number, dtype: number): number {
+    return this.#real.packBytes(n, k, dtype)
+  }
+}
+
+/**
+ * Runs synchronous work of which every command is counted and none is carried out: what it would take is known before
+ * anything is allocated. The values of its tensors do not exist; do not read them.
+ */
+export function rehearse<T>(engine: Engine, fn: (lap: () => Lap) => T): T {
+  const { backend, threads } = engine.device
+  const machine = { threads, products: /bf16|amx/.test(backend) }
+  return engine.standIn((real, commands) => {
+    const ledger = new Ledger(real, commands, machine)
+    return { binding: ledger as unknown as NativeBinding, run: () => fn(ledger.lap) }
+  })
+}

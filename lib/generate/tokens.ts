@@ -1,0 +1,88 @@
+import { guidanceForUnit } from '../flow/guidance.ts'
+import type { Pipeline } from '../pipeline.ts'
+import { frameTokens, historyTokens, planHistory } from '../pyramid/history.ts'
+import { unitsForFrames } from '../pyramid/units.ts'
+import type { Recipe } from './recipe.ts'
+
+/** Tokens of the network calls of one unit in one stage. */
+export interface UnitTokens {
+  readonly unit: number
+  readonly stage: number
+  /** Euler steps, each of which is a call. */
+  readonly steps: number
+  /** Sequences of a call: 2 under guidance, else 1. */
+  readonly sequences: number
+  /** Of one sequence: earlier frames, the unit itself, and text. */
+  readonly history: number
+  readonly current: number
+  readonly text: number
+  /** Of all sequences. */
+  readonly total: number
+  /** Pairs of one sequence in which a token sees another. */
+  readonly pairs: number
+}
+
+/** Tokens of every unit and stage of a video. */
+export function unitTokens(pipeline: Pipeline, recipe: Recipe): UnitTokens[] {
+  const { config, stages, vae, text, transformer } = pipeline
+  const framesPerUnit = config.framesPerUnit ?? 1
+  const size = { height: recipe.height / vae.spatialFactor, width: recipe.width / vae.spatialFactor }
+  const frames = (recipe.frames - 1) / vae.temporalFactor + 1
+  const guidance = {
+    guidanceScale: recipe.guidanceScale,
+    videoGuidanceScale: recipe.videoGuidanceScale,
+    linear: recipe.linearGuidance,
+    perUnit: recipe.guidance,
+  }
+  return unitsForFrames(frames, { framesPerUnit }).flatMap(({ index: unit, frames: own }) =>
+    Array.from({ length: stages.count }, (_, stage) => {
+      const where = { unit, stage, stageCount: stages.count, framesPerUnit, ...size }
+      const { history, current } = historyTokens(where)
+      const sequences = guidanceForUnit(unit, guidance) > 0 ? 2 : 1
+      const per = (level: number): number => frameTokens(size.height, size.width, level, stages.count)
+      const byFrame = [
+        ...planHistory(unit, stage, stages.count, framesPerUnit).flatMap(({ frameCount, level }) =>
+          new Array<number>(frameCount).fill(per(level)),
+        ),
+        ...new Array<number>(own).fill(per(stage)),
+      ]
+      const causal = transformer.config.use_temporal_causal
+      return {
+        ...{ unit, stage, sequences, history, current },
+        steps: (unit === 0 ? recipe.steps : recipe.videoSteps)[stage] as number,
+        text: text.maxLength,
+        total: sequences * (history + current + text.maxLength),
+        pairs: visiblePairs(text.maxLength, byFrame, causal),
+      }
+    }),
+  )
+}
+
+// Text sees itself and the first frame, a frame itself, text and what was before (spec/dit-flux.md eq. 9).
+function visiblePairs(text: number, frames: readonly number[], causal: boolean): number {
+  const all = frames.reduce((a, b) => a + b, text)
+  if (!causal) return all * all
+  let seen = text
+  let pairs = text * (text + (frames[0] ?? 0))
+  for (const tokens of frames) {
+    seen += tokens
+    pairs += tokens * seen
+  }
+  return pairs
+}
+
+/** Multiplications and additions of one network call: in the layers' products, and in attention. */
+export function stepFlops(
+  { transformer }: Pipeline,
+  { sequences, history, current, text, pairs }: UnitTokens,
+): { linear: number; attention: number } {
+  const c = transformer.config as typeof transformer.config & { num_single_layers?: number }
+  const d = c.num_attention_heads * c.attention_head_dim
+  const single = c.num_single_layers ?? 0
+  const latent = sequences * (history + current)
+  const words = sequences * text
+  // q, k, v, output and two times four times the width in between, in both kinds of blocks.
+  const blocks = 12 * d ** 2 * (c.num_layers + single) * (latent + words)
+  const ends = d * (latent * 8 * transformer.latentChannels + words * c.joint_attention_dim)
+  return { linear: 2 * (blocks + ends), attention: 4 * sequences * pairs * d * (c.num_layers + single) }
+}

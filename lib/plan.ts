@@ -1,0 +1,278 @@
+import { engine } from './engine/engine.ts'
+import { PyraflowError } from './engine/errors.ts'
+import { type Lap, rehearse } from './engine/rehearsal.ts'
+import { denormaliseLatents } from './flow/normalise.ts'
+import type { Recipe } from './generate/recipe.ts'
+import { stepFlops, type UnitTokens, unitTokens } from './generate/tokens.ts'
+import type { VaePlan } from './models/vae-plan.ts'
+import { cast } from './ops/cast.ts'
+import { framesEncode } from './ops/frames.ts'
+import type { Pipeline } from './pipeline.ts'
+import type { Rates } from './plan-seconds.ts'
+import { secondsOf } from './plan-seconds.ts'
+import { LatentHistory } from './sample/latent-history.ts'
+import { PromptRows } from './sample/prompt-rows.ts'
+import { StageRun } from './sample/stage-run.ts'
+import { keep, scope } from './tensor/scope.ts'
+import { drain, noGrad } from './tensor/tape.ts'
+import { Tensor } from './tensor/tensor.ts'
+import type { TextFeatures } from './text/encoder.ts'
+
+/** Bytes by phase. Phases follow each other: the process needs the weights and the largest of them. */
+export interface PlannedBytes {
+  /** What stays in memory from loading on. */
+  readonly weights: { readonly transformer: number; readonly vae: number; readonly text: number }
+  /** Most while prompts are encoded: text encoders that are not kept, and their work. */
+  readonly text: number
+  /** Most while the last unit, which has the longest history, is denoised. */
+  readonly denoise: number
+  /** Most while a unit is decoded, with everything that waits for the next one. */
+  readonly decode: number
+  /** Finished frames, and a unit's as they come. They are the program's, not the engine's. */
+  readonly frames: number
+  /** All weights, the largest phase and the frames. */
+  readonly peak: number
+}
+
+/** What a generation is going to take; nothing was allocated to find out. */
+export interface Plan {
+  readonly width: number
+  readonly height: number
+  /** Of the video. */
+  readonly frames: number
+  readonly dtype: 'f32' | 'bf16'
+  /** Latent tokens of one network call, for each unit and stage. */
+  readonly tokens: readonly UnitTokens[]
+  /** Multiplications and additions, by phase. */
+  readonly flops: {
+    readonly text: number
+    readonly denoise: number
+    readonly decode: number
+    readonly total: number
+  }
+  readonly bytes: PlannedBytes
+  /** Pieces that units are decoded in. */
+  readonly pieces: VaePlan
+  /** Rough times of this machine, where its rates were given. */
+  readonly seconds?: {
+    readonly text: number
+    readonly denoise: number
+    readonly decode: number
+    readonly total: number
+  }
+}
+
+interface Phases {
+  readonly denoise: number
+  readonly decode: number
+  readonly firstFlops: number
+  readonly laterFlops: number
+  readonly pieces: VaePlan
+}
+
+/** Bytes of a network's weights as it keeps them. */
+export function weightBytes(parameters: ReadonlyMap<string, Tensor>): number {
+  let bytes = 0
+  for (const tensor of parameters.values()) bytes += tensor.packed?.bytes ?? tensor.bytes
+  return bytes
+}
+
+/** Bytes of everything that a pipeline keeps from loading on. */
+export function pipelineWeights({ transformer, vae, text }: Pipeline): PlannedBytes['weights'] {
+  return {
+    transformer: weightBytes(transformer.parameters) + weightBytes(transformer.buffers),
+    vae: weightBytes(vae.parameters),
+    text: text.memory?.(2).kept ?? 0,
+  }
+}
+
+/** The budget of decoding: what the pipeline's own limit leaves beside its weights. */
+export function decodeBudget(pipeline: Pipeline, recipe: Pick<Recipe, 'maxMemory'>): number | undefined {
+  if (recipe.maxMemory !== undefined || pipeline.maxMemory === undefined) return recipe.maxMemory
+  const { transformer, vae, text } = pipelineWeights(pipeline)
+  return Math.max(1, pipeline.maxMemory - transformer - vae - text)
+}
+
+/**
+ * The plan of one video. `Pipeline.plan` and `planFolder` call it.
+ *
+ * @throws ERR_MEMORY when even the smallest pieces of decoding are beyond the budget
+ */
+export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Plan {
+  const { width, height, frames, dtype } = recipe
+  const tokens = unitTokens(pipeline, recipe)
+  const prompts =
+    new Set([recipe.prompt, ...(recipe.promptChanges ?? []).map(({ prompt }) => prompt)]).size + 1
+  const text = pipeline.text.memory?.(prompts) ?? { kept: 0, peak: 0, flops: 0 }
+  const weights = pipelineWeights(pipeline)
+  const phases = rehearsePhases(pipeline, recipe, { prompts, last: tokens.at(-1) as UnitTokens })
+  const denoise = tokens.map((t) => stepFlops(pipeline, t))
+  const linear = denoise.reduce((n, { linear: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
+  const attention = denoise.reduce((n, { attention: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
+  const units = (tokens.at(-1) as UnitTokens).unit
+  const decode = phases.firstFlops + units * phases.laterFlops
+  const unit = pipeline.vae.temporalFactor * (pipeline.config.framesPerUnit ?? 1)
+  const finished = (frames + unit) * width * height * 3
+  const kept = weights.transformer + weights.vae + weights.text
+  const largest = Math.max(text.peak, phases.denoise, phases.decode)
+  return {
+    ...{ width, height, frames, dtype, tokens },
+    flops: {
+      text: text.flops,
+      denoise: linear + attention,
+      decode,
+      total: text.flops + linear + attention + decode,
+    },
+    bytes: {
+      ...{ weights, text: text.peak, denoise: phases.denoise, decode: phases.decode, frames: finished },
+      peak: kept + largest + finished,
+    },
+    pieces: phases.pieces,
+    ...(rates && { seconds: secondsOf({ text: text.flops, linear, attention, decode }, rates) }),
+  }
+}
+
+// The whole of a generation with its middle left out: the first unit's frames, another's, the last unit's last stage
+// and its frames, in the order and with the tensors that `generateVideos` has. Nothing is computed.
+function rehearsePhases(
+  pipeline: Pipeline,
+  recipe: Recipe,
+  { prompts, last }: { prompts: number; last: UnitTokens },
+): Phases {
+  const { transformer, vae, text, config, dtype, stages } = pipeline
+  const f = config.framesPerUnit ?? 1
+  const [h, w] = [recipe.height / vae.spatialFactor, recipe.width / vae.spatialFactor]
+  const channels = transformer.latentChannels
+  const budget = decodeBudget(pipeline, recipe)
+  return rehearse(engine, (lap) =>
+    noGrad(() => {
+      const made: { dispose(): void }[] = []
+      const own = <T extends { dispose(): void }>(x: T): T => {
+        made.push(x)
+        return x
+      }
+      const tensor = (shape: readonly number[], type: 'f32' | 'bf16' = 'f32'): Tensor =>
+        own(keep(Tensor.empty(shape, type)))
+      const textType = text.memory ? dtype : 'f32'
+      const features = (): TextFeatures => ({
+        embeds: tensor([1, text.maxLength, text.jointDim], textType),
+        mask: [new Array<number>(text.maxLength).fill(1)],
+        pooled: tensor([1, text.pooledDim], textType),
+      })
+      const each = Array.from({ length: prompts }, features)
+      const rows = own(new PromptRows(each[0]))
+      const both = rows.of(each[1] as TextFeatures, last.sequences > 1)
+      const stream = own(vae.decodeStream({ maxMemory: budget }))
+      const history = own(new LatentHistory(stages.count, f))
+      const decode = (latent: Tensor, begins: boolean): Lap => {
+        const bytes = scope(() => {
+          const z = cast(denormaliseLatents(latent, config.normalisation, begins), dtype)
+          return framesEncode(drain(stream.pushSteps(z)))
+        })
+        bytes.dispose()
+        return lap()
+      }
+      const latentOf = (frames: number): Tensor => tensor([1, channels, frames, h, w])
+      try {
+        let first: Lap | undefined
+        let later: Lap | undefined
+        for (let unit = 0; unit < last.unit; unit++) {
+          const latent = latentOf(unit === 0 ? 1 : f)
+          history.append(latent)
+          if (unit === 0) first = decode(latent, true)
+          // From the second on every unit is decoded alike.
+          if (unit === 1) later = decode(latent, false)
+        }
+        lap()
+        const scale = 2 ** (stages.count - 1 - last.stage)
+        const began = keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale]))
+        const place = {
+          unit: last.unit,
+          stage: last.stage,
+          began,
+          clips: history.clips(last.unit, last.stage),
+        }
+        const run = own(
+          new StageRun({
+            ...{
+              model: transformer,
+              prompts: both,
+              guidance: 1,
+              guided: last.sequences > 1,
+              job: 0,
+              ...place,
+            },
+            ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
+          }),
+        )
+        const latent = own(keep(run.queueStep()))
+        const step = lap()
+        const frames = decode(latent, last.unit === 0)
+        first ??= frames
+        later ??= frames
+        return {
+          denoise: step.peak,
+          decode: Math.max(first.peak, later.peak, frames.peak),
+          firstFlops: first.flops,
+          laterFlops: later.flops,
+          pieces: stream.pieces,
+        }
+      } finally {
+        for (const x of made) x.dispose()
+      }
+    }),
+  )
+}
+
+/** @throws ERR_MEMORY naming the largest setting that fits, when a video does not fit the pipeline's limit */
+export function refuseTooLarge(pipeline: Pipeline, recipe: Recipe): void {
+  const { maxMemory } = pipeline
+  if (maxMemory === undefined) return
+  const needed = peakOf(pipeline, recipe)
+  if (needed !== undefined && needed <= maxMemory) return
+  const fits = largestThatFits(pipeline, recipe)
+  throw new PyraflowError('ERR_MEMORY', {
+    what: `a video of ${recipe.width}×${recipe.height} with ${recipe.frames} frames`,
+    expected: `to fit in maxMemory, ${gib(maxMemory)}`,
+    received: needed === undefined ? 'more than that in the smallest pieces' : `a need of ${gib(needed)}`,
+    remedy: fits
+      ? `The largest that fits is ${fits.width}×${fits.height} with ${fits.frames} frames.`
+      : 'Nothing of this model fits: allow more memory or use bf16.',
+  })
+}
+
+const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
+
+/** Undefined when not even the smallest pieces of decoding fit. */
+function peakOf(pipeline: Pipeline, recipe: Recipe): number | undefined {
+  try {
+    return planVideo(pipeline, recipe).bytes.peak
+  } catch (error) {
+    if (error instanceof PyraflowError && error.code === 'ERR_MEMORY') return undefined
+    throw error
+  }
+}
+
+// As many frames as fit of the size asked for, else of the next smaller one that the model knows.
+function largestThatFits(pipeline: Pipeline, recipe: Recipe): Recipe | undefined {
+  const area = (size: readonly number[]): number => (size[0] as number) * (size[1] as number)
+  const asked: [number, number] = [recipe.width, recipe.height]
+  const smaller = (pipeline.config.sizes ?? []).filter((size) => area(size) < area(asked))
+  const step = pipeline.vae.temporalFactor * (pipeline.config.framesPerUnit ?? 1)
+  for (const [width, height] of [asked, ...smaller.sort((a, b) => area(b) - area(a))]) {
+    const sized = { ...recipe, width, height }
+    const fits = (units: number): boolean => {
+      const peak = peakOf(pipeline, { ...sized, frames: 1 + units * step })
+      return peak !== undefined && peak <= (pipeline.maxMemory as number)
+    }
+    if (!fits(0)) continue
+    let [low, high] = [0, Math.ceil((recipe.frames - 1) / step) + 1]
+    while (high - low > 1) {
+      const middle = (low + high) >> 1
+      if (fits(middle)) low = middle
+      else high = middle
+    }
+    return { ...sized, frames: 1 + low * step }
+  }
+  return undefined
+}

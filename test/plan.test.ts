@@ -1,0 +1,223 @@
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { engine } from '../lib/engine/engine.ts'
+import type { PyraflowError } from '../lib/engine/errors.ts'
+import { rehearse } from '../lib/engine/rehearsal.ts'
+import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
+import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
+import { PyramidDiffusionMMDiT } from '../lib/models/dit-mmdit.ts'
+import { Pipeline } from '../lib/pipeline.ts'
+import { planFolder } from '../lib/plan-folder.ts'
+import { measureRates } from '../lib/plan-seconds.ts'
+import { Generator } from '../lib/tensor/generator.ts'
+import { keep, scope } from '../lib/tensor/scope.ts'
+import { Tensor } from '../lib/tensor/tensor.ts'
+import { tinyText, writePipeline } from './fixtures/tiny.ts'
+
+const PROMPT = 'a red circle'
+const folder = mkdtempSync(join(tmpdir(), 'plan-'))
+const model = join(folder, 'model')
+
+beforeAll(() => writePipeline(model))
+afterAll(() => rmSync(folder, { recursive: true, force: true }))
+
+type Dtype = 'f32' | 'bf16'
+
+/** Networks of published form, wide enough that activations outweigh what kernels borrow. */
+function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux'): Pipeline {
+  const sizes = {
+    num_attention_heads: 4,
+    attention_head_dim: 32,
+    joint_attention_dim: 12,
+    pooled_projection_dim: 12,
+  }
+  const transformer =
+    kind === 'flux'
+      ? PyramidFluxTransformer.create(
+          { ...sizes, num_layers: 1, num_single_layers: 2, axes_dims_rope: [8, 12, 12] },
+          { seed: 1, dtype },
+        )
+      : PyramidDiffusionMMDiT.create({ ...sizes, num_layers: 2 }, { seed: 1, dtype })
+  const widths = [16, 32, 32, 32]
+  const vae = CausalVideoVAE.create(
+    {
+      encoder_block_out_channels: widths,
+      encoder_layers_per_block: [1, 1, 1, 1],
+      encoder_norm_num_groups: 4,
+      decoder_block_out_channels: widths,
+      decoder_layers_per_block: [1, 1, 1, 1],
+      decoder_norm_num_groups: 4,
+    },
+    { generator: new Generator(1), dtype },
+  )
+  const constants = { shift: 0, scale: 1 }
+  return new Pipeline({
+    ...{ transformer, vae, text: tinyText(), dtype },
+    config: {
+      normalisation: { image: constants, video: constants },
+      steps: [1, 1, 1],
+      videoSteps: [1, 1, 1],
+    },
+  })
+}
+
+/** Most bytes, beside the weights, while the last unit is denoised and while frames are decoded. */
+async function measured(
+  pipe: Pipeline,
+  options: { width: number; height: number; frames: number; maxMemory?: number },
+): Promise<{ denoise: number; decode: number }> {
+  await engine.idle()
+  const weights = engine.memory().live
+  engine.resetPeak()
+  const peak = async (): Promise<number> => {
+    await engine.idle()
+    const bytes = engine.memory().peak - weights
+    engine.resetPeak()
+    return bytes
+  }
+  let denoise = 0
+  let decode = 0
+  for await (const event of pipe.generate({ prompt: PROMPT, ...options })) {
+    const bytes = await peak()
+    if (event.type === 'progress') denoise = bytes
+    if (event.type === 'frames') decode = Math.max(decode, bytes)
+  }
+  return { denoise, decode }
+}
+
+const close = (planned: number, real: number): void => {
+  expect(planned / real, `planned ${planned}, measured ${real}`).toBeGreaterThan(0.9)
+  expect(planned / real, `planned ${planned}, measured ${real}`).toBeLessThan(1.1)
+}
+
+describe('a plan', () => {
+  const sizes = [
+    { width: 128, height: 128, frames: 1 },
+    { width: 192, height: 128, frames: 17 },
+    { width: 256, height: 192, frames: 25 },
+  ]
+  for (const dtype of ['f32', 'bf16'] as const) {
+    test(`knows the memory of denoising and decoding to a tenth, in ${dtype}`, async () => {
+      const pipe = small(dtype)
+      for (const size of sizes) {
+        const { bytes } = pipe.plan(size)
+        const real = await measured(pipe, size)
+        close(bytes.denoise, real.denoise)
+        close(bytes.decode, real.decode)
+      }
+      pipe.dispose()
+    })
+  }
+
+  test('knows it of the SD3 variant, and of decoding in pieces', async () => {
+    const pipe = small('f32', 'mmdit')
+    const size = { width: 256, height: 192, frames: 17 }
+    close(pipe.plan(size).bytes.denoise, (await measured(pipe, size)).denoise)
+    const whole = pipe.plan(size).bytes.decode
+    const tight = { ...size, maxMemory: Math.round(0.6 * whole) }
+    const plan = pipe.plan(tight)
+    expect(plan.pieces).not.toEqual({ tile: null, window: null })
+    expect(plan.bytes.decode).toBeLessThan(tight.maxMemory)
+    close(plan.bytes.decode, (await measured(pipe, tight)).decode)
+    pipe.dispose()
+  })
+
+  test('is the same for a folder that is not loaded, and allocates nothing', async () => {
+    const options = { frames: 17, dtype: 'bf16' } as const
+    await engine.idle()
+    const before = engine.memory().live
+    engine.resetPeak()
+    const planned = planFolder(model, options)
+    await engine.idle()
+    expect(engine.memory()).toMatchObject({ live: before, peak: before })
+    const pipe = await Pipeline.load(model, { dtype: 'bf16' })
+    const { dtype: _, ...rest } = options
+    expect(pipe.plan(rest)).toEqual(planned)
+    const { weights, denoise, decode, text, frames, peak } = planned.bytes
+    expect(peak).toBe(
+      weights.transformer + weights.vae + weights.text + Math.max(denoise, decode, text) + frames,
+    )
+    pipe.dispose()
+  })
+
+  test('counts tokens as the history rule has them, and steps as they are asked for', () => {
+    const { tokens, flops } = planFolder(model, { frames: 25, steps: [3, 2, 1] })
+    // 64×64 pixels are 8×8 latents: 1, 4 and 16 tokens a frame at the three stages.
+    const counts = tokens.map(({ unit, stage, steps, history, current }) => [
+      unit,
+      stage,
+      steps,
+      history,
+      current,
+    ])
+    expect(counts.slice(0, 3)).toEqual([
+      [0, 0, 3, 0, 1],
+      [0, 1, 2, 0, 4],
+      [0, 2, 1, 0, 16],
+    ])
+    expect(counts.slice(9)).toEqual([
+      [3, 0, 1, 3, 1],
+      [3, 1, 1, 6, 4],
+      [3, 2, 1, 21, 16],
+    ])
+    expect(tokens.every(({ sequences, text }) => sequences === 2 && text === 6)).toBe(true)
+    // Twice the frames after the first; the text is the same, and outweighs such small frames.
+    const longer = planFolder(model, { frames: 49, steps: [3, 2, 1] }).flops
+    expect(longer.denoise).toBeGreaterThan(1.8 * flops.denoise)
+    expect(longer.decode).toBeGreaterThan(1.9 * flops.decode)
+  })
+
+  test('estimates seconds where the rates of the machine are given', async () => {
+    const rates = await measureRates('bf16')
+    expect(Object.values(rates).every((rate) => rate > 1e8)).toBe(true)
+    const { seconds } = planFolder(model, { frames: 9, rates })
+    expect(seconds?.total).toBeGreaterThan(0)
+    const twice = { matmul: 2 * rates.matmul, attention: 2 * rates.attention, conv: 2 * rates.conv }
+    expect(planFolder(model, { frames: 9, rates: twice }).seconds?.total).toBeCloseTo(
+      (seconds?.total ?? 0) / 2,
+    )
+  })
+
+  test('refuses, before anything is computed, a video that is beyond the limit, and names the largest that fits', async () => {
+    const free = await Pipeline.load(model)
+    const { peak } = free.plan({ frames: 49 }).bytes
+    const [limit, small] = [Math.ceil(1.01 * peak), free.plan({ frames: 1 }).bytes.peak]
+    free.dispose()
+    const pipe = await Pipeline.load(model, { maxMemory: limit })
+    expect(() => pipe.generate({ prompt: PROMPT, frames: 4001 })).toThrow(
+      expect.objectContaining({
+        code: 'ERR_MEMORY',
+        message: expect.stringMatching(/largest that fits is 64×64 with \d+ frames/),
+      }),
+    )
+    let remedy = ''
+    try {
+      pipe.generate({ prompt: PROMPT, frames: 4001 })
+    } catch (error) {
+      remedy = (error as PyraflowError).remedy ?? ''
+    }
+    const frames = Number(/with (\d+) frames/.exec(remedy)?.[1])
+    expect(frames).toBeGreaterThanOrEqual(49)
+    expect(pipe.plan({ frames }).bytes.peak).toBeLessThanOrEqual(limit)
+    expect((await pipe.generate({ prompt: PROMPT, frames: 9 }).result()).count).toBe(9)
+    pipe.dispose()
+    const tight = await Pipeline.load(model, { maxMemory: small / 4 }).catch((error: unknown) => error)
+    expect(tight).toMatchObject({ code: 'ERR_MEMORY' })
+  })
+})
+
+test('what a rehearsal leaves behind touches no memory of the engine', async () => {
+  const before = Tensor.from([1, 2, 3])
+  const left = rehearse(engine, (lap) => {
+    const x = scope(() => keep(Tensor.zeros([1000])))
+    expect(lap()).toMatchObject({ peak: 4000, live: 4000 })
+    return x
+  })
+  const after = Tensor.from([4, 5, 6])
+  left.dispose()
+  expect([...(await before.floats()), ...(await after.floats())]).toEqual([1, 2, 3, 4, 5, 6])
+  before.dispose()
+  after.dispose()
+})
