@@ -128,6 +128,7 @@ function checkText(dir: string, names: readonly string[], variant: string, kind:
     throw wrong(dir, 'a folder text_encoder', 'none', 'Complete the download of the model.')
   }
   if (architectureOf(readConfig(join(dir, 'text_encoder'))) === 'WordEncoder') return false
+  checkPart(dir, 'text_encoder', names, ['clip'])
   const layout = textLayoutOf(dir)
   const wanted = kind === 'mmdit' ? 'sd3' : 'flux'
   if (layout !== wanted) {

@@ -102,6 +102,9 @@ function projections(
 const LATENT_NAMES = ['to_q', 'to_k', 'to_v'] as const
 const TEXT_NAMES = ['add_q_proj', 'add_k_proj', 'add_v_proj'] as const
 
+// A block that is recomputed in backward runs first without recording: it must give the same bits then.
+const trains = (t: Tensor): boolean => t.requiresGrad || needsGrad(t)
+
 function attend(q: Tensor, k: Tensor, v: Tensor, arrays: TokenArrays, norm?: QueryKeyNorm): Tensor {
   const [tokens, heads, headDim] = q.shape as [number, number, number]
   const shape = [1, tokens, heads, headDim]
@@ -131,7 +134,7 @@ export function jointAttention(
     const o = local(() => {
       const pair = (name: 'q' | 'k' | 'v') => [split(c[name](text)), split(x[name](latent))] as const
       const [q, k, v] = [pair('q'), pair('k'), pair('v')]
-      if (![...q, ...k, ...v, c.normQ, c.normK, x.normQ, x.normK].some(needsGrad)) {
+      if (![...q, ...k, ...v, c.normQ, c.normK, x.normQ, x.normK].some(trains)) {
         const both = (name: 'normQ' | 'normK') => reshape(concat([c[name], x[name]], 0), [2, headDim])
         const { jointCos, jointSin } = arrays
         const [weightQ, weightK] = [both('normQ'), both('normK')]
@@ -163,7 +166,7 @@ export function selfAttention(
     const { jointCos: cos, jointSin: sin, local } = arrays
     return local(() => {
       const [q, k, v] = [split(p.q(z)), split(p.k(z)), split(p.v(z))]
-      if (![q, k, v, p.normQ, p.normK].some(needsGrad)) {
+      if (![q, k, v, p.normQ, p.normK].some(trains)) {
         return attend(q, k, v, arrays, { weightQ: p.normQ, weightK: p.normK, cos, sin, eps })
       }
       const turned = [
