@@ -36,6 +36,8 @@ function stageLicence(soname, path) {
 
 function bundle() {
   rmSync(join(root, 'prebuilds'), { recursive: true, force: true })
+  // A build for tests leaves a backend there that no user needs.
+  rmSync(release, { recursive: true, force: true })
   const prefix = dirname(dirname(realpathSync(process.execPath)))
   const env = { ...process.env, PYRAFLOW_BUNDLE: '1' }
   // With the headers of the running Node at hand, node-gyp has no reason to download them.
