@@ -1,4 +1,4 @@
-import { execFileSync, spawn } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import {
   existsSync,
   lstatSync,
@@ -19,6 +19,7 @@ import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { type DownloadOptions, downloadModel, Pipeline } from '../lib/index.ts'
 import { FakeHub, sendFile } from './fixtures/hub.ts'
+import { mountSmallDisk, remount } from './fixtures/small-disk.ts'
 import { numbers, writePipeline } from './fixtures/tiny.ts'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
@@ -74,10 +75,8 @@ const WANTED = [
 ]
 
 const hubs: { stop(): Promise<void> }[] = []
-const unmount: string[] = []
 afterEach(async () => {
   for (const hub of hubs.splice(0)) await hub.stop()
-  for (const path of unmount.splice(0)) execFileSync('umount', ['-l', path])
 })
 
 async function start(files: Record<string, Buffer | string> = published()): Promise<FakeHub> {
@@ -387,14 +386,8 @@ describe('a download fails', () => {
   })
 
   test('on a disk without room, before it begins or when it fills up, and works once there is', async (context) => {
-    const disk = join(folder, 'disk')
-    mkdirSync(disk)
-    try {
-      execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', disk], { stdio: 'pipe' })
-    } catch (error) {
-      return context.skip(`a small file system could not be mounted (${String(error).split('\n')[0]})`)
-    }
-    unmount.push(disk)
+    const disk = mountSmallDisk(join(folder, 'disk'), '200k')
+    if (!disk) return context.skip('a small file system could not be mounted')
     const hub = await start()
     const cache = join(disk, 'cache')
     const small = await failing(hub, cache)
@@ -403,7 +396,7 @@ describe('a download fails', () => {
       message: expect.stringMatching(/room.*0\.2\d+ GB|room.*0\.000 GB/),
     })
     expect(hub.fetched).toEqual([])
-    execFileSync('mount', ['-o', 'remount,size=600k', disk])
+    remount(disk, 'size=600k')
     let fill = true
     const onProgress = ({ file }: { file: string }): void => {
       if (fill && file === WEIGHTS) writeFileSync(join(disk, 'filler'), Buffer.alloc(420_000))

@@ -2,7 +2,7 @@ import { execFileSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { afterAll, describe, expect, test } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
 import { hasFfmpeg } from '../lib/io/video.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
@@ -12,6 +12,7 @@ import { openDataset } from '../lib/train/dataset.ts'
 import { latestCheckpoint, runTraining, type TrainEvent } from '../lib/train/run.ts'
 import { VaeTrainer } from '../lib/train/vae-trainer.ts'
 import { startChild } from './fixtures/compiled.ts'
+import { mountSmallDisk, remount } from './fixtures/small-disk.ts'
 import { FakeVideo, fakeClips, tinyLatents, tinyTrainer, tinyVae } from './fixtures/tiny.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'faults-'))
@@ -29,25 +30,7 @@ async function follow(events: AsyncIterable<TrainEvent>, seen: TrainEvent[] = []
 const losses = (events: readonly TrainEvent[]): number[] =>
   events.flatMap((e) => (e.type === 'step' ? [e.loss] : []))
 
-const mounted: string[] = []
-function mount(name: string, size: string): string | undefined {
-  const path = join(folder, name)
-  mkdirSync(path)
-  try {
-    execFileSync('mount', ['-t', 'tmpfs', '-o', `size=${size}`, 'tmpfs', path], { stdio: 'pipe' })
-  } catch (error) {
-    console.log(`not run: a small file system could not be mounted (${String(error).split('\n')[0]})`)
-    return undefined
-  }
-  mounted.push(path)
-  return path
-}
-const remount = (path: string, options: string): void => {
-  execFileSync('mount', ['-o', `remount,${options}`, path])
-}
-afterEach(() => {
-  for (const path of mounted.splice(0)) execFileSync('umount', ['-l', path])
-})
+const mount = (name: string, size: string): string | undefined => mountSmallDisk(join(folder, name), size)
 
 /** Losses of a run of `steps` that nothing disturbs, with the data of the given folder. */
 async function undisturbed(data: string, steps: number, count = 9): Promise<number[]> {

@@ -1,27 +1,19 @@
-import { mkdtempSync, rmSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import sharp from 'sharp'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { engine } from '../lib/engine/engine.ts'
+import { describe, expect, test } from 'vitest'
 import type { GenerateOptions, Recipe, Video } from '../lib/index.ts'
 import { hasFfmpeg } from '../lib/io/video.ts'
 import { Pipeline } from '../lib/pipeline.ts'
-import { numbers, writePipeline } from './fixtures/tiny.ts'
+import { live } from './fixtures/memory.ts'
+import { withTinyPipeline } from './fixtures/pipeline.ts'
+import { numbers } from './fixtures/tiny.ts'
 import { relativeL2 } from './golden.ts'
 
-const folder = mkdtempSync(join(tmpdir(), 'continue-'))
 const PROMPT = 'a red circle'
 let pipe: Pipeline
-
-beforeAll(async () => {
-  await writePipeline(join(folder, 'model'))
-  pipe = await Pipeline.load(join(folder, 'model'))
-})
-afterAll(() => {
-  pipe.dispose()
-  rmSync(folder, { recursive: true, force: true })
+const folder = withTinyPipeline('continue', (loaded) => {
+  pipe = loaded
 })
 
 const make = (options: GenerateOptions): Promise<Video> => pipe.generate(options).result()
@@ -30,11 +22,6 @@ async function warningsOf(options: GenerateOptions): Promise<string[]> {
   const found: string[] = []
   for await (const event of pipe.generate(options)) if (event.type === 'warning') found.push(event.message)
   return found
-}
-
-async function live(): Promise<number> {
-  await engine.idle()
-  return engine.memory().live
 }
 
 describe('a continued video', () => {

@@ -1,8 +1,6 @@
-import { mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { mkdirSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { engine } from '../lib/engine/engine.ts'
+import { describe, expect, test } from 'vitest'
 import { PyraflowError } from '../lib/engine/errors.ts'
 import { makeStages } from '../lib/flow/stages.ts'
 import type { GenerateOptions } from '../lib/index.ts'
@@ -16,25 +14,15 @@ import { Generator } from '../lib/tensor/generator.ts'
 import type { Steps } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { disposeFeatures, type TextEncoder } from '../lib/text/encoder.ts'
-import { numbers, tinyText, writePipeline } from './fixtures/tiny.ts'
+import { live } from './fixtures/memory.ts'
+import { withTinyPipeline } from './fixtures/pipeline.ts'
+import { numbers, tinyText } from './fixtures/tiny.ts'
 
-const folder = mkdtempSync(join(tmpdir(), 'faults-'))
 const PROMPT = 'a red circle'
 let pipe: Pipeline
-
-beforeAll(async () => {
-  await writePipeline(join(folder, 'model'))
-  pipe = await Pipeline.load(join(folder, 'model'))
+const folder = withTinyPipeline('faults', (loaded) => {
+  pipe = loaded
 })
-afterAll(() => {
-  pipe.dispose()
-  rmSync(folder, { recursive: true, force: true })
-})
-
-async function live(): Promise<number> {
-  await engine.idle()
-  return engine.memory().live
-}
 
 /** The loaded networks with another text encoder or other constants. */
 const variant = (parts: Partial<Pick<Pipeline, 'text' | 'config'>>): Pipeline =>

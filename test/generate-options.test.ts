@@ -1,24 +1,14 @@
-import { mkdtempSync, rmSync } from 'node:fs'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
 import { PyraflowError } from '../lib/engine/errors.ts'
 import type { GenerateEvent, GenerateOptions, Video } from '../lib/index.ts'
 import { Pipeline } from '../lib/pipeline.ts'
-import { writePipeline } from './fixtures/tiny.ts'
+import { withTinyPipeline } from './fixtures/pipeline.ts'
 
-const folder = mkdtempSync(join(tmpdir(), 'options-'))
 const [A, B] = ['a red circle', 'a blue square moving left'] as const
 let pipe: Pipeline
-
-beforeAll(async () => {
-  await writePipeline(join(folder, 'model'))
-  pipe = await Pipeline.load(join(folder, 'model'))
-})
-afterAll(() => {
-  pipe.dispose()
-  rmSync(folder, { recursive: true, force: true })
+withTinyPipeline('options', (loaded) => {
+  pipe = loaded
 })
 
 const make = (options: GenerateOptions): Promise<Video> => pipe.generate(options).result()

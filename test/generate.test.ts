@@ -20,6 +20,7 @@ import { keep, scope } from '../lib/tensor/scope.ts'
 import type { Steps } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { runChild } from './fixtures/compiled.ts'
+import { live } from './fixtures/memory.ts'
 import { numbers, tinyText, writePipeline } from './fixtures/tiny.ts'
 import { relativeL2 } from './golden.ts'
 
@@ -36,11 +37,6 @@ afterAll(() => {
   pipe.dispose()
   rmSync(folder, { recursive: true, force: true })
 })
-
-async function live(): Promise<number> {
-  await engine.idle()
-  return engine.memory().live
-}
 
 describe('a generation', () => {
   test('is the same to the last bit for any number of threads, and so is every op', async () => {

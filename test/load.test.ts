@@ -12,6 +12,7 @@ import type { TextFeatures } from '../lib/text/encoder.ts'
 import { LazyPromptEncoder } from '../lib/text/lazy-encoder.ts'
 import { PromptEncoder } from '../lib/text/prompt-encoder.ts'
 import { PromptNetworks } from '../lib/text/prompt-networks.ts'
+import { live } from './fixtures/memory.ts'
 import { numbers, tinyDit, writePipeline } from './fixtures/tiny.ts'
 import { writeClipTokenizer, writeT5Tokenizer } from './fixtures/tokenizers.ts'
 import { goldenFolder } from './golden.ts'
@@ -39,11 +40,6 @@ function copyOf(dir: string): string {
   const copy = join(folder, `copy-${copies++}`)
   cpSync(dir, copy, { recursive: true })
   return copy
-}
-
-async function live(): Promise<number> {
-  await engine.idle()
-  return engine.memory().live
 }
 
 const shardsOf = (dir: string): string[] =>

@@ -2,9 +2,9 @@ import { cpSync, mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:f
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { engine } from '../lib/engine/engine.ts'
 import { openSafetensors, writeSafetensors } from '../lib/io/safetensors.ts'
 import { Pipeline } from '../lib/pipeline.ts'
+import { live } from './fixtures/memory.ts'
 import { writePipeline } from './fixtures/tiny.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'model-folder-'))
@@ -12,11 +12,6 @@ const model = join(folder, 'model')
 
 beforeAll(() => writePipeline(model))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
-
-async function live(): Promise<number> {
-  await engine.idle()
-  return engine.memory().live
-}
 
 describe('a model folder', () => {
   const weights = (part: string): string => join(part, 'diffusion_pytorch_model.safetensors')

@@ -7,6 +7,7 @@ import { scope } from '../lib/tensor/scope.ts'
 import { abortableSteps, sliced } from '../lib/tensor/sliced.ts'
 import { drain, noGrad } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
+import { live } from './fixtures/memory.ts'
 import { numbers, tinyVae } from './fixtures/tiny.ts'
 import { relativeL2 } from './golden.ts'
 
@@ -27,11 +28,6 @@ async function taken(make: () => Tensor): Promise<{ values: Float32Array; shape:
   const values = await t.floats()
   t.dispose()
   return { values, shape: t.shape }
-}
-
-async function live(): Promise<number> {
-  await engine.idle()
-  return engine.memory().live
 }
 
 const frames = (z: Tensor, start: number, count: number): Tensor => slice(z, 2, start, count)

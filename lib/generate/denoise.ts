@@ -1,11 +1,10 @@
 import type { Pipeline } from '../pipeline.ts'
-import { historyTokens } from '../pyramid/history.ts'
-import { type Unit, unitsForFrames } from '../pyramid/units.ts'
 import { type SampleEvent, sampleLatents, seededNoise } from '../sample.ts'
 import type { Generator } from '../tensor/generator.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { Recipe } from './recipe.ts'
 import type { PromptFeatures } from './texts.ts'
+import { unitTokens } from './tokens.ts'
 
 /** Latent frames of the whole video, those of what it continues included. */
 export function latentsOf(pipeline: Pipeline, recipe: Recipe, given: Tensor | undefined): number {
@@ -61,20 +60,10 @@ function promptAt({ prompt, promptChanges = [] }: Recipe, seconds: number): stri
   return promptChanges.filter(({ from }) => from <= seconds + 1e-6).at(-1)?.prompt ?? prompt
 }
 
-/** What every step of a video costs, in tokens, in the order of the steps. */
+/** What every step of a video costs, in tokens of a sequence, in the order of the steps. */
 export function stepCosts(pipeline: Pipeline, recipe: Recipe, given: Tensor | undefined): number[] {
-  const framesPerUnit = pipeline.config.framesPerUnit ?? 1
-  const { stages, vae, text } = pipeline
-  const size = { height: recipe.height / vae.spatialFactor, width: recipe.width / vae.spatialFactor }
-  const before = given?.shape[2] ?? 0
-  const cost = (unit: Unit, stage: number): number =>
-    historyTokens({ unit: unit.index, stage, stageCount: stages.count, framesPerUnit, ...size }).total +
-    text.maxLength
-  return unitsForFrames(latentsOf(pipeline, recipe, given), { framesPerUnit })
-    .filter(({ firstFrame }) => firstFrame >= before)
-    .flatMap((unit) =>
-      (unit.index === 0 ? recipe.steps : recipe.videoSteps).flatMap((count, stage) =>
-        new Array<number>(count).fill(cost(unit, stage)),
-      ),
-    )
+  const part = { frames: latentsOf(pipeline, recipe, given), given: given?.shape[2] ?? 0 }
+  return unitTokens(pipeline, recipe, part).flatMap(({ steps, history, current, text }) =>
+    new Array<number>(steps).fill(history + current + text),
+  )
 }

@@ -22,19 +22,27 @@ export interface UnitTokens {
   readonly pairs: number
 }
 
-/** Tokens of every unit and stage of a video. */
-export function unitTokens(pipeline: Pipeline, recipe: Recipe): UnitTokens[] {
+/**
+ * Tokens of every unit and stage that are to be made: of a video by itself, or of one of `frames` latent frames of which
+ * the first `given` are there.
+ */
+export function unitTokens(
+  pipeline: Pipeline,
+  recipe: Recipe,
+  part: { readonly frames?: number; readonly given?: number } = {},
+): UnitTokens[] {
   const { config, stages, vae, text, transformer } = pipeline
+  const { frames = (recipe.frames - 1) / vae.temporalFactor + 1, given = 0 } = part
   const framesPerUnit = config.framesPerUnit ?? 1
   const size = { height: recipe.height / vae.spatialFactor, width: recipe.width / vae.spatialFactor }
-  const frames = (recipe.frames - 1) / vae.temporalFactor + 1
   const guidance = {
     guidanceScale: recipe.guidanceScale,
     videoGuidanceScale: recipe.videoGuidanceScale,
     linear: recipe.linearGuidance,
     perUnit: recipe.guidance,
   }
-  return unitsForFrames(frames, { framesPerUnit }).flatMap(({ index: unit, frames: own }) =>
+  const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= given)
+  return units.flatMap(({ index: unit, frames: own }) =>
     Array.from({ length: stages.count }, (_, stage) => {
       const where = { unit, stage, stageCount: stages.count, framesPerUnit, ...size }
       const { history, current } = historyTokens(where)

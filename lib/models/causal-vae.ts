@@ -9,8 +9,8 @@ import { permute, slice } from '../ops/copy.ts'
 import { axpby, clamp, exp, mul, scale, square, sub } from '../ops/pointwise.ts'
 import { sum } from '../ops/reduce.ts'
 import type { Generator } from '../tensor/generator.ts'
-import { keep, scope } from '../tensor/scope.ts'
-import { drain, needsGrad, noGrad, type Steps } from '../tensor/tape.ts'
+import { scope } from '../tensor/scope.ts'
+import { drain, needsGrad, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { startAsResampler } from './vae-init.ts'
 import { CAUSAL_VAE_DEFAULTS, type CausalVaeConfig, checkConfig, VaeNetwork } from './vae-network.ts'
@@ -328,12 +328,4 @@ export function klLoss(posterior: Posterior): Tensor {
   const [b, c] = mean.shape as [number, number]
   const terms = sub(axpby(square(mean), exp(logvar), 1, 1), logvar)
   return scale(sum(terms), 0.5 / (b * c), (-0.5 * mean.size) / (b * c))
-}
-
-/** Encodes without a tape and hands the posterior over to the caller. */
-export function encodeFrozen(vae: CausalVideoVAE, x: Tensor): Posterior {
-  return noGrad(() => {
-    const result = scope(() => vae.encode(x))
-    return { mean: keep(result.mean), logvar: keep(result.logvar) }
-  })
 }
