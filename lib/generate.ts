@@ -1,4 +1,5 @@
 import { engine } from './engine/engine.ts'
+import { networkOf } from './generate/adapters.ts'
 import { denoise, latentsOf, stepCosts } from './generate/denoise.ts'
 import type { GenerateEvent } from './generate/generation.ts'
 import { givenLatents, streamOf } from './generate/given.ts'
@@ -8,6 +9,7 @@ import type { Recipe } from './generate/recipe.ts'
 import { checkLength, type Request } from './generate/resolve.ts'
 import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
+import type { VelocityNetwork } from './models/velocity-network.ts'
 import type { Pipeline } from './pipeline.ts'
 import { decodeBudget } from './plan.ts'
 import { pixelFrames } from './pyramid/units.ts'
@@ -18,6 +20,7 @@ interface Run {
   readonly signal: AbortSignal | undefined
   readonly previews: boolean
   readonly job: number
+  readonly network: VelocityNetwork
   readonly features: PromptFeatures
   readonly progress: Progress
   /** Warnings that have not been told yet. */
@@ -33,22 +36,27 @@ export async function* generateVideos(
   const { signal } = options
   const warnings: string[] = []
   const recipes = requests.map(({ recipe }) => recipe)
+  const [first] = requests as [Request]
   const place = { model: await pipeline.modelHash(), backend: engine.device.backend }
-  warnings.push(...differences(requests[0] as Request, { ...place, dtype: pipeline.dtype }))
+  warnings.push(...differences(first, { ...place, dtype: pipeline.dtype }))
   const onWarning = (message: string): unknown => warnings.push(message)
-  const features = await PromptFeatures.of(pipeline, recipes, { signal, onWarning })
-  const progress = new Progress(requests.length)
-  const run: Run = { pipeline, ...options, job: engine.newJob(), features, progress, warnings }
+  // All videos of a batch have the same.
+  const { network, facts, dispose } = await networkOf(pipeline, first.recipe, { signal, onWarning })
+  let features: PromptFeatures | undefined
   const videos: Video[] = []
   try {
+    features = await PromptFeatures.of(pipeline, recipes, { signal, onWarning })
+    const progress = new Progress(requests.length)
+    const run: Run = { pipeline, ...options, job: engine.newJob(), network, features, progress, warnings }
     for (const [video, request] of requests.entries()) {
-      const result = yield* generateVideo(run, request, video, place)
+      const result = yield* generateVideo(run, request, video, { ...place, ...facts })
       videos.push(result)
       yield { type: 'video', video, result }
     }
     return videos
   } finally {
-    features.dispose()
+    dispose()
+    features?.dispose()
     await engine.idle().catch(() => undefined)
   }
 }
@@ -57,7 +65,7 @@ async function* generateVideo(
   run: Run,
   request: Request,
   video: number,
-  place: Pick<Recipe, 'model' | 'backend'>,
+  place: Pick<Recipe, 'model' | 'backend' | 'adapters'>,
 ): AsyncGenerator<GenerateEvent, Video> {
   const { pipeline, signal, job, progress, warnings } = run
   const { width, height } = request.recipe
@@ -87,7 +95,7 @@ async function* generateVideo(
 
     progress.begin(stepCosts(pipeline, recipe, given.latents))
     const generator = streamOf(recipe)
-    const work = { recipe, features: run.features, generator, given: given.latents, signal }
+    const work = { network: run.network, recipe, features: run.features, generator, given: given.latents, signal }
     for await (const event of denoise(pipeline, work)) {
       const { unit } = event
       if (event.type === 'unit') yield await show(event.latent, `decoding unit ${unit}`)
@@ -113,7 +121,7 @@ async function* generateVideo(
 function finishRecipe(
   pipeline: Pipeline,
   { recipe, guidance }: Request,
-  facts: Pick<Recipe, 'image' | 'continueFrom' | 'model' | 'backend'>,
+  facts: Pick<Recipe, 'image' | 'continueFrom' | 'model' | 'backend' | 'adapters'>,
   given: Tensor | undefined,
 ): Recipe {
   const known = Object.fromEntries(Object.entries(facts).filter(([, value]) => value !== undefined))

@@ -3,6 +3,8 @@ import { setImmediate } from 'node:timers/promises'
 import { engine } from './engine/engine.ts'
 import { PyraflowError, throwIfAborted } from './engine/errors.ts'
 import { openWeights } from './io/safetensors.ts'
+import { checkTypes } from './generate/check-options.ts'
+import { type AdapterChoice, openAdapters } from './lora/blend.ts'
 import { type ModelFolder, surveyFolder, VAE_FOLDER } from './model-folder.ts'
 import { CausalVideoVAE } from './models/causal-vae.ts'
 import { loadVelocityNetwork } from './models/load-network.ts'
@@ -32,6 +34,11 @@ export interface PipelineOptions {
   promptCache?: string | false
   /** Is told when a prompt was cut. Default: `process.emitWarning`. */
   onWarning?: (message: string) => void
+  /**
+   * Low-rank adapters that generations add to the transformer unless they name others. The files are read when one
+   * begins; here their headers are checked.
+   */
+  adapters?: readonly AdapterChoice[]
   /** Ends the loading. */
   signal?: AbortSignal
 }
@@ -54,7 +61,7 @@ export function checkDevice(device: string): void {
 
 /** The parts of the pipeline in a model folder. @throws as `Pipeline.load` */
 export async function loadParts(dir: string, options: PipelineOptions): Promise<PipelineParts> {
-  const { dtype = 'f32', device = 'auto', signal } = options
+  const { dtype = 'f32', device = 'auto', adapters = [], signal } = options
   checkOptions(options)
   checkDevice(device)
   const folder = surveyFolder(dir, options)
@@ -64,9 +71,11 @@ export async function loadParts(dir: string, options: PipelineOptions): Promise<
   try {
     transformer = await loadVelocityNetwork(join(dir, folder.variant), { dtype, signal })
     checkWidths(dir, text, transformer)
+    await openAdapters(transformer, adapters)
     const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype, signal })
     const { config, variant } = folder
-    return { transformer, vae, text, config, dtype, source: { dir, variant }, maxMemory: options.maxMemory }
+    const { maxMemory } = options
+    return { transformer, vae, text, config, dtype, source: { dir, variant }, maxMemory, adapters }
   } catch (error) {
     transformer?.dispose()
     text.dispose?.()
@@ -74,7 +83,8 @@ export async function loadParts(dir: string, options: PipelineOptions): Promise<
   }
 }
 
-function checkOptions({ dtype, maxMemory }: PipelineOptions): void {
+function checkOptions({ dtype, maxMemory, adapters }: PipelineOptions): void {
+  checkTypes({ adapters })
   if (dtype !== undefined && dtype !== 'f32' && dtype !== 'bf16') {
     throw new PyraflowError('ERR_OPTION', { what: 'dtype', expected: 'f32 or bf16', received: String(dtype) })
   }

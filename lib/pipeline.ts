@@ -1,3 +1,4 @@
+import { join } from 'node:path'
 import { throwIfAborted } from './engine/errors.ts'
 import type { LatentNormalisation } from './flow/normalise.ts'
 import { makeStages, type StageOptions, type Stages } from './flow/stages.ts'
@@ -7,7 +8,9 @@ import type { GenerateOptions } from './generate/options.ts'
 import type { Recipe } from './generate/recipe.ts'
 import { type Request, resolveOptions } from './generate/resolve.ts'
 import { generateVideos } from './generate.ts'
+import { folderFingerprint } from './io/fingerprint.ts'
 import { loadParts, type PipelineOptions } from './load-pipeline.ts'
+import type { AdapterChoice } from './lora/blend.ts'
 import type { CausalVideoVAE } from './models/causal-vae.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import { type Plan, planVideo, refuseTooLarge } from './plan.ts'
@@ -46,6 +49,8 @@ export interface PipelineParts {
   config: PipelineConfig
   dtype?: 'f32' | 'bf16'
   source?: PipelineSource
+  /** Added to the transformer by every generation that does not say otherwise. */
+  adapters?: readonly AdapterChoice[]
   /** Most bytes that weights and work together may take. */
   maxMemory?: number | undefined
 }
@@ -61,7 +66,10 @@ export class Pipeline {
   /** Undefined for a pipeline made of parts in memory. */
   readonly source: PipelineSource | undefined
   readonly maxMemory: number | undefined
+  /** What generations add to the transformer unless they say otherwise. */
+  readonly adapters: readonly AdapterChoice[]
   #hash: Promise<string | undefined> | undefined
+  #networkHash: Promise<string | undefined> | undefined
 
   constructor(parts: PipelineParts) {
     this.transformer = parts.transformer
@@ -72,6 +80,7 @@ export class Pipeline {
     this.dtype = parts.dtype ?? 'f32'
     this.source = parts.source
     this.maxMemory = parts.maxMemory
+    this.adapters = parts.adapters ?? []
   }
 
   /**
@@ -120,6 +129,15 @@ export class Pipeline {
   modelHash(): Promise<string | undefined> {
     this.#hash ??= this.source ? modelHash(this.source).catch(() => undefined) : Promise.resolve(undefined)
     return this.#hash
+  }
+
+  /** The same of the transformer alone, by which an adapter knows what it was trained on. */
+  networkHash(): Promise<string | undefined> {
+    const { source } = this
+    this.#networkHash ??= source
+      ? folderFingerprint(join(source.dir, source.variant)).catch(() => undefined)
+      : Promise.resolve(undefined)
+    return this.#networkHash
   }
 
   /**

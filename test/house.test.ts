@@ -43,6 +43,7 @@ const allowed: Record<string, string[]> = {
   'pyramid/latents': [...tensors, 'ops'],
   generate: ['*', '!train'],
   sample: ['*', '!train', '!generate', '!pipeline'],
+  lora: ['*', '!generate', '!pipeline', '!train'],
   train: ['*', '!generate', '!pipeline'],
   golden: ['*'],
   cli: ['*', 'cli'],

@@ -67,6 +67,10 @@ const RULES: Record<string, Rule> = {
     expected: '{ alpha, min }, both numbers',
     holds: (v) => object(v) && [v.alpha, v.min].every((n) => n === undefined || number(n)),
   },
+  adapters: {
+    expected: 'a list of { path, scale } with numbers as scales',
+    holds: list((v) => object(v) && text(v.path) && (v.scale === undefined || number(v.scale))),
+  },
   previews: { expected: 'a boolean', holds: (v) => typeof v === 'boolean' },
   allowUntrained: { expected: 'a boolean', holds: (v) => typeof v === 'boolean' },
   maxMemory: { expected: 'a positive number of bytes', holds: number },

@@ -1,3 +1,4 @@
+import type { VelocityNetwork } from '../models/velocity-network.ts'
 import type { Pipeline } from '../pipeline.ts'
 import { type SampleEvent, sampleLatents, seededNoise } from '../sample.ts'
 import type { Generator } from '../tensor/generator.ts'
@@ -17,6 +18,8 @@ export function latentsOf(pipeline: Pipeline, recipe: Recipe, given: Tensor | un
 export function denoise(
   pipeline: Pipeline,
   work: {
+    /** The pipeline's transformer, or one over its weights. */
+    network: VelocityNetwork
     recipe: Recipe
     features: PromptFeatures
     generator: Generator
@@ -24,10 +27,10 @@ export function denoise(
     signal: AbortSignal | undefined
   },
 ): AsyncGenerator<SampleEvent> {
-  const { recipe, features, generator, given, signal } = work
+  const { network, recipe, features, generator, given, signal } = work
   const factor = pipeline.vae.spatialFactor
   const framesPerUnit = pipeline.config.framesPerUnit ?? 1
-  return sampleLatents(pipeline.transformer, {
+  return sampleLatents(network, {
     stages: pipeline.stages,
     frames: latentsOf(pipeline, recipe, given),
     height: recipe.height / factor,

@@ -8,6 +8,7 @@ import type { Pipeline } from '../pipeline.ts'
 import { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
+import { networkOf } from './adapters.ts'
 import { denoise } from './denoise.ts'
 import { encodeFrames, type LatentClip, loadLatents, type Work } from './latents.ts'
 import type { ContinueSource } from './options.ts'
@@ -133,15 +134,17 @@ async function remake(pipeline: Pipeline, recipe: Recipe, work: GivenWork): Prom
   const [request] = resolveOptions(pipeline, { ...recipe, signal: work.signal }) as [Request]
   const parts: Tensor[] = []
   let features: PromptFeatures | undefined
+  const { network, dispose } = await networkOf(pipeline, request.recipe, work)
   try {
     features = await PromptFeatures.of(pipeline, [request.recipe], work)
     const { latents: given } = await givenLatents(pipeline, request, work)
     if (given) parts.push(given)
     const generator = streamOf(request.recipe)
-    const job = { recipe: request.recipe, features, generator, given, signal: work.signal }
+    const job = { network, recipe: request.recipe, features, generator, given, signal: work.signal }
     for await (const event of denoise(pipeline, job)) if (event.type === 'unit') parts.push(event.latent)
     return keep(scope(() => concat(parts, 2)))
   } finally {
+    dispose()
     features?.dispose()
     for (const part of parts) part.dispose()
   }

@@ -1,4 +1,5 @@
 import type { ImageSource } from '../io/image.ts'
+import type { AdapterChoice } from '../lora/blend.ts'
 import type { LatentClip } from './latents.ts'
 import type { Recipe } from './recipe.ts'
 import type { Video } from './video.ts'
@@ -57,6 +58,8 @@ export interface GenerateOptions {
   guidance?: readonly number[] | ((unit: number) => number) | undefined
   /** Guidance that falls from `guidanceScale` by `alpha` a unit down to `min` (0.5 and 2), in place of both scales. */
   linearGuidance?: { alpha?: number | undefined; min?: number | undefined } | undefined
+  /** Low-rank adapters to add to the transformer for this generation, in place of the pipeline's; [] for none. */
+  adapters?: readonly AdapterChoice[] | undefined
   /** Show a small picture at the end of every stage but the last. Costs a few per cent of decoding. */
   previews?: boolean | undefined
   /** Accept sizes that the model was not trained for. */

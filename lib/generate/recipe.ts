@@ -28,6 +28,8 @@ export interface Recipe {
   image?: string
   /** The recipe or path of what was continued, or `sha256:…` of latents or frames that have to be given again. */
   continueFrom?: Recipe | string
+  /** Adapters that were added to the transformer; `hash` tells their files from others of the same name. */
+  adapters?: { path: string; scale: number; hash?: string }[]
   allowUntrained?: true
   maxMemory?: number
   dtype: 'f32' | 'bf16'

@@ -4,6 +4,7 @@ import { framesPerSecond, type SamplingPreset, samplingPresets } from '../models
 import { checkPieces } from '../models/vae-plan.ts'
 import type { Pipeline } from '../pipeline.ts'
 import { latentFrames, pixelFrames } from '../pyramid/units.ts'
+import { adaptersOf } from './adapters.ts'
 import { checkTypes } from './check-options.ts'
 import type { ContinueSource, GenerateOptions, PromptChange } from './options.ts'
 import type { Recipe } from './recipe.ts'
@@ -72,6 +73,7 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
     const list = options[name] ?? parent?.[name] ?? c[name] ?? preset[name]
     return stepList(name, list, stages.count, stages.trainTimesteps)
   }
+  const adapters = adaptersOf(pipeline, options, parent)
   const { prompt, promptChanges = prompt === undefined ? parent?.promptChanges : undefined } = options
   const recipe: Recipe = {
     prompt: '',
@@ -94,6 +96,7 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
     ...guidanceOf(options, parent),
     ...(typeof image === 'string' ? { image } : {}),
     ...(typeof continueFrom === 'string' ? { continueFrom } : parent ? { continueFrom: parent } : {}),
+    ...(adapters.length > 0 ? { adapters } : {}),
     ...((options.allowUntrained ?? parent?.allowUntrained) ? { allowUntrained: true as const } : {}),
     ...(options.maxMemory === undefined ? {} : { maxMemory: options.maxMemory }),
   }

@@ -1,9 +1,29 @@
-import type { Hash } from 'node:crypto'
-import { open } from 'node:fs/promises'
+import { createHash, type Hash } from 'node:crypto'
+import { open, readdir } from 'node:fs/promises'
+import { join } from 'node:path'
 
 const SAMPLE = 65_536
 const SAMPLES = 16
 const SMALL = SAMPLE * SAMPLES
+
+/** A hash of files under names of their own, looking at each as {@link addFile} does. */
+export async function fingerprint(
+  files: Iterable<readonly [name: string, path: string]>,
+): Promise<string> {
+  const hash = createHash('sha256')
+  for (const [name, path] of files) await addFile(hash, name, path)
+  return hash.digest('hex').slice(0, 32)
+}
+
+/** The same of all files directly in a folder, whatever the folder is called. */
+export async function folderFingerprint(dir: string): Promise<string> {
+  return fingerprint((await visible(dir)).map((name) => [name, join(dir, name)] as const))
+}
+
+/** The names in a folder, sorted, without hidden ones. */
+export async function visible(dir: string): Promise<string[]> {
+  return (await readdir(dir)).filter((name) => !name.startsWith('.')).sort()
+}
 
 /**
  * Adds to a hash what tells a file from others without reading gigabytes: a name for it, its size, and its bytes: all of

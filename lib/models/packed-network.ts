@@ -2,7 +2,7 @@ import { type ModelConfig, writePretrained } from '../io/pretrained.ts'
 import { type TokenArrays, uploadLayout } from '../nn/attention.ts'
 import { conditioning, roundToBf16 } from '../nn/embed.ts'
 import { tensorsToWrite } from '../nn/export.ts'
-import { type Linear, linearLayer } from '../nn/linear.ts'
+import { type Linear, type LowRank, linearLayer } from '../nn/linear.ts'
 import { modulatedNorm } from '../nn/norm.ts'
 import type { ComputeType, Weights } from '../nn/weights.ts'
 import { cast } from '../ops/cast.ts'
@@ -71,13 +71,19 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
   checkpointing: number | false
   readonly #form: NetworkForm<C>
   readonly #weights: Weights
+  // A network that another one made to add adapters; that one owns the weights.
+  readonly #adapters: ReadonlyMap<string, LowRank> | null
   readonly #embedTime: (timesteps: ArrayLike<number>, pooled: Tensor) => Tensor
   readonly #embedText: Linear
   readonly #trunk: Trunk
   readonly #normOut: (x: Tensor, e: Tensor, rows: Tensor) => Tensor
   readonly #projOut: Linear
 
-  protected constructor(w: Weights, form: NetworkForm<C>) {
+  protected constructor(
+    w: Weights,
+    form: NetworkForm<C>,
+    adapters: ReadonlyMap<string, LowRank> | null = null,
+  ) {
     const { config } = form
     const width = config.num_attention_heads * config.attention_head_dim
     this.config = config
@@ -85,6 +91,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     this.latentChannels = form.latentChannels
     this.checkpointing = config.use_gradient_checkpointing && config.gradient_checkpointing_ratio
     this.#form = form
+    this.#adapters = adapters
     this.#embedTime = conditioning(w.sub('time_text_embed'), config.pooled_projection_dim, width)
     this.#embedText = linearLayer(w.sub('context_embedder'), config.joint_attention_dim, width, {
       normal: 0.02,
@@ -95,6 +102,16 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     this.#weights = w
     this.parameters = w.parameters
     this.buffers = w.buffers
+  }
+
+  /**
+   * A network over the same weights whose layers add these low-rank products, by layer name (`…attn.to_q`). This one
+   * stays as it is and must outlive it; disposing the other frees nothing.
+   */
+  adapted(adapters: ReadonlyMap<string, LowRank>): PackedNetwork<C> {
+    const network = new PackedNetwork(this.#weights.withAdapters(adapters), this.#form, adapters)
+    network.checkpointing = this.checkpointing
+    return network
   }
 
   /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
@@ -163,7 +180,8 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
   }
 
   #recording({ text, pooled, columns }: TransformerInputs): boolean {
-    return [text, pooled, ...columns.flat()].some(needsGrad) || [...this.parameters.values()].some(needsGrad)
+    const leaves = [...this.parameters.values(), ...[...(this.#adapters?.values() ?? [])].flatMap(({ a, b }) => [a, b])]
+    return [text, pooled, ...columns.flat(), ...leaves].some(needsGrad)
   }
 
   #runner(i: number, n: number, recording: boolean): (block: Block, inputs: Tensor[]) => Tensor[] {
@@ -192,7 +210,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
 
   /** Frees the parameters. */
   dispose(): void {
-    this.#weights.dispose()
+    if (!this.#adapters) this.#weights.dispose()
   }
 
   [Symbol.dispose](): void {

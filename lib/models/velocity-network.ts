@@ -1,4 +1,5 @@
 import type { ModelConfig } from '../io/pretrained.ts'
+import type { LowRank } from '../nn/linear.ts'
 import type { ComputeType } from '../nn/weights.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import type { Steps } from '../tensor/tape.ts'
@@ -64,6 +65,8 @@ export interface VelocityNetwork {
   checkpointing: number | false
   /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
   layout(inputs: Pick<TransformerInputs, 'columns' | 'text' | 'textMask' | 'causal'>): Layout
+  /** A network over the same weights, which stay this one's, whose layers add what adapters say (by layer name). */
+  adapted(adapters: ReadonlyMap<string, LowRank>): VelocityNetwork
   /** The velocity of each column's last clip, of that clip's shape. @throws ERR_SHAPE or ERR_DTYPE */
   forward(inputs: TransformerInputs): Tensor[]
   /** `forward` that pauses after every block, for `sliced`. */

@@ -2,7 +2,6 @@ import { attention, type QueryKeyNorm } from '../ops/attention.ts'
 import { concat, reshape, slice } from '../ops/copy.ts'
 import { rope } from '../ops/rope.ts'
 import { scope } from '../tensor/scope.ts'
-import { needsGrad } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { type Linear, linearLayer } from './linear.ts'
 import type { Weights } from './weights.ts'
@@ -34,6 +33,8 @@ export interface TokenArrays {
   readonly latentSin: Tensor
   readonly jointCos: Tensor
   readonly jointSin: Tensor
+  /** Whether backward will follow, also while a block that it computes again runs first without a tape. */
+  readonly recording: boolean
   /** Runs part of a block, freeing its intermediate results unless backward will need them. */
   readonly local: <T>(fn: () => T) => T
 }
@@ -58,6 +59,7 @@ export function uploadLayout(layout: TokenLayout, recording: boolean): TokenArra
     jointSin,
     latentCos: jointCos.view([latentTokens, half], textTokens * half),
     latentSin: jointSin.view([latentTokens, half], textTokens * half),
+    recording,
     local: recording ? (fn) => fn() : scope,
   }
 }
@@ -102,8 +104,10 @@ function projections(
 const LATENT_NAMES = ['to_q', 'to_k', 'to_v'] as const
 const TEXT_NAMES = ['add_q_proj', 'add_k_proj', 'add_v_proj'] as const
 
-// A block that is recomputed in backward runs first without recording: it must give the same bits then.
-const trains = (t: Tensor): boolean => t.requiresGrad || needsGrad(t)
+// The fused kernel has no backward. A network that trains does without it always: its bits should not depend on whether
+// they are recorded.
+const mayFuse = ({ recording }: TokenArrays, ...norms: readonly Tensor[]): boolean =>
+  !recording && !norms.some((t) => t.requiresGrad)
 
 function attend(q: Tensor, k: Tensor, v: Tensor, arrays: TokenArrays, norm?: QueryKeyNorm): Tensor {
   const [tokens, heads, headDim] = q.shape as [number, number, number]
@@ -134,7 +138,7 @@ export function jointAttention(
     const o = local(() => {
       const pair = (name: 'q' | 'k' | 'v') => [split(c[name](text)), split(x[name](latent))] as const
       const [q, k, v] = [pair('q'), pair('k'), pair('v')]
-      if (![...q, ...k, ...v, c.normQ, c.normK, x.normQ, x.normK].some(trains)) {
+      if (mayFuse(arrays, c.normQ, c.normK, x.normQ, x.normK)) {
         const both = (name: 'normQ' | 'normK') => reshape(concat([c[name], x[name]], 0), [2, headDim])
         const { jointCos, jointSin } = arrays
         const [weightQ, weightK] = [both('normQ'), both('normK')]
@@ -166,7 +170,7 @@ export function selfAttention(
     const { jointCos: cos, jointSin: sin, local } = arrays
     return local(() => {
       const [q, k, v] = [split(p.q(z)), split(p.k(z)), split(p.v(z))]
-      if (![q, k, v, p.normQ, p.normK].some(trains)) {
+      if (mayFuse(arrays, p.normQ, p.normK)) {
         return attend(q, k, v, arrays, { weightQ: p.normQ, weightK: p.normK, cos, sin, eps })
       }
       const turned = [

@@ -18,7 +18,8 @@ export function tensorsToWrite(tensors: Iterable<[string, Tensor]>, dtype?: 'f32
   })
 }
 
-async function readAs(
+/** The values of a tensor in a storage type; bf16 as raw bits. */
+export async function readAs(
   tensor: Tensor,
   dtype: 'f32' | 'bf16',
 ): Promise<Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>> {

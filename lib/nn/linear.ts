@@ -1,3 +1,5 @@
+import { geluTanh, scale as scaled, silu } from '../ops/pointwise.ts'
+import { add } from '../ops/pointwise.ts'
 import { type LinearOptions, linear } from '../ops/matmul.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { Init, Weights } from './weights.ts'
@@ -5,9 +7,18 @@ import type { Init, Weights } from './weights.ts'
 /** x [..., K] → act(x·Wᵀ + b) + residual [..., N]. */
 export type Linear = (x: Tensor, options?: LinearOptions) => Tensor
 
+/** What an adapter adds to a layer before its activation: scale·(x·Aᵀ)·Bᵀ, of rank r. */
+export interface LowRank {
+  /** A, [r, K]. */
+  readonly a: Tensor
+  /** B, [N, r]. */
+  readonly b: Tensor
+  readonly scale: number
+}
+
 /**
- * The layer `weight` [N, K] and, unless `withBias` is false, `bias` [N] below `weights`. For inference the weight is packed for the matrix
- * kernels, once.
+ * The layer `weight` [N, K] and, unless `withBias` is false, `bias` [N] below `weights`, with what their adapter adds.
+ * For inference the weight is packed for the matrix kernels, once.
  */
 export function linearLayer(
   weights: Weights,
@@ -18,5 +29,16 @@ export function linearLayer(
 ): Linear {
   const weight = weights.get('weight', [outputs, inputs], init, { matrix: true })
   const bias = withBias ? weights.get('bias', [outputs], 'zeros') : null
-  return (x, options) => linear(x, weight, bias, options)
+  const adapter = weights.adapter
+  if (!adapter) return (x, options) => linear(x, weight, bias, options)
+  return (x, { activation = 'none', residual } = {}) => {
+    const y = addLowRank(x, linear(x, weight, bias), adapter)
+    const active = activation === 'none' ? y : activation === 'silu' ? silu(y) : geluTanh(y)
+    return residual ? add(active, residual) : active
+  }
+}
+
+function addLowRank(x: Tensor, y: Tensor, { a, b, scale }: LowRank): Tensor {
+  const low = linear(x, a) // [..., r]
+  return linear(scale === 1 ? low : scaled(low, scale), b, null, { residual: y })
 }

@@ -11,6 +11,7 @@ import { keep, scope } from '../tensor/scope.ts'
 import { sliced } from '../tensor/sliced.ts'
 import type { Steps } from '../tensor/tape.ts'
 import { sizeOf, Tensor } from '../tensor/tensor.ts'
+import type { LowRank } from './linear.ts'
 import { inTurn, release, share } from './loaded.ts'
 
 /** Types that weights may be computed in. */
@@ -72,6 +73,8 @@ interface Shared {
   readonly buffers: Map<string, Tensor>
   /** Keys of what is shared with others who load the same file. */
   readonly shares: string[]
+  /** By the name of the layer, which is that of its weight without `.weight`. */
+  readonly adapters: ReadonlyMap<string, LowRank>
   loading: Loading | null
 }
 
@@ -127,7 +130,8 @@ export class Weights {
       })
     }
     const empty = { files: new Map(), parameters: new Map(), buffers: new Map(), shares: [], loading: null }
-    return new Weights({ label, entries, generator, dtype, train, pack, survey, ...empty }, '')
+    const adapters = new Map<string, LowRank>()
+    return new Weights({ label, entries, generator, dtype, train, pack, survey, adapters, ...empty }, '')
   }
 
   /**
@@ -210,6 +214,16 @@ export class Weights {
   /** The same weights seen from below `name`. */
   sub(name: string | number): Weights {
     return new Weights(this.#shared, `${this.#prefix}${name}.`)
+  }
+
+  /** The same tensors, for a network whose layers add what these adapters say. They are not disposed with it. */
+  withAdapters(adapters: ReadonlyMap<string, LowRank>): Weights {
+    return new Weights({ ...this.#shared, adapters }, this.#prefix)
+  }
+
+  /** What an adapter adds to the layer seen from here. */
+  get adapter(): LowRank | undefined {
+    return this.#shared.adapters.get(this.#prefix.slice(0, -1))
   }
 
   /** Whether the file holds this key; true when initialising. */

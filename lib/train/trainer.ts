@@ -13,7 +13,7 @@ import { shuffle } from '../tensor/shuffle.ts'
 import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { ImmediateTextEncoder } from '../text/encoder.ts'
-import type { LatentDataset } from './latents.ts'
+import type { LatentBucket, LatentSource } from './latent-source.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type PairDraws, trainingPairs } from './pairs.ts'
 import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
@@ -21,7 +21,7 @@ import { type RateOptions, ratesOf } from './schedule.ts'
 
 export interface TrainerOptions extends RateOptions {
   model: VelocityNetwork
-  data: LatentDataset
+  data: LatentSource
   text: ImmediateTextEncoder
   out: string
   /** Samples a step; a multiple of the columns. */
@@ -41,6 +41,10 @@ export interface TrainerOptions extends RateOptions {
   imageRatio?: number
   /** Probability of replacing a caption by the null condition. */
   captionDrop?: number
+  /** What is trained; default all of the network. */
+  parameters?: ReadonlyMap<string, Tensor>
+  /** Writes what was trained into a folder, given its moving average by name; default: the network as a model folder. */
+  write?: (dir: string, average: ReadonlyMap<string, Tensor>) => Promise<void>
   optimizer?: AdamWOptions
   checkpointEvery?: number
 }
@@ -86,7 +90,8 @@ export class Trainer {
       })
     }
     this.#options = options
-    this.optimizer = new AdamW(options.model.parameters, { emaDecay: 0.999, ...options.optimizer })
+    const { model, parameters = model.parameters } = options
+    this.optimizer = new AdamW(parameters, { emaDecay: 0.999, ...options.optimizer })
   }
 
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
@@ -99,7 +104,7 @@ export class Trainer {
       optimizer: this.optimizer,
       prepare: async (step) => this.indices(step),
       forward: (step, indices) => this.forwardSteps(step, indices as number[]),
-      saveModel: (dir) => this.save(join(dir, 'diffusion_transformer')),
+      saveModel: (dir) => this.save(o.write ? dir : join(dir, 'diffusion_transformer')),
       ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
       resume: options.resume ?? false,
       signal: options.signal,
@@ -145,7 +150,7 @@ export class Trainer {
     )
     const features = text.encode(captions)
     yield
-    const frames = data.shape[1] as number
+    const frames = (data.buckets[0] as LatentBucket).shape[1] as number
     const still = (generator.stream('still').hostUniform(1)[0] as number) < imageRatio
     const unitsPerStage = still
       ? new Array<number>(this.stages.count).fill(1)
@@ -192,9 +197,17 @@ export class Trainer {
     }
   }
 
-  /** Writes the moving average of the weights as a diffusers-style folder. */
+  /** Writes the moving average of the weights as a diffusers-style folder, or as `write` does it. */
   async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
-    const { model } = this.#options
+    const { model, write } = this.#options
+    if (write) {
+      const average = this.optimizer.emaTensors()
+      try {
+        return await write(dir, average)
+      } finally {
+        for (const t of average.values()) t.dispose()
+      }
+    }
     await this.optimizer.saveEma(dir, model.modelConfig(), dtype, model.buffers)
   }
 
