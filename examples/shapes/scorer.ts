@@ -2,10 +2,9 @@ import {
   BACKGROUND_NAMES,
   BACKGROUNDS,
   type Background,
-  COLOUR_NAMES,
   COLOURS,
-  type Colour,
   type Motion,
+  type Palette,
   type Rgb,
   SHAPES,
   type Shape,
@@ -14,7 +13,8 @@ import {
 
 /** What a clip shows; `none` where nothing stands out from the background. */
 export interface ClipScore {
-  colour: Colour | 'none'
+  /** A name of the palette, or `none`. */
+  colour: string
   shape: Shape | 'none'
   motion: Motion | 'none'
   background: Background
@@ -246,8 +246,8 @@ function rank<T>(scores: [T, number][]): { name: T; best: number; second: number
 const hue = ([r, g, b]: Rgb): number => Math.atan2(Math.sqrt(3) * (g - b), 2 * r - g - b)
 
 /** Cosine between hues: fading towards grey or white and darkening leave it alone. */
-function rankColour(mean: Rgb): ReturnType<typeof rank<Colour>> {
-  return rank(COLOUR_NAMES.map((name) => [name, Math.cos(hue(mean) - hue(COLOURS[name]))]))
+function rankColour(mean: Rgb, palette: Palette): ReturnType<typeof rank<string>> {
+  return rank(Object.entries(palette).map(([name, rgb]) => [name, Math.cos(hue(mean) - hue(rgb))]))
 }
 
 /** Slope of a straight line through (t, value), which a few misplaced frames hardly move. */
@@ -264,9 +264,13 @@ function slope(times: number[], values: number[]): number {
 
 /**
  * Reads colour, shape, motion and background back from u8 RGB frames [count, height, width, 3]. The judge knows the
- * palette and the outlines of the world, nothing of the caption.
+ * palette and the outlines of the world, nothing of the caption. The judge's calibration is that of the world's own colours.
  */
-export function scoreClip(frames: Uint8Array, { width, height, count }: ClipSize): ClipScore {
+export function scoreClip(
+  frames: Uint8Array,
+  { width, height, count }: ClipSize,
+  palette: Palette = COLOURS,
+): ClipScore {
   templates ??= makeTemplates()
   const bytes = width * height * 3
   const times: number[] = []
@@ -302,7 +306,7 @@ export function scoreClip(frames: Uint8Array, { width, height, count }: ClipSize
   if (times.length < 0.6 * count || times.length < 2) {
     return { colour: 'none', shape: 'none', motion: 'none', background, confidence: 0 }
   }
-  const found = rankColour(colour.map((v) => v / times.length) as unknown as Rgb)
+  const found = rankColour(colour.map((v) => v / times.length) as unknown as Rgb, palette)
   const correlations = new Map<Shape, number>()
   for (const template of templates) {
     const value = correlation(cells, template.cells)

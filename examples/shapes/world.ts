@@ -16,6 +16,12 @@ export const COLOURS: Readonly<Record<Colour, Rgb>> = {
   magenta: [222, 44, 212],
 }
 
+/** Colours by name, e.g. of a world that was extended. */
+export type Palette = Readonly<Record<string, Rgb>>
+
+/** A clip or its combination in a world that may have other colours. */
+type Coloured<T extends { colour: Colour }> = Omit<T, 'colour'> & { colour: string }
+
 export const BACKGROUNDS: Readonly<Record<Background, Rgb>> = {
   black: [14, 14, 14],
   grey: [128, 128, 128],
@@ -113,7 +119,7 @@ export function caption({
   shape,
   motion,
   background,
-}: Omit<ClipSpec, 'radius' | 'x' | 'y' | 'travel'>): string {
+}: Omit<Coloured<ClipSpec>, 'radius' | 'x' | 'y' | 'travel'>): string {
   const verb = motion === 'still' ? 'standing' : 'moving'
   return `a ${colour} ${shape} ${verb} ${motion} on a ${background} background`
 }
@@ -155,9 +161,9 @@ export function velocity({ motion, travel }: Pick<ClipSpec, 'motion' | 'travel'>
 }
 
 /** Draws a clip with antialiased edges: u8 RGB, [25, 128, 128, 3]. */
-export function renderClip(spec: ClipSpec): Uint8Array {
+export function renderClip(spec: Coloured<ClipSpec>, palette: Palette = COLOURS): Uint8Array {
   const { shape, radius } = spec
-  const colour = COLOURS[spec.colour]
+  const colour = palette[spec.colour] as Rgb
   const background = BACKGROUNDS[spec.background]
   const frameBytes = SIZE * SIZE * 3
   const out = new Uint8Array(FRAMES * frameBytes)

@@ -1,4 +1,13 @@
 export { type ClipBatch, Dataset, type DatasetOptions, openDataset } from './dataset.ts'
+export {
+  ADAPTER_FILE,
+  FineTune,
+  type FineTuneOptions,
+  type FineTuneParts,
+  repeated,
+  withNormalisation,
+} from './fine-tune.ts'
+export type { LatentBucket, LatentSource } from './latent-source.ts'
 export { encodeLatents, LatentDataset } from './latents.ts'
 export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
