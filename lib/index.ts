@@ -12,7 +12,7 @@ export { type Download, type DownloadOptions, type DownloadProgress, downloadMod
 export type { ImageSource, RawImage } from './io/image.ts'
 export type { AdapterChoice } from './lora/blend.ts'
 export { type AdapterFile, type AdapterLayer, openAdapter } from './lora/file.ts'
-export { attentionProjections, type LayerSize, linearLayers } from './lora/layers.ts'
+export { attentionProjections, type LayerSize, linearLayers, type Shapes } from './lora/layers.ts'
 export { Lora, type LoraOptions, type SaveLoraOptions } from './lora/lora.ts'
 export { mergeAdapters } from './lora/merge.ts'
 export { type CausalVaeConfig, CausalVideoVAE, type Posterior } from './models/causal-vae.ts'

@@ -7,9 +7,11 @@ import type { Recipe } from '../generate/recipe.ts'
 import { type CommonOptions, interruptible, paint, result, resultJson, say, UsageError } from './console.ts'
 import { duration, makeProgress } from './progress.ts'
 import {
+  adapterChoice,
   anyNumber,
   common,
   configureEngine,
+  gather,
   numberList,
   option,
   resolveSettings,
@@ -42,6 +44,7 @@ const settings = z.strictObject({
   preview: z.string().optional(),
   latents: z.boolean().optional(),
   allowUntrained: z.boolean().optional(),
+  adapters: z.array(z.strictObject({ path: z.string(), scale: z.number().optional() })).optional(),
   dtype: z.enum(['f32', 'bf16']).default('f32'),
   variant: z.string().optional(),
 })
@@ -103,6 +106,7 @@ export function addGenerate(program: Command): void {
   option(command, '--preview <dir>', 'write small pictures of what is being made into this folder')
   command.option('--latents', 'also write .latents.safetensors, to continue from without loss')
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
+  option(command, '--lora <file[:scale]>', 'adapter to add; several may be given', gather(adapterChoice))
   option(command, '--variant <name>', 'folder of the transformer when there are several')
   option(command, '--allow-untrained', 'accept sizes the model was not trained for')
   common(command).action(run)
@@ -113,7 +117,7 @@ async function run(flags: GenerateFlags, command: Command): Promise<void> {
     settings,
     command,
     flags.config,
-    { from: 'promptChanges' },
+    { from: 'promptChanges', lora: 'adapters' },
   )
   if (request.prompt === undefined && recipe === undefined) throw new UsageError('missing --prompt')
   if (!ENDINGS.includes(extname(out).toLowerCase())) {
@@ -181,11 +185,6 @@ async function savePreview(
   // The last frame is what the unit leads to.
   const last = frames.subarray((count - 1) * width * height * 3)
   await savePng(join(folder, `video-${video}-unit-${unit}-stage-${stage}.png`), last, { width, height })
-}
-
-/** Collects the values of a flag that is given several times. */
-function gather<T>(parse: (text: string) => T) {
-  return (text: string, before: T[] = []): T[] => [...before, parse(text)]
 }
 
 function promptChange(text: string): { from: number; prompt: string } {

@@ -5,6 +5,7 @@ import { addDownload } from './download.ts'
 import { addEncode } from './encode.ts'
 import { addGenerate } from './generate.ts'
 import { addInfo } from './info.ts'
+import { addLora } from './lora.ts'
 import { addPlan } from './plan.ts'
 import { addTrain } from './train.ts'
 import { addVerify } from './verify.ts'
@@ -22,7 +23,7 @@ function makeProgram(): Command {
       '\nEvery option can also come from a PYRAFLOW_* variable. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.',
     )
   // Settings for subcommands are copied when they are made, so they come after the lines above.
-  for (const add of [addGenerate, addPlan, addTrain, addEncode, addDownload, addVerify, addInfo]) add(program)
+  for (const add of [addGenerate, addPlan, addTrain, addLora, addEncode, addDownload, addVerify, addInfo]) add(program)
   return program
 }
 

@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import type { z } from 'zod'
+import type { AdapterChoice } from '../lora/blend.ts'
 import { nearestName } from '../nn/weights.ts'
 import { type CommonOptions, UsageError } from './console.ts'
 
@@ -21,6 +22,18 @@ export function anyNumber(text: string): number {
   const value = Number(text)
   if (text.trim() !== '' && Number.isFinite(value)) return value
   throw new InvalidArgumentError('Expected a number.')
+}
+
+/** Collects the values of a flag that is given several times. */
+export function gather<T>(parse: (text: string) => T) {
+  return (text: string, before: T[] = []): T[] => [...before, parse(text)]
+}
+
+/** `FILE` or `FILE:SCALE`. */
+export function adapterChoice(text: string): AdapterChoice {
+  const [, path, scale] = /^(.+?)(?::([-+.\de]+))?$/.exec(text) ?? []
+  if (path === undefined) throw new InvalidArgumentError('Expected a file, or file:scale.')
+  return { path, ...(scale === undefined ? {} : { scale: anyNumber(scale) }) }
 }
 
 /** `--prompt-text` → PYRAFLOW_PROMPT_TEXT, the environment variable of an option. */

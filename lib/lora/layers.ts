@@ -1,5 +1,3 @@
-import type { VelocityNetwork } from '../models/velocity-network.ts'
-
 /** Sizes of a layer x [..., inputs] → [..., outputs]. */
 export interface LayerSize {
   readonly inputs: number
@@ -12,8 +10,13 @@ export const attentionProjections: readonly string[] = [
   ...['add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out'],
 ]
 
+/** A network, or what its file says of its tensors. */
+export interface Shapes {
+  readonly parameters: Iterable<readonly [string, { readonly shape: readonly number[] }]>
+}
+
 /** The linear layers of a network, by name: the key of the weight without `.weight`. */
-export function linearLayers(network: VelocityNetwork): Map<string, LayerSize> {
+export function linearLayers(network: Shapes): Map<string, LayerSize> {
   const found = new Map<string, LayerSize>()
   for (const [key, { shape }] of network.parameters) {
     // Every matrix of these networks is one; kernels of convolutions have more axes.

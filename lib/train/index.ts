@@ -7,10 +7,12 @@ export {
   repeated,
   withNormalisation,
 } from './fine-tune.ts'
+export { type GuardEvent, type GuardOptions, guarded } from './guard.ts'
 export type { LatentBucket, LatentSource } from './latent-source.ts'
 export { encodeLatents, LatentDataset } from './latents.ts'
 export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
+export { presets } from './presets.ts'
 export { latestCheckpoint, type TrainEvent } from './run.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
 export { Trainer, type TrainerOptions } from './trainer.ts'
