@@ -11,7 +11,6 @@ import { Tensor } from '../lib/tensor/tensor.ts'
 import { openDataset } from '../lib/train/dataset.ts'
 import { latestCheckpoint, runTraining, type TrainEvent } from '../lib/train/run.ts'
 import { VaeTrainer } from '../lib/train/vae-trainer.ts'
-import { startChild } from './fixtures/compiled.ts'
 import { mountSmallDisk, remount } from './fixtures/small-disk.ts'
 import { FakeVideo, fakeClips, tinyLatents, tinyTrainer, tinyVae } from './fixtures/tiny.ts'
 

@@ -103,8 +103,8 @@ export class AdamW {
     engine.run('fill', [], [this.#grad], [0])
   }
 
-  /** f32[2] of the gradients collected so far: their norm, and the coefficient that clips it (NaN: not finite). */
-  clip(): Tensor {
+  /** f32[2]: the norm of the gradients collected so far and the coefficient that clips it, NaN when it is not finite. */
+  gradNorm(): Tensor {
     const clip = Tensor.empty([2])
     engine.run('grad_norm', [this.#grad], [clip], [this.#options.maxGradNorm])
     return clip
@@ -114,7 +114,7 @@ export class AdamW {
    * One update from the gradients collected so far, which are then zeroed. Returns `clip`, by default made here: NaN as
    * its coefficient leaves the weights as they are.
    */
-  step(learningRate: number, clip: Tensor = this.clip()): Tensor {
+  step(learningRate: number, clip: Tensor = this.gradNorm()): Tensor {
     const { betas, eps, weightDecay, emaDecay } = this.#options
     this.#stepCount++
     const n = this.#stepCount

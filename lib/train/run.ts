@@ -115,8 +115,7 @@ class Run {
       }
       let culprit: string | undefined
       if (!Number.isFinite(loss)) culprit = badLoss(metrics)
-      else if (!finite)
-        culprit = (await firstBadGradient(optimizer.parameters, this.#job)) ?? 'gradient norm'
+      else if (!finite) culprit = (await firstBadGradient(optimizer.parameters, this.#job)) ?? 'gradient norm'
       engine.within(this.#job, () => optimizer.zeroGrad())
       return await this.#bad(step + 1, numbers, culprit)
     } finally {
@@ -125,7 +124,11 @@ class Run {
   }
 
   /** @throws ERR_NUMERICS when policy or limit say so */
-  async #bad(step: number, { loss, gradNorm }: StepNumbers, culprit: string | undefined): Promise<NotedEvent> {
+  async #bad(
+    step: number,
+    { loss, gradNorm }: StepNumbers,
+    culprit: string | undefined,
+  ): Promise<NotedEvent> {
     const { policy = 'skip', limit = 5 } = this.#o.nonFinite ?? {}
     const back = policy === 'rollback' && culprit !== undefined
     const count = back ? ++this.#rollbacks : ++this.#skipped

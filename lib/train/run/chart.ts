@@ -110,7 +110,9 @@ function drawSeries({ bins, band, dots }: Series, x: Scale, y: Scale, colour: st
   }
   parts.push(path(at, `fill="none" stroke="${colour}" stroke-width="${band ? 2 : 1.3}"`))
   if (dots || bins.length === 1)
-    parts.push(...at.map(([cx, cy]) => `<circle cx="${round(cx)}" cy="${round(cy)}" r="3" fill="${colour}"/>`))
+    parts.push(
+      ...at.map(([cx, cy]) => `<circle cx="${round(cx)}" cy="${round(cy)}" r="3" fill="${colour}"/>`),
+    )
   return parts.join('\n')
 }
 

@@ -3,7 +3,7 @@ import { PyraflowError } from '../../engine/errors.ts'
 import { writeFileAtomically } from '../../io/atomic.ts'
 import { svgToPng } from '../../io/svg.ts'
 import { type Bin, type Chart, drawCharts } from './chart.ts'
-import { type NotedLine, readMetrics, metricsPath } from './metrics.ts'
+import { metricsPath, type NotedLine, readMetrics } from './metrics.ts'
 
 export interface PlotOptions {
   /** Also draws loss.png. */

@@ -1,5 +1,5 @@
 import { sliced } from '../../tensor/sliced.ts'
-import { backwardSteps, type Steps } from '../../tensor/tape.ts'
+import { backwardSteps } from '../../tensor/tape.ts'
 import { Tensor } from '../../tensor/tensor.ts'
 import type { RunOptions } from './settings.ts'
 
@@ -88,7 +88,7 @@ export class MicroSteps {
         // Weighing the loss weighs all gradients, so that their sum is the mean without another pass over them.
         const share = count > 1 ? Tensor.full(loss.shape, 1 / count, loss.dtype) : undefined
         yield* backwardSteps(loss, share)
-        return { loss, metrics, ...(micro + 1 === count ? { clip: o.optimizer.clip() } : {}) }
+        return { loss, metrics, ...(micro + 1 === count ? { clip: o.optimizer.gradNorm() } : {}) }
       },
       { job: this.#job },
     )
