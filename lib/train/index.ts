@@ -13,7 +13,15 @@ export { encodeLatents, LatentDataset } from './latents.ts'
 export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
 export { presets } from './presets.ts'
-export { latestCheckpoint, type TrainEvent } from './run.ts'
+export {
+  bestCheckpoint,
+  type Checkpoint,
+  latestCheckpoint,
+  type PlotOptions,
+  plotRun,
+  type RunSettings,
+  type TrainEvent,
+} from './run.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
 export { Trainer, type TrainerOptions } from './trainer.ts'
 export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'

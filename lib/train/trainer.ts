@@ -16,10 +16,10 @@ import type { ImmediateTextEncoder } from '../text/encoder.ts'
 import type { LatentBucket, LatentSource } from './latent-source.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type PairDraws, trainingPairs } from './pairs.ts'
-import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
+import { type RunSettings, runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 
-export interface TrainerOptions extends RateOptions {
+export interface TrainerOptions extends RateOptions, RunSettings {
   model: VelocityNetwork
   data: LatentSource
   text: ImmediateTextEncoder
@@ -46,7 +46,6 @@ export interface TrainerOptions extends RateOptions {
   /** Writes what was trained into a folder, given its moving average by name; default: the network as a model folder. */
   write?: (dir: string, average: ReadonlyMap<string, Tensor>) => Promise<void>
   optimizer?: AdamWOptions
-  checkpointEvery?: number
 }
 
 /**
@@ -97,15 +96,18 @@ export class Trainer {
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
   async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
     const o = this.#options
+    const { accumulate = 1 } = o
+    // Micro-steps go on through clips and draws as steps do.
+    const at = (step: number, micro: number): number => step * accumulate + micro
     yield* runTraining({
+      ...runSettings(o),
       out: o.out,
       steps: o.steps,
       learningRates: ratesOf(o, 'constant'),
       optimizer: this.optimizer,
-      prepare: async (step) => this.indices(step),
-      forward: (step, indices) => this.forwardSteps(step, indices as number[]),
+      prepare: async (step, micro) => this.indices(at(step, micro)),
+      forward: (step, indices, micro) => this.forwardSteps(at(step, micro), indices as number[]),
       saveModel: (dir) => this.save(o.write ? dir : join(dir, 'diffusion_transformer')),
-      ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
       resume: options.resume ?? false,
       signal: options.signal,
     })
