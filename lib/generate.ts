@@ -95,7 +95,14 @@ async function* generateVideo(
 
     progress.begin(stepCosts(pipeline, recipe, given.latents))
     const generator = streamOf(recipe)
-    const work = { network: run.network, recipe, features: run.features, generator, given: given.latents, signal }
+    const work = {
+      network: run.network,
+      recipe,
+      features: run.features,
+      generator,
+      given: given.latents,
+      signal,
+    }
     for await (const event of denoise(pipeline, work)) {
       const { unit } = event
       if (event.type === 'unit') yield await show(event.latent, `decoding unit ${unit}`)

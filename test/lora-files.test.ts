@@ -1,5 +1,14 @@
 import { createHash } from 'node:crypto'
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
@@ -37,7 +46,10 @@ afterAll(() => {
 /** Of the outputs of networks that ought to be the same but for rounding, relative to their size. */
 const TOLERANCE = { f32: 2e-5, bf16: 3e-2 } as const
 
-async function outputs(network: VelocityNetwork, call: TransformerInputs = someInputs()): Promise<Float32Array> {
+async function outputs(
+  network: VelocityNetwork,
+  call: TransformerInputs = someInputs(),
+): Promise<Float32Array> {
   const made = noGrad(() => network.forward(call))
   const all = await Promise.all(made.map((t) => t.floats()))
   for (const t of made) t.dispose()
@@ -82,7 +94,13 @@ describe('a saved adapter', () => {
     const key = 'transformer.single_transformer_blocks.0.attn.to_q'
     expect(entries.get(`${key}.lora_A.weight`)?.shape).toEqual([3, 32])
     expect(entries.get(`${key}.lora_B.weight`)?.shape).toEqual([32, 3])
-    expect(metadata).toMatchObject({ format: 'pt', rank: '3', alpha: '6', base_model_hash: 'abc', recipe: '{"steps":7}' })
+    expect(metadata).toMatchObject({
+      format: 'pt',
+      rank: '3',
+      alpha: '6',
+      base_model_hash: 'abc',
+      recipe: '{"steps":7}',
+    })
     const settings = JSON.parse(metadata.lora_adapter_metadata!)
     expect(settings).toMatchObject({ 'transformer.r': 3, 'transformer.lora_alpha': 6 })
     expect(settings['transformer.target_modules']).toContain('single_transformer_blocks.0.attn.to_q')
@@ -172,14 +190,19 @@ describe('a file that is no adapter of this network is refused with', () => {
     const beside = (t: TensorToWrite): TensorToWrite[] => (t.name === name ? [t, { ...t, name: scale }] : [t])
     await fails(await rewrite('dora.safetensors', beside), /dora_scale'.*another kind of key/)
     const path = join(folder, 'weights.safetensors')
-    await writeSafetensors(path, [{ name: 'proj_out.weight', dtype: 'F32', shape: [1], data: new Float32Array(1) }])
+    await writeSafetensors(path, [
+      { name: 'proj_out.weight', dtype: 'F32', shape: [1], data: new Float32Array(1) },
+    ])
     await fails(path, /'proj_out\.weight'.*lora_A/)
     await writeSafetensors(path, [])
     await fails(path, /no tensors/)
   })
 
   test('half a pair, a shape that does not fit, or two pairs for a layer', async () => {
-    await fails(await rewrite('half.safetensors', (t) => (t.name === name ? [] : t)), /to_q\.lora_B\.weight'.*no A/)
+    await fails(
+      await rewrite('half.safetensors', (t) => (t.name === name ? [] : t)),
+      /to_q\.lora_B\.weight'.*no A/,
+    )
     await fails(
       await rewrite('wide.safetensors', only(name, { shape: [3, 31], data: new Float32Array(93) })),
       /to_q\.lora_A\.weight': expected \[rank, 32\], received \[3, 31\]/,
@@ -188,7 +211,10 @@ describe('a file that is no adapter of this network is refused with', () => {
       await rewrite('rank.safetensors', only(name, { shape: [2, 32], data: new Float32Array(64) })),
       /to_q\.lora_B\.weight': expected \[32, 2\], received \[32, 3\]/,
     )
-    const twice = (t: TensorToWrite): TensorToWrite[] => [t, { ...t, name: t.name.replace('transformer.', 'dit.') }]
+    const twice = (t: TensorToWrite): TensorToWrite[] => [
+      t,
+      { ...t, name: t.name.replace('transformer.', 'dit.') },
+    ]
     await fails(await rewrite('twice.safetensors', twice), /two spellings/)
   })
 
@@ -214,7 +240,12 @@ describe('a file that is no adapter of this network is refused with', () => {
 describe.each(['flux', 'mmdit'] as const)('adapters of the %s network', (family) => {
   const make = async (dtype: 'f32' | 'bf16', seed: number): Promise<string> => {
     const network = FAMILIES[family]('f32')
-    const own = Lora.create(network, { rank: 1 + seed, alpha: 2, seed, targets: ['attn.to_q', 'attn.to_v', 'to_out.0', 'ff.net.2', 'norm1.linear', 'proj_out'] })
+    const own = Lora.create(network, {
+      rank: 1 + seed,
+      alpha: 2,
+      seed,
+      targets: ['attn.to_q', 'attn.to_v', 'to_out.0', 'ff.net.2', 'norm1.linear', 'proj_out'],
+    })
     for (const [i, t] of [...own.parameters.values()].entries()) t.write(numbers(t.size, 100 * seed + i, 0.2))
     const path = join(folder, `${family}-${dtype}-${seed}.safetensors`)
     await own.save(path, { dtype })
@@ -231,8 +262,12 @@ describe.each(['flux', 'mmdit'] as const)('adapters of the %s network', (family)
       const files = linearLayers(network)
       // The sum, made by hand in double precision and added to the weights.
       const summed = FAMILIES[family]('f32')
-      for (const [path, scale] of [[one, 0.7], [two, -0.4]] as const) {
-        for (const [name, { rank, alpha, inputs, outputs: n, read }] of (await openAdapter(path, files)).layers) {
+      for (const [path, scale] of [
+        [one, 0.7],
+        [two, -0.4],
+      ] as const) {
+        for (const [name, { rank, alpha, inputs, outputs: n, read }] of (await openAdapter(path, files))
+          .layers) {
           const { a, b } = read()
           const weight = summed.parameters.get(`${name}.weight`)!
           const w = await weight.floats()
@@ -246,14 +281,27 @@ describe.each(['flux', 'mmdit'] as const)('adapters of the %s network', (family)
           weight.write(w)
         }
       }
-      const both = await blended(network, [{ path: one, scale: 0.7 }, { path: two, scale: -0.4 }])
+      const both = await blended(network, [
+        { path: one, scale: 0.7 },
+        { path: two, scale: -0.4 },
+      ])
       expect(relativeL2(both, await outputs(summed))).toBeLessThan(TOLERANCE[dtype])
       expect(relativeL2(both, plain)).toBeGreaterThan(0.05)
-      expect(await blended(network, [{ path: one, scale: 0 }, { path: two, scale: 0 }])).toEqual(plain)
+      expect(
+        await blended(network, [
+          { path: one, scale: 0 },
+          { path: two, scale: 0 },
+        ]),
+      ).toEqual(plain)
       expect(await blended(network, [])).toEqual(plain)
       expect(await outputs(network)).toEqual(plain)
       const alone = await blended(network, [{ path: one, scale: 0.7 }])
-      expect(await blended(network, [{ path: one, scale: 0.7 }, { path: two, scale: 0 }])).toEqual(alone)
+      expect(
+        await blended(network, [
+          { path: one, scale: 0.7 },
+          { path: two, scale: 0 },
+        ]),
+      ).toEqual(alone)
       network.dispose()
       summed.dispose()
     })
@@ -281,8 +329,20 @@ describe('merging', () => {
     await own.save(adapter)
     own.dispose()
     network.dispose()
-    const random = (shape: number[], seed: number): Tensor => Tensor.from(numbers(shape.reduce((a, b) => a * b), seed), shape)
-    call = { columns: [[random([1, 16, 1, 4, 4], 1)]], timesteps: [300], text: random([1, 6, 12], 2), pooled: random([1, 12], 3) }
+    const random = (shape: number[], seed: number): Tensor =>
+      Tensor.from(
+        numbers(
+          shape.reduce((a, b) => a * b),
+          seed,
+        ),
+        shape,
+      )
+    call = {
+      columns: [[random([1, 16, 1, 4, 4], 1)]],
+      timesteps: [300],
+      text: random([1, 6, 12], 2),
+      pooled: random([1, 12], 3),
+    }
   })
 
   test('writes a model folder that gives what the adapter gives, and leaves the base as it was', async () => {
@@ -291,7 +351,10 @@ describe('merging', () => {
     await mergeAdapters(model, [{ path: adapter, scale: 0.8 }], out)
     expect(files(out)).toEqual(files(model))
     expect(files(model).map((name) => hashOf(join(model, name)))).toEqual(before)
-    const [network, merged] = [await loadVelocityNetwork(join(model, transformer)), await loadVelocityNetwork(join(out, transformer))]
+    const [network, merged] = [
+      await loadVelocityNetwork(join(model, transformer)),
+      await loadVelocityNetwork(join(out, transformer)),
+    ]
     const own = await blendAdapters(network, await openAdapters(network, [{ path: adapter, scale: 0.8 }]))
     const expected = await outputs(own.network, call)
     expect(relativeL2(await outputs(merged, call), expected)).toBeLessThan(TOLERANCE.f32)
@@ -302,7 +365,9 @@ describe('merging', () => {
     const back = join(folder, 'back')
     await mergeAdapters(out, [{ path: adapter, scale: -0.8 }], back)
     const unmerged = await loadVelocityNetwork(join(back, transformer))
-    expect(relativeL2(await outputs(unmerged, call), await outputs(network, call))).toBeLessThan(TOLERANCE.f32)
+    expect(relativeL2(await outputs(unmerged, call), await outputs(network, call))).toBeLessThan(
+      TOLERANCE.f32,
+    )
     for (const made of [network, merged, unmerged]) made.dispose()
   })
 
@@ -317,17 +382,26 @@ describe('merging', () => {
     expect([...new Set([...entries.values()].map(({ dtype }) => dtype))]).toEqual(['BF16'])
     const merged = await loadVelocityNetwork(join(out, transformer), { dtype: 'bf16' })
     const own = await blendAdapters(network, await openAdapters(network, [{ path: adapter }]))
-    expect(relativeL2(await outputs(merged, call), await outputs(own.network, call))).toBeLessThan(TOLERANCE.bf16)
+    expect(relativeL2(await outputs(merged, call), await outputs(own.network, call))).toBeLessThan(
+      TOLERANCE.bf16,
+    )
     for (const made of [own, network, merged]) made.dispose()
   })
 
   test('refuses a name that is taken, and leaves nothing behind when it fails', async () => {
-    await expect(mergeAdapters(model, [{ path: adapter }], model)).rejects.toMatchObject({ code: 'ERR_IO', message: expect.stringMatching(/a name that is free/) })
+    await expect(mergeAdapters(model, [{ path: adapter }], model)).rejects.toMatchObject({
+      code: 'ERR_IO',
+      message: expect.stringMatching(/a name that is free/),
+    })
     const out = join(folder, 'failed')
     const before = await live()
-    await expect(mergeAdapters(model, [{ path: saved }], out)).rejects.toMatchObject({ code: 'ERR_CHECKPOINT' })
+    await expect(mergeAdapters(model, [{ path: saved }], out)).rejects.toMatchObject({
+      code: 'ERR_CHECKPOINT',
+    })
     const aborted = AbortSignal.abort()
-    await expect(mergeAdapters(model, [{ path: adapter }], out, { signal: aborted })).rejects.toMatchObject({ code: 'ERR_ABORTED' })
+    await expect(mergeAdapters(model, [{ path: adapter }], out, { signal: aborted })).rejects.toMatchObject({
+      code: 'ERR_ABORTED',
+    })
     expect(existsSync(out)).toBe(false)
     expect(readdirSync(folder).filter((name) => name.startsWith('.'))).toEqual([])
     expect(await live()).toBe(before)

@@ -23,7 +23,10 @@ const OPTIONS = { prompt: 'a red circle', frames: 9, seed: 3 }
 
 beforeAll(async () => {
   const base = await loadVelocityNetwork(join(model, 'diffusion_transformer'), { pack: false })
-  for (const [seed, path] of [[1, one], [2, two]] as const) {
+  for (const [seed, path] of [
+    [1, one],
+    [2, two],
+  ] as const) {
     const lora = Lora.create(base, { rank: 2, seed })
     for (const [i, t] of [...lora.parameters.values()].entries()) t.write(numbers(t.size, 50 * seed + i, 0.4))
     await lora.save(path, { base: await pipe.networkHash() })
@@ -48,11 +51,17 @@ async function make(pipeline: Pipeline, options: GenerateOptions): Promise<Made>
   const events: GenerateEvent[] = []
   for await (const event of generation) events.push(event)
   const { frames, recipe } = await generation.result()
-  return { frames: hashOf(frames), pixels: frames, recipe, warnings: events.flatMap((e) => (e.type === 'warning' ? [e.message] : [])) }
+  return {
+    frames: hashOf(frames),
+    pixels: frames,
+    recipe,
+    warnings: events.flatMap((e) => (e.type === 'warning' ? [e.message] : [])),
+  }
 }
 
 /** Mean difference of pixels. */
-const difference = (a: Uint8Array, b: Uint8Array): number => a.reduce((n, v, i) => n + Math.abs(v - b[i]!), 0) / a.length
+const difference = (a: Uint8Array, b: Uint8Array): number =>
+  a.reduce((n, v, i) => n + Math.abs(v - b[i]!), 0) / a.length
 
 describe('a generation with adapters', () => {
   test('differs from one without, is like that of the merged model, and leaves the next one as it would be', async () => {
@@ -63,7 +72,9 @@ describe('a generation with adapters', () => {
     expect(difference(adapted.pixels, plain.pixels)).toBeGreaterThan(0.1)
     expect(adapted.warnings).toEqual([])
     expect((await make(pipe, OPTIONS)).frames).toEqual(plain.frames)
-    expect((await make(pipe, { ...OPTIONS, adapters: [{ path: one, scale: 0 }] })).frames).toEqual(plain.frames)
+    expect((await make(pipe, { ...OPTIONS, adapters: [{ path: one, scale: 0 }] })).frames).toEqual(
+      plain.frames,
+    )
     expect((await make(pipe, { ...OPTIONS, adapters: [] })).frames).toEqual(plain.frames)
 
     const merged = join(folder, 'merged')
@@ -74,7 +85,12 @@ describe('a generation with adapters', () => {
   })
 
   test('may run beside others with other adapters on the same weights', async () => {
-    const cases = [[], [{ path: one }], [{ path: two, scale: 0.3 }], [{ path: one, scale: 0.2 }, { path: two }]]
+    const cases = [
+      [],
+      [{ path: one }],
+      [{ path: two, scale: 0.3 }],
+      [{ path: one, scale: 0.2 }, { path: two }],
+    ]
     const alone: string[] = []
     for (const adapters of cases) alone.push((await make(pipe, { ...OPTIONS, adapters })).frames)
     const together = await Promise.all(cases.map((adapters) => make(pipe, { ...OPTIONS, adapters })))
@@ -83,7 +99,10 @@ describe('a generation with adapters', () => {
   })
 
   test('names them in its recipe, which makes the video again, also as what is continued', async () => {
-    const { recipe, frames, pixels } = await make(pipe, { ...OPTIONS, adapters: [{ path: one, scale: 0.5 }, { path: two }] })
+    const { recipe, frames, pixels } = await make(pipe, {
+      ...OPTIONS,
+      adapters: [{ path: one, scale: 0.5 }, { path: two }],
+    })
     expect(recipe.adapters).toEqual([
       { path: one, scale: 0.5, hash: expect.stringMatching(/^[0-9a-f]{32}$/) },
       { path: two, scale: 1, hash: expect.stringMatching(/^[0-9a-f]{32}$/) },
@@ -127,19 +146,29 @@ describe('a generation with adapters', () => {
     elsewhere.dispose()
     const moved = { ...recipe, adapters: recipe.adapters!.map((adapter) => ({ ...adapter, path: two })) }
     const repeated = await make(pipe, moved)
-    expect(repeated.warnings).toContainEqual(expect.stringMatching(/made with another adapter .*two\.safetensors/))
+    expect(repeated.warnings).toContainEqual(
+      expect.stringMatching(/made with another adapter .*two\.safetensors/),
+    )
   })
 
   test('fails where an adapter does, with nothing left behind, and the next one works', async () => {
     const before = await live()
     const gone = join(folder, 'gone.safetensors')
-    await expect(make(pipe, { ...OPTIONS, adapters: [{ path: gone }] })).rejects.toMatchObject({ code: 'ERR_IO' })
-    await expect(Pipeline.load(model, { adapters: [{ path: gone }] })).rejects.toMatchObject({ code: 'ERR_IO' })
+    await expect(make(pipe, { ...OPTIONS, adapters: [{ path: gone }] })).rejects.toMatchObject({
+      code: 'ERR_IO',
+    })
+    await expect(Pipeline.load(model, { adapters: [{ path: gone }] })).rejects.toMatchObject({
+      code: 'ERR_IO',
+    })
     const wrong = [{ path: 3 }, 'one.safetensors', [{ scale: 1 }], [{ path: one, scale: 'all' }]]
     for (const adapters of wrong) {
-      expect(() => pipe.generate({ ...OPTIONS, adapters: adapters as never })).toThrow(/adapters: expected a list of \{ path, scale \}/)
+      expect(() => pipe.generate({ ...OPTIONS, adapters: adapters as never })).toThrow(
+        /adapters: expected a list of \{ path, scale \}/,
+      )
     }
-    await expect(Pipeline.load(model, { adapters: [{}] as never })).rejects.toMatchObject({ code: 'ERR_OPTION' })
+    await expect(Pipeline.load(model, { adapters: [{}] as never })).rejects.toMatchObject({
+      code: 'ERR_OPTION',
+    })
     cpSync(one, gone)
     const own = await Pipeline.load(model, { adapters: [{ path: gone }] })
     rmSync(gone)

@@ -20,11 +20,15 @@ async function* run(losses: readonly number[], signal: AbortSignal): AsyncGenera
   }
 }
 
-async function follow(losses: readonly number[], options: Parameters<typeof guarded>[1] = {}): Promise<string[]> {
+async function follow(
+  losses: readonly number[],
+  options: Parameters<typeof guarded>[1] = {},
+): Promise<string[]> {
   const seen: string[] = []
   for await (const event of guarded((signal) => run(losses, signal), options)) {
     seen.push(`${event.type} ${event.step}`)
-    if (event.type === 'guard') expect((event as { best: Event }).best.loss).toBe(Math.min(...losses.slice(0, event.step)))
+    if (event.type === 'guard')
+      expect((event as { best: Event }).best.loss).toBe(Math.min(...losses.slice(0, event.step)))
   }
   return seen
 }
@@ -41,7 +45,10 @@ describe('the overfit guard', () => {
   test('passes on what the run and its caller end with, and refuses a run without validation', async () => {
     const stop = AbortSignal.abort()
     await expect(follow([1, 2, 3, 4], { signal: stop })).rejects.toMatchObject({ code: 'ERR_ABORTED' })
-    await expect(follow([])).rejects.toMatchObject({ code: 'ERR_OPTION', message: expect.stringMatching(/validateEvery/) })
+    await expect(follow([])).rejects.toMatchObject({
+      code: 'ERR_OPTION',
+      message: expect.stringMatching(/validateEvery/),
+    })
     const failing = async function* (): AsyncGenerator<Event> {
       yield { type: 'step', step: 1, loss: 1 }
       throw new PyraflowError('ERR_IO', { what: 'disk' })

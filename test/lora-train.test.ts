@@ -7,7 +7,7 @@ import { engine } from '../lib/engine/engine.ts'
 import { Lora } from '../lib/lora/lora.ts'
 import { loadVelocityNetwork } from '../lib/models/load-network.ts'
 import type { VelocityNetwork } from '../lib/models/velocity-network.ts'
-import { LatentDataset } from '../lib/train/latents.ts'
+import type { LatentDataset } from '../lib/train/latents.ts'
 import type { TrainEvent } from '../lib/train/run.ts'
 import { Trainer } from '../lib/train/trainer.ts'
 import { live } from './fixtures/memory.ts'
@@ -28,7 +28,9 @@ afterAll(() => {
 })
 
 const fileHash = (): string =>
-  createHash('sha256').update(readFileSync(join(weights, 'diffusion_pytorch_model.safetensors'))).digest('hex')
+  createHash('sha256')
+    .update(readFileSync(join(weights, 'diffusion_pytorch_model.safetensors')))
+    .digest('hex')
 
 interface Made {
   base: VelocityNetwork
@@ -87,7 +89,11 @@ describe('training adapters', () => {
     test(`continues with the same losses after an abort and a resume, in ${dtype}`, async () => {
       const out = join(folder, `resume-${dtype}`)
       // In f32 recomputed blocks have the bits of kept ones; in bf16 a fused activation is rounded once less.
-      const whole = await make(`${out}-whole`, { steps: 8, dtype, ...(dtype === 'bf16' ? { checkpointing: 1 } : {}) })
+      const whole = await make(`${out}-whole`, {
+        steps: 8,
+        dtype,
+        ...(dtype === 'bf16' ? { checkpointing: 1 } : {}),
+      })
       const straight = losses(await collect(whole.trainer.run()))
       const stop = new AbortController()
       const first = await make(out, { steps: 8, dtype, checkpointing: 1 })
@@ -102,7 +108,8 @@ describe('training adapters', () => {
       const second = await make(out, { steps: 8, dtype, checkpointing: 1 })
       const continued = losses(await collect(second.trainer.run({ resume: true })))
       expect([...losses(begun), ...continued]).toEqual(straight)
-      const trained = (name: string): Buffer => readFileSync(join(name, 'checkpoint-8', 'adapter.safetensors'))
+      const trained = (name: string): Buffer =>
+        readFileSync(join(name, 'checkpoint-8', 'adapter.safetensors'))
       expect(trained(out)).toEqual(trained(`${out}-whole`))
       for (const made of [whole, first, second]) made.dispose()
     })
@@ -123,7 +130,9 @@ describe('training adapters', () => {
     for (const t of ema.values()) t.dispose()
     again.dispose()
     made.dispose()
-    expect(statSync(join(dir, 'optimizer.safetensors')).size).toBeLessThan(0.5 * statSync(join(weights, 'diffusion_pytorch_model.safetensors')).size)
+    expect(statSync(join(dir, 'optimizer.safetensors')).size).toBeLessThan(
+      0.5 * statSync(join(weights, 'diffusion_pytorch_model.safetensors')).size,
+    )
   })
 
   test('takes less memory than training all weights: no gradients, masters and averages of the base', async () => {

@@ -3,7 +3,6 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, test } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
-import { openSafetensors } from '../lib/io/safetensors.ts'
 import { attentionProjections, linearLayers } from '../lib/lora/layers.ts'
 import { Lora } from '../lib/lora/lora.ts'
 import type { VelocityNetwork } from '../lib/models/velocity-network.ts'
@@ -12,9 +11,9 @@ import { Weights } from '../lib/nn/weights.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { scope } from '../lib/tensor/scope.ts'
 import { backward, noGrad } from '../lib/tensor/tape.ts'
-import { Tensor } from '../lib/tensor/tensor.ts'
+import type { Tensor } from '../lib/tensor/tensor.ts'
 import { FAMILIES, someInputs, someLoss } from './fixtures/networks.ts'
-import { numbers, scramble, tinyDit } from './fixtures/tiny.ts'
+import { scramble, tinyDit } from './fixtures/tiny.ts'
 import { gradcheck, live, random } from './gradcheck.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'lora-'))
@@ -45,13 +44,14 @@ describe('an adapted layer', () => {
         return linearLayer(weights.sub('layer'), k, n, { normal: 1 })
       }
       const residual = random([3, n])
-      await gradcheck((x, a, b) => build(a, b)(x, { activation, residual }), [
-        random([3, k]),
-        random([r, k]),
-        random([n, r]),
-      ])
+      await gradcheck(
+        (x, a, b) => build(a, b)(x, { activation, residual }),
+        [random([3, k]), random([r, k]), random([n, r])],
+      )
       const [x, a, b] = [random([3, k]), random([r, k]), random([n, r])]
-      const plain = linearLayer(Weights.init(new Generator(1), { pack: false }).sub('layer'), k, n, { normal: 1 })
+      const plain = linearLayer(Weights.init(new Generator(1), { pack: false }).sub('layer'), k, n, {
+        normal: 1,
+      })
       const [y, w, xs, as, bs] = await Promise.all([build(a, b)(x), plain(x), x, a, b].map((t) => t.floats()))
       for (let i = 0; i < 3; i++) {
         for (let j = 0; j < n; j++) {

@@ -7,6 +7,7 @@ import {
   BACKGROUND_NAMES,
   type ClipSpec,
   COLOUR_NAMES,
+  COLOURS,
   caption,
   combinations,
   FPS,
@@ -88,6 +89,17 @@ describe('the toy world', () => {
       ),
       0.97,
     )
+  })
+
+  test('may get another colour, which the scorer then reads as well as the others', () => {
+    const palette = { ...COLOURS, orange: [232, 132, 40] as const }
+    const rng = makeRng(77)
+    for (let i = 0; i < 20; i++) {
+      const drawn = randomSpec(rng, 'all')
+      const spec = { ...drawn, colour: i % 2 ? 'orange' : drawn.colour }
+      const verdict = scoreClip(boxBlur(renderClip(spec, palette)), size, palette)
+      expect(verdict.colour, caption(spec)).toBe(spec.colour)
+    }
   })
 
   test('agrees with shuffled captions no better than by chance', () => {

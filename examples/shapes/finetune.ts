@@ -8,7 +8,18 @@ import { contactSheet } from '../../lib/io/contact-sheet.ts'
 import { encodeMp4 } from '../../lib/io/video.ts'
 import { encodeLatents, FineTune, LatentDataset, openDataset, Trainer } from '../../lib/train/index.ts'
 import { scoreClip } from './scorer.ts'
-import { COLOURS, caption, FPS, FRAMES, makeRng, type Palette, type Rgb, randomSpec, renderClip, SIZE } from './world.ts'
+import {
+  COLOURS,
+  caption,
+  FPS,
+  FRAMES,
+  makeRng,
+  type Palette,
+  type Rgb,
+  randomSpec,
+  renderClip,
+  SIZE,
+} from './world.ts'
 
 // Teaches the toy model a colour that it has never seen, from a few clips: an adapter on its attention projections, and
 // the scorer's verdict on the new colour and on the old ones before and after.
@@ -71,7 +82,11 @@ async function encodeClips(): Promise<LatentDataset> {
   const rng = makeRng(seed)
   for (let i = 0; i < Number(args.clips); i++) {
     const spec: Spec = { ...randomSpec(rng, 'all'), colour: args.colour }
-    await encodeMp4(join(clips, `${i}.mp4`), renderClip(spec, palette), { width: SIZE, height: SIZE, fps: FPS })
+    await encodeMp4(join(clips, `${i}.mp4`), renderClip(spec, palette), {
+      width: SIZE,
+      height: SIZE,
+      fps: FPS,
+    })
     lines.push(`${JSON.stringify({ video: `${i}.mp4`, text: caption(spec) })}\n`)
   }
   await writeFileAtomically(join(clips, 'captions.jsonl'), lines.join(''))
@@ -114,10 +129,7 @@ async function train(data: LatentDataset): Promise<{ seconds: number; adapter: s
 }
 
 /** Scores of generated videos of the new colour and of the old ones, each with shapes and motions drawn at random. */
-async function evaluate(
-  when: string,
-  adapters: { path: string }[],
-): Promise<{ new: Score; old: Score }> {
+async function evaluate(when: string, adapters: { path: string }[]): Promise<{ new: Score; old: Score }> {
   const pipeline = await Pipeline.load(base, { dtype: 'bf16', adapters })
   const rng = makeRng(seed + 1000)
   const scores = {} as { new: Score; old: Score }
@@ -159,7 +171,10 @@ function table(result: {
     `| ${Number(args.prompts)} prompts of | | colour | shape | motion | background | colour, shape and motion |`,
     '|---|---|---|---|---|---|---|',
   ]
-  for (const [group, what] of [['new', result.colour], ['old', 'the old colours']] as const) {
+  for (const [group, what] of [
+    ['new', result.colour],
+    ['old', 'the old colours'],
+  ] as const) {
     if (result.before) lines.push(row('before', what, result.before[group]))
     lines.push(row('after', what, result.after[group]))
   }

@@ -43,14 +43,19 @@ async function inspect(files: string[], { model, variant, json }: LoraFlags): Pr
       alphas: list(all.map(({ alpha }) => alpha)),
       parameters: all.reduce((n, { rank, inputs, outputs }) => n + rank * (inputs + outputs), 0),
       ...(base === undefined ? {} : { base }),
-      ...(network === undefined ? {} : { fits: base === undefined || base === network.hash ? 'yes' : 'other weights' }),
+      ...(network === undefined
+        ? {}
+        : { fits: base === undefined || base === network.hash ? 'yes' : 'other weights' }),
       metadata,
     })
   }
   if (json) return resultJson({ adapters: found })
   for (const { path, layers, ranks, alphas, parameters, base, fits, metadata } of found) {
-    result(`${path}: ${layers} layers, rank ${ranks.join(', ')}, alpha ${alphas.join(', ')}, ${parameters} parameters`)
-    if (base !== undefined) result(`  trained on ${base}${fits === 'other weights' ? ', which is not this model' : ''}`)
+    result(
+      `${path}: ${layers} layers, rank ${ranks.join(', ')}, alpha ${alphas.join(', ')}, ${parameters} parameters`,
+    )
+    if (base !== undefined)
+      result(`  trained on ${base}${fits === 'other weights' ? ', which is not this model' : ''}`)
     if (metadata.recipe !== undefined) result(`  recipe ${metadata.recipe}`)
   }
 }
@@ -63,7 +68,10 @@ async function layersOf(model: string, variant: string | undefined) {
   const { openWeights } = await import('../io/safetensors.ts')
   const { linearLayers } = await import('../lora/layers.ts')
   const dir = join(model, surveyFolder(model, { variant }).variant)
-  return { layers: linearLayers({ parameters: openWeights(dir).entries }), hash: await folderFingerprint(dir) }
+  return {
+    layers: linearLayers({ parameters: openWeights(dir).entries }),
+    hash: await folderFingerprint(dir),
+  }
 }
 
 async function merge({ model, lora = [], out, variant, json, ...flags }: LoraFlags): Promise<void> {

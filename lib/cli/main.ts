@@ -23,7 +23,8 @@ function makeProgram(): Command {
       '\nEvery option can also come from a PYRAFLOW_* variable. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.',
     )
   // Settings for subcommands are copied when they are made, so they come after the lines above.
-  for (const add of [addGenerate, addPlan, addTrain, addLora, addEncode, addDownload, addVerify, addInfo]) add(program)
+  for (const add of [addGenerate, addPlan, addTrain, addLora, addEncode, addDownload, addVerify, addInfo])
+    add(program)
   return program
 }
 

@@ -1,3 +1,4 @@
+import type { GuardEvent } from '../train/guard.ts'
 import type { TrainEvent } from '../train/run.ts'
 import { type ProgressMode, say } from './console.ts'
 import { makeProgress } from './progress.ts'
@@ -13,7 +14,7 @@ export interface Done {
 
 /** Shows events as progress; the loss is averaged over a few steps because single ones are noisy. */
 export async function follow(
-  events: AsyncIterable<TrainEvent>,
+  events: AsyncIterable<TrainEvent | GuardEvent>,
   s: { out: string; steps: number },
   mode: ProgressMode | undefined,
 ): Promise<Omit<Done, 'model'>> {
@@ -50,12 +51,12 @@ export async function follow(
 }
 
 /** One line for an event that is worth a line of its own. */
-function describe(event: TrainEvent): string | undefined {
+function describe(event: TrainEvent | GuardEvent): string | undefined {
   const words = inWords(event)
   return words && `pyraflow: ${words}`
 }
 
-function inWords(event: TrainEvent): string | undefined {
+function inWords(event: TrainEvent | GuardEvent): string | undefined {
   const step = `step ${event.step}`
   if (event.type === 'resume') return `resuming after ${step}`
   if (event.type === 'skipped')
@@ -64,6 +65,8 @@ function inWords(event: TrainEvent): string | undefined {
     return `${step}: no finite ${event.culprit}; back to the weights of step ${event.to}`
   if (event.type === 'samples') return `${step}: samples ${event.files.join(', ')}`
   if (event.type === 'best') return `${step}: best validation loss so far, kept in ${event.path}`
+  if (event.type === 'guard')
+    return `${step}: validation loss ${event.loss.toPrecision(4)}, above ${event.best.loss.toPrecision(4)} of step ${event.best.step}: the run ends`
   if (event.type !== 'validation') return undefined
   const { type: _, step: __, loss, ...rest } = event
   const numbers = Object.entries({ loss, ...rest }).map(([name, value]) =>

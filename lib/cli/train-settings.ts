@@ -1,5 +1,6 @@
 import { z } from 'zod'
 import { nearestName } from '../nn/weights.ts'
+import { presets } from '../train/presets.ts'
 import { UsageError } from './console.ts'
 import { kebab } from './settings.ts'
 
@@ -76,6 +77,13 @@ export const ditSettings = z.strictObject({
   /** Videos to look at while training; they need `vae`. */
   samplePrompts: z.array(z.string()).min(1).optional(),
   sampleEvery: positive.optional(),
+  /** Transformer of the model folder `init`. */
+  variant: z.string().optional(),
+  /** Train adapters of this rank instead of all weights. */
+  loraRank: positive.optional(),
+  loraAlpha: z.number().optional(),
+  loraTargets: z.array(z.string()).min(1).optional(),
+  preset: z.enum(['one-clip']).optional(),
 })
 
 /** Settings of `train --task vae`. */
@@ -116,6 +124,24 @@ export const vaeSettings = z.strictObject({
     .optional(),
 })
 
+/** The settings with the defaults of a preset. `validating`: whether clips to validate on are given. */
+export function withPreset(preset: string | undefined, validating: boolean): typeof ditSettings {
+  if (preset !== 'one-clip') return ditSettings
+  const { trainer, lora } = presets.oneClip
+  const { validateEvery, optimizer: own, ...rest } = trainer
+  return ditSettings.extend({
+    steps: positive.default(rest.steps),
+    batchSize: positive.default(rest.batchSize),
+    learningRate: z.number().positive().default(rest.learningRate),
+    warmupSteps: z.int().nonnegative().default(rest.warmupSteps),
+    captionDrop: share.default(rest.captionDrop),
+    checkpointEvery: positive.default(rest.checkpointEvery),
+    optimizer: optimizer.default(own),
+    loraRank: positive.default(lora.rank),
+    ...(validating ? { validateEvery: positive.default(validateEvery) } : {}),
+  }) as unknown as typeof ditSettings
+}
+
 export type DitSettings = z.output<typeof ditSettings>
 export type VaeSettings = z.output<typeof vaeSettings>
 
@@ -136,6 +162,10 @@ export function checkTogether(s: DitSettings): void {
     ['sampleEvery', 'samplePrompts'],
     ['samplePrompts', 'sampleEvery'],
     ['samplePrompts', 'vae'],
+    ['loraAlpha', 'loraRank'],
+    ['loraTargets', 'loraRank'],
+    ['loraRank', 'init'],
+    ['variant', 'init'],
   ]
   for (const [given, missing] of pairs) {
     if (s[given] !== undefined && s[missing] === undefined)

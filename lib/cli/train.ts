@@ -2,7 +2,9 @@ import { cpSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Command, Option } from 'commander'
 import type { AdamWOptions } from '../train/optimizer.ts'
+import type { TrainerOptions } from '../train/trainer.ts'
 import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
+import { fineTune, goesOn } from './fine-tune.ts'
 import {
   anyNumber,
   common,
@@ -18,9 +20,9 @@ import {
   checkNetwork,
   checkTogether,
   type DitSettings,
-  ditSettings,
   type VaeSettings,
   vaeSettings,
+  withPreset,
 } from './train-settings.ts'
 
 interface TrainFlags extends CommonOptions {
@@ -49,7 +51,7 @@ export function addTrain(program: Command): void {
   option(command, '--batch-size <n>', 'clips a step', wholeNumber)
   option(command, '--seed <n>', 'the same seed gives the same run', wholeNumber)
   option(command, '--dtype <type>', 'compute type: f32 or bf16; master weights are f32')
-  option(command, '--init <dir>', 'folder of weights to begin from')
+  option(command, '--init <dir>', 'weights to begin from; dit: or a whole model folder to go on from')
   option(command, '--learning-rate <n>', 'peak learning rate', anyNumber)
   option(command, '--min-learning-rate <n>', 'where cosine ends', anyNumber)
   option(command, '--warmup-steps <n>', 'steps of linear warm-up', wholeNumber)
@@ -78,6 +80,16 @@ export function addTrain(program: Command): void {
     (text: string, before: string[] | undefined) => [...(before ?? []), text],
   )
   option(command, '--sample-every <n>', 'dit: steps between such videos', wholeNumber)
+  option(command, '--variant <name>', 'dit: folder of the transformer when --init has several')
+  option(command, '--lora-rank <n>', 'dit: train adapters of this rank for the model --init', wholeNumber)
+  option(command, '--lora-alpha <n>', 'dit: their strength is alpha/rank (default: 1)', anyNumber)
+  option(
+    command,
+    '--lora-targets <names>',
+    'dit: ends of the names of the layers to adapt, e.g. to_q,ff.net.2',
+    (text) => text.split(','),
+  )
+  option(command, '--preset <name>', 'dit: one-clip: adapters and small steps for a single clip')
   option(command, '--caption-drop <share>', 'dit: share of captions replaced by none', anyNumber)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
   option(command, '--height <px>', 'vae: and this height', wholeNumber)
@@ -91,7 +103,11 @@ export function addTrain(program: Command): void {
 async function run(flags: TrainFlags, command: Command): Promise<void> {
   const task =
     flags.task ?? (flags.config === undefined ? 'dit' : String(readSettings(flags.config).task ?? 'dit'))
-  const schema = task === 'vae' ? vaeSettings : ditSettings
+  const setting = (name: string): unknown =>
+    command.getOptionValue(name) ??
+    (flags.config === undefined ? undefined : readSettings(flags.config)[name])
+  const preset = setting('preset') as string | undefined
+  const schema = task === 'vae' ? vaeSettings : withPreset(preset, setting('validation') !== undefined)
   for (const key of Object.keys(command.opts())) {
     if (OWN.includes(key) || key in schema.shape || command.getOptionValueSource(key) !== 'cli') continue
     throw new UsageError(`--${kebab(key)} is not a setting of task ${task}`)
@@ -177,7 +193,18 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
   }
 }
 
+/** The options that settings give, whatever the network begins from. */
+function ditOptions(s: DitSettings) {
+  const { corruptRatio, captionDrop, sampleRatios, posterior, imageRatio, validateEvery } = s
+  return {
+    ...trainerOptions(s),
+    ...defined({ corruptRatio, captionDrop, sampleRatios, posterior, imageRatio, validateEvery }),
+    ...(s.samplePrompts ? { samples: { prompts: s.samplePrompts, every: s.sampleEvery, vae: s.vae } } : {}),
+  } as Omit<TrainerOptions, 'model' | 'data' | 'text' | 'stages' | 'framesPerUnit'>
+}
+
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
+  if (goesOn(s)) return fineTune(s, ditOptions(s), flags.progress, signal)
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
   const { LatentDataset, Trainer } = await import('../train/index.ts')
@@ -189,12 +216,10 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     ? WordEncoder.fromPretrained(s.textEncoder)
     : new WordEncoder(wordsOf(data.captions, model.config))
   const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
-  const { framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio, validateEvery } = s
+  const { framesPerUnit } = s
   const trainer = new Trainer({
-    ...trainerOptions(s),
-    ...defined({ framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio }),
-    ...defined({ validation, validateEvery }),
-    ...(s.samplePrompts ? { samples: { prompts: s.samplePrompts, every: s.sampleEvery, vae: s.vae } } : {}),
+    ...ditOptions(s),
+    ...defined({ framesPerUnit, validation }),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,

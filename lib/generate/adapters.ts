@@ -31,10 +31,14 @@ export async function networkOf(
   for (const [i, { file }] of opened.entries()) {
     const { path, hash = file.hash } = adapters[i] as (typeof adapters)[number]
     if (hash !== file.hash) {
-      work.onWarning(`The recipe was made with another adapter ${path} (${hash}, not ${file.hash}): the video will differ`)
+      work.onWarning(
+        `The recipe was made with another adapter ${path} (${hash}, not ${file.hash}): the video will differ`,
+      )
     }
     if (file.base !== undefined && base !== undefined && file.base !== base) {
-      work.onWarning(`The adapter ${path} was trained on other weights (${file.base}, not ${base}): it may do less or harm`)
+      work.onWarning(
+        `The adapter ${path} was trained on other weights (${file.base}, not ${base}): it may do less or harm`,
+      )
     }
   }
   const named = opened.map(({ file: { path, hash }, scale }) => ({ path, scale, hash }))

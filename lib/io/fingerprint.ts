@@ -7,9 +7,7 @@ const SAMPLES = 16
 const SMALL = SAMPLE * SAMPLES
 
 /** A hash of files under names of their own, looking at each as {@link addFile} does. */
-export async function fingerprint(
-  files: Iterable<readonly [name: string, path: string]>,
-): Promise<string> {
+export async function fingerprint(files: Iterable<readonly [name: string, path: string]>): Promise<string> {
   const hash = createHash('sha256')
   for (const [name, path] of files) await addFile(hash, name, path)
   return hash.digest('hex').slice(0, 32)

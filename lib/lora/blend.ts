@@ -52,7 +52,7 @@ export function* pairsOf(adapters: readonly ScaledAdapter[]): Generator<[layer: 
 }
 
 function joined(parts: readonly [AdapterLayer, number][]): Pair {
-  const { inputs, outputs } = parts[0]?.[0] as AdapterLayer
+  const [[{ inputs, outputs }]] = parts as readonly [[AdapterLayer, number]]
   const rank = parts.reduce((n, [layer]) => n + layer.rank, 0)
   const a = new Float32Array(rank * inputs)
   const b = new Float32Array(outputs * rank)

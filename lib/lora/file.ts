@@ -56,7 +56,10 @@ export async function openAdapter(
     const name = !network || network.has(plain) ? plain : flat.get(plain.replace(FLAT, ''))
     if (name === undefined) throw unknownLayer(file, group, plain, network as ReadonlyMap<string, LayerSize>)
     if (layers.has(name)) throw wrong(file, name, 'one pair of matrices', 'two spellings of it')
-    layers.set(name, layerFrom(file, group, network?.get(name), (rank) => alphas(name, rank)))
+    layers.set(
+      name,
+      layerFrom(file, group, network?.get(name), (rank) => alphas(name, rank)),
+    )
   }
   if (layers.size === 0) {
     const first = file.entries.keys().next().value
@@ -75,7 +78,12 @@ function groupsOf(file: Safetensors): Map<string, Group> {
     const name = stem ?? ALPHA.exec(key)?.[1]
     const part = stem === undefined ? 'alpha' : PARTS[ab ?? downUp ?? dotted ?? '']
     if (name === undefined || part === undefined) {
-      throw wrong(file, `'${key}'`, 'lora_A, lora_B, lora_down, lora_up or alpha of a layer', 'another kind of key')
+      throw wrong(
+        file,
+        `'${key}'`,
+        'lora_A, lora_B, lora_down, lora_up or alpha of a layer',
+        'another kind of key',
+      )
     }
     const group = groups.get(name) ?? {}
     group[part] = key
@@ -151,7 +159,8 @@ function alphasOf(file: Safetensors): (layer: string, rank: number) => number {
     throw wrong(file, 'lora_adapter_metadata', 'JSON', text.slice(0, 40))
   }
   const of = (name: string): unknown => settings[`transformer.${name}`]
-  if (of('use_dora')) throw wrong(file, 'use_dora', 'plain low-rank matrices', 'weights decomposed into direction and length')
+  if (of('use_dora'))
+    throw wrong(file, 'use_dora', 'plain low-rank matrices', 'weights decomposed into direction and length')
   const pattern = Object.entries((of('alpha_pattern') ?? {}) as Record<string, number>)
   return (layer, rank) => {
     const own = pattern.find(([name]) => layer === name || layer.endsWith(`.${name}`))?.[1]
@@ -161,6 +170,12 @@ function alphasOf(file: Safetensors): (layer: string, rank: number) => number {
   }
 }
 
-function wrong(file: Safetensors, what: string, expected: string, received: string, remedy?: string): PyraflowError {
+function wrong(
+  file: Safetensors,
+  what: string,
+  expected: string,
+  received: string,
+  remedy?: string,
+): PyraflowError {
   return new PyraflowError('ERR_CHECKPOINT', { what: `${file.path}: ${what}`, expected, received, remedy })
 }

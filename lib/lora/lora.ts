@@ -87,7 +87,11 @@ export class Lora {
    *
    * @throws ERR_IO, ERR_CHECKPOINT as `openAdapter`; ERR_OPTION as {@link Lora.create}; ERR_ABORTED
    */
-  static async load(base: VelocityNetwork, path: string, options: { signal?: AbortSignal } = {}): Promise<Lora> {
+  static async load(
+    base: VelocityNetwork,
+    path: string,
+    options: { signal?: AbortSignal } = {},
+  ): Promise<Lora> {
     checkFrozen(base)
     const file = await openAdapter(path, linearLayers(base))
     const layers = new Map<string, LowRank & { rank: number; alpha: number }>()
@@ -95,7 +99,10 @@ export class Lora {
       for (const [name, { rank, alpha, inputs, outputs, read }] of file.layers) {
         throwIfAborted(options.signal, 'loading')
         const own = read()
-        const [a, b] = [keep(Tensor.from(own.a, [rank, inputs], base.dtype)), keep(Tensor.from(own.b, [outputs, rank], base.dtype))]
+        const [a, b] = [
+          keep(Tensor.from(own.a, [rank, inputs], base.dtype)),
+          keep(Tensor.from(own.b, [outputs, rank], base.dtype)),
+        ]
         layers.set(name, { a, b, rank, alpha, scale: alpha / rank })
         await setImmediate()
       }
@@ -161,7 +168,10 @@ function chosen(layers: ReadonlyMap<string, LayerSize>, targets: readonly string
   const given = targets === attentionProjections ? [] : targets
   for (const target of given) {
     if (names.some((name) => ends(name, target))) continue
-    const near = nearestName(target, new Set(names.map((name) => name.split('.').slice(-target.split('.').length).join('.'))))
+    const near = nearestName(
+      target,
+      new Set(names.map((name) => name.split('.').slice(-target.split('.').length).join('.'))),
+    )
     throw wrong('targets', `ends of layer names, such as ${near}`, target)
   }
   if (targets.length === 0) throw wrong('targets', 'ends of layer names', 'none')

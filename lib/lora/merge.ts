@@ -1,6 +1,6 @@
+import { constants, existsSync } from 'node:fs'
 import { copyFile, mkdir, readdir } from 'node:fs/promises'
 import { join } from 'node:path'
-import { existsSync, constants } from 'node:fs'
 import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
 import { ioError, writeAtomically } from '../io/atomic.ts'
 import { writePretrained } from '../io/pretrained.ts'
@@ -56,7 +56,10 @@ export async function mergeAdapters(
       const named = opened.map(({ file: { hash }, scale }) => ({ hash, scale }))
       const metadata = { adapters: JSON.stringify(named) }
       const pairs = new Map(pairsOf(opened))
-      await writePretrained(dir, network.modelConfig(), mergedTensors(network, pairs, dtype), { metadata, signal })
+      await writePretrained(dir, network.modelConfig(), mergedTensors(network, pairs, dtype), {
+        metadata,
+        signal,
+      })
     } finally {
       network.dispose()
     }

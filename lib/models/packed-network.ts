@@ -180,7 +180,10 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
   }
 
   #recording({ text, pooled, columns }: TransformerInputs): boolean {
-    const leaves = [...this.parameters.values(), ...[...(this.#adapters?.values() ?? [])].flatMap(({ a, b }) => [a, b])]
+    const leaves = [
+      ...this.parameters.values(),
+      ...[...(this.#adapters?.values() ?? [])].flatMap(({ a, b }) => [a, b]),
+    ]
     return [text, pooled, ...columns.flat(), ...leaves].some(needsGrad)
   }
 

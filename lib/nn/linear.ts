@@ -1,6 +1,5 @@
-import { geluTanh, scale as scaled, silu } from '../ops/pointwise.ts'
-import { add } from '../ops/pointwise.ts'
 import { type LinearOptions, linear } from '../ops/matmul.ts'
+import { add, geluTanh, scale as scaled, silu } from '../ops/pointwise.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { Init, Weights } from './weights.ts'
 

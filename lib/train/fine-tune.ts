@@ -85,7 +85,11 @@ export class FineTune {
     const train = lora === undefined
     const base = await loadVelocityNetwork(path, { dtype, train, pack: false, signal })
     try {
-      const own = lora && ('path' in lora ? await Lora.load(base, lora.path, { ...(signal && { signal }) }) : Lora.create(base, lora))
+      const own =
+        lora &&
+        ('path' in lora
+          ? await Lora.load(base, lora.path, { ...(signal && { signal }) })
+          : Lora.create(base, lora))
       return new FineTune(folder, { base, baseHash, lora: own, text })
     } catch (error) {
       base.dispose()
@@ -117,7 +121,11 @@ export class FineTune {
    *
    * @throws ERR_IO, also when a model folder of that name is there already; ERR_ABORTED
    */
-  async save(trainer: Trainer, out: string, options: { signal?: AbortSignal | undefined } = {}): Promise<string> {
+  async save(
+    trainer: Trainer,
+    out: string,
+    options: { signal?: AbortSignal | undefined } = {},
+  ): Promise<string> {
     if (this.lora) {
       await trainer.save(out)
       return join(out, ADAPTER_FILE)

@@ -55,7 +55,8 @@ export async function* guarded<E extends { readonly type: string }>(
     }
   } catch (error) {
     // The run saves and says that it was aborted; that was asked for here.
-    if (!verdict || signal?.aborted || !(error instanceof PyraflowError) || error.code !== 'ERR_ABORTED') throw error
+    if (!verdict || signal?.aborted || !(error instanceof PyraflowError) || error.code !== 'ERR_ABORTED')
+      throw error
   }
   if (verdict) yield verdict
   else if (!best) {
