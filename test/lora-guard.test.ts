@@ -27,8 +27,8 @@ async function follow(
   const seen: string[] = []
   for await (const event of guarded((signal) => run(losses, signal), options)) {
     seen.push(`${event.type} ${event.step}`)
-    if (event.type === 'guard')
-      expect((event as { best: Event }).best.loss).toBe(Math.min(...losses.slice(0, event.step)))
+    if (event.type === 'guard' && 'best' in event)
+      expect(event.best.loss).toBe(Math.min(...losses.slice(0, event.step)))
   }
   return seen
 }

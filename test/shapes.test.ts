@@ -96,8 +96,8 @@ describe('the toy world', () => {
     const rng = makeRng(77)
     for (let i = 0; i < 20; i++) {
       const drawn = randomSpec(rng, 'all')
-      const spec = { ...drawn, colour: i % 2 ? 'orange' : drawn.colour }
-      const verdict = scoreClip(boxBlur(renderClip(spec, palette)), size, palette)
+      const spec = i % 2 ? { ...drawn, colour: 'orange', rgb: palette.orange } : drawn
+      const verdict = scoreClip(boxBlur(renderClip(spec)), size, palette)
       expect(verdict.colour, caption(spec)).toBe(spec.colour)
     }
   })

@@ -42,7 +42,8 @@ const { values: args } = parseArgs({
 const seed = Number(args.seed)
 const steps = Number(args.steps)
 const base = join(args.out, 'base')
-const palette: Palette = { ...COLOURS, [args.colour]: args.rgb.split(',').map(Number) as unknown as Rgb }
+const rgb = args.rgb.split(',').map(Number) as unknown as Rgb
+const palette: Palette = { ...COLOURS, [args.colour]: rgb }
 const attributes = ['colour', 'shape', 'motion', 'background'] as const
 
 type Spec = Parameters<typeof renderClip>[0]
@@ -66,9 +67,9 @@ async function main(): Promise<void> {
   await words.save(join(base, 'text_encoder'))
   const data = await encodeClips()
   const before = args['skip-before'] ? undefined : await evaluate('before', [])
-  const { seconds, adapter } = await train(data)
+  const { adapter, ...training } = await train(data)
   const after = await evaluate('after', [{ path: adapter }])
-  const result = { colour: args.colour, clips: data.length, steps, trainingSeconds: seconds, before, after }
+  const result = { colour: args.colour, clips: data.length, steps, training, before, after }
   data.dispose()
   await writeFileAtomically(join(args.out, 'result.json'), `${JSON.stringify(result, null, 2)}\n`)
   console.log(table(result))
@@ -81,8 +82,8 @@ async function encodeClips(): Promise<LatentDataset> {
   const lines: string[] = []
   const rng = makeRng(seed)
   for (let i = 0; i < Number(args.clips); i++) {
-    const spec: Spec = { ...randomSpec(rng, 'all'), colour: args.colour }
-    await encodeMp4(join(clips, `${i}.mp4`), renderClip(spec, palette), {
+    const spec: Spec = { ...randomSpec(rng, 'all'), colour: args.colour, rgb }
+    await encodeMp4(join(clips, `${i}.mp4`), renderClip(spec), {
       width: SIZE,
       height: SIZE,
       fps: FPS,
@@ -98,10 +99,11 @@ async function encodeClips(): Promise<LatentDataset> {
   return LatentDataset.open(latents)
 }
 
-async function train(data: LatentDataset): Promise<{ seconds: number; adapter: string }> {
+async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds: number; adapter: string }> {
   const targets = args.targets?.split(',')
   const tune = await FineTune.open(base, { lora: { rank: Number(args.rank), seed, targets } })
   const began = performance.now()
+  const cpu = process.cpuUsage()
   const trainer = new Trainer({
     ...tune.parts(data, { steps, colour: args.colour }),
     out: join(args.out, 'run'),
@@ -110,6 +112,8 @@ async function train(data: LatentDataset): Promise<{ seconds: number; adapter: s
     sampleRatios: [1, 2, 2],
     imageRatio: 0.5,
     posterior: 'mean',
+    // What the model shows without a caption should not become the new colour: guidance leads away from it.
+    captionDrop: 0,
     seed,
     learningRate: Number(args['learning-rate']),
     minLearningRate: 5e-5,
@@ -123,9 +127,10 @@ async function train(data: LatentDataset): Promise<{ seconds: number; adapter: s
   }
   const adapter = await tune.save(trainer, args.out)
   const seconds = (performance.now() - began) / 1000
+  const { user, system } = process.cpuUsage(cpu)
   trainer.dispose()
   tune.dispose()
-  return { seconds, adapter }
+  return { seconds, cpuSeconds: (user + system) / 1e6, adapter }
 }
 
 /** Scores of generated videos of the new colour and of the old ones, each with shapes and motions drawn at random. */
@@ -138,7 +143,7 @@ async function evaluate(when: string, adapters: { path: string }[]): Promise<{ n
     const score: Score = { n: 0, colour: 0, shape: 0, motion: 0, background: 0, all: 0 }
     for (let i = 0; i < Number(args.prompts); i++) {
       const drawn = randomSpec(rng, 'train')
-      const spec: Spec = group === 'new' ? { ...drawn, colour: args.colour } : drawn
+      const spec: Spec = group === 'new' ? { ...drawn, colour: args.colour, rgb } : drawn
       const prompt = caption(spec)
       const video = await pipeline.generate({ prompt, seed: 1000 + i }).result()
       const verdict = scoreClip(video.frames, video, palette)
@@ -160,7 +165,7 @@ async function evaluate(when: string, adapters: { path: string }[]): Promise<{ n
 
 function table(result: {
   colour: string
-  trainingSeconds: number
+  training: { seconds: number; cpuSeconds: number }
   before: { new: Score; old: Score } | undefined
   after: { new: Score; old: Score }
 }): string {
@@ -178,5 +183,6 @@ function table(result: {
     if (result.before) lines.push(row('before', what, result.before[group]))
     lines.push(row('after', what, result.after[group]))
   }
-  return `${lines.join('\n')}\n\nTrained for ${result.trainingSeconds.toFixed(0)} s`
+  const { seconds, cpuSeconds } = result.training
+  return `${lines.join('\n')}\n\nTrained for ${seconds.toFixed(0)} s, ${cpuSeconds.toFixed(0)} s of processor time`
 }

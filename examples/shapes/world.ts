@@ -19,9 +19,6 @@ export const COLOURS: Readonly<Record<Colour, Rgb>> = {
 /** Colours by name, e.g. of a world that was extended. */
 export type Palette = Readonly<Record<string, Rgb>>
 
-/** A clip or its combination in a world that may have other colours. */
-type Coloured<T extends { colour: Colour }> = Omit<T, 'colour'> & { colour: string }
-
 export const BACKGROUNDS: Readonly<Record<Background, Rgb>> = {
   black: [14, 14, 14],
   grey: [128, 128, 128],
@@ -66,6 +63,9 @@ export interface ClipSpec {
   y: number
   travel: number
 }
+
+/** A clip in a colour that the world does not have. */
+export type ForeignClip = Omit<ClipSpec, 'colour'> & { colour: string; rgb: Rgb }
 
 export type Split = 'train' | 'heldout' | 'all'
 
@@ -119,7 +119,7 @@ export function caption({
   shape,
   motion,
   background,
-}: Omit<Coloured<ClipSpec>, 'radius' | 'x' | 'y' | 'travel'>): string {
+}: Omit<ClipSpec | ForeignClip, 'radius' | 'x' | 'y' | 'travel'>): string {
   const verb = motion === 'still' ? 'standing' : 'moving'
   return `a ${colour} ${shape} ${verb} ${motion} on a ${background} background`
 }
@@ -161,9 +161,9 @@ export function velocity({ motion, travel }: Pick<ClipSpec, 'motion' | 'travel'>
 }
 
 /** Draws a clip with antialiased edges: u8 RGB, [25, 128, 128, 3]. */
-export function renderClip(spec: Coloured<ClipSpec>, palette: Palette = COLOURS): Uint8Array {
+export function renderClip(spec: ClipSpec | ForeignClip): Uint8Array {
   const { shape, radius } = spec
-  const colour = palette[spec.colour] as Rgb
+  const colour = 'rgb' in spec ? spec.rgb : COLOURS[spec.colour]
   const background = BACKGROUNDS[spec.background]
   const frameBytes = SIZE * SIZE * 3
   const out = new Uint8Array(FRAMES * frameBytes)
