@@ -39,7 +39,7 @@ async function run(data: string, flags: EncodeFlags, command: Command): Promise<
   const s = resolveSettings(settings, command, flags.config)
   await configureEngine(flags)
   const { CausalVideoVAE } = await import('../models/causal-vae.ts')
-  const { encodeLatents } = await import('../train/latents.ts')
+  const { encodeLatents } = await import('../train/latent-cache.ts')
   const { openDataset } = await import('../train/dataset.ts')
   const { signal, release } = interruptible()
   const progress = makeProgress(flags.progress)

@@ -1,5 +1,23 @@
-export { type ClipBatch, Dataset, type DatasetOptions, openDataset } from './dataset.ts'
-export { encodeLatents, LatentDataset } from './latents.ts'
+export type { BadItem, BadReason, OnBad } from './bad-items.ts'
+export type { Bucket } from './buckets.ts'
+export {
+  type ClipBatch,
+  Dataset,
+  type DatasetItem,
+  type DatasetOptions,
+  type OpenOptions,
+  openDataset,
+  type ShortClips,
+} from './dataset.ts'
+export {
+  type EncodedLatents,
+  type EncodeLatentsOptions,
+  encodeLatents,
+  type StaleLatents,
+  writeLatents,
+} from './latent-cache.ts'
+export type { LatentBucket, LatentSource } from './latent-source.ts'
+export { LatentDataset } from './latents.ts'
 export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
 export { latestCheckpoint, type TrainEvent } from './run.ts'
