@@ -7,13 +7,24 @@ import { writeFileAtomic } from '../io/atomic-stream.ts'
 
 /** Beside the shards of a cache: what they hold, in the order of the data set. It is written last. */
 const INDEX = 'index.jsonl'
+/** The folder of the shards in that of the cache. */
+export const SHARDS = 'shards'
+
+/** First line of an index. */
+export interface CacheHeader {
+  readonly format: string
+  /** Lines that follow. */
+  readonly entries: number
+  readonly shards: readonly { readonly file: string }[]
+}
+
 // Lines that are read or written before the event loop turns.
 const AT_ONCE = 2000
 
 /** Writes a header and a line for each entry, whole or not at all. @throws ERR_IO; ERR_ABORTED */
 export async function writeIndex(
   dir: string,
-  header: object,
+  header: CacheHeader,
   lines: readonly object[],
   signal?: AbortSignal,
 ): Promise<void> {
@@ -34,7 +45,7 @@ export async function writeIndex(
  * @param remedy - how such a cache is made
  * @throws ERR_IO when there is none; ERR_CHECKPOINT when it is of another format or damaged
  */
-export async function readIndex<H, L>(
+export async function readIndex<H extends CacheHeader, L>(
   dir: string,
   format: string,
   remedy: string,
@@ -45,7 +56,7 @@ export async function readIndex<H, L>(
   })
   try {
     const all = text.split('\n')
-    const header = JSON.parse(all[0] as string) as { format?: string; entries?: number }
+    const header = JSON.parse(all[0] as string) as H
     if (header.format !== format) throw new Error(`a file of format ${header.format}`)
     const lines: L[] = []
     for (const [i, line] of all.entries()) {
@@ -53,7 +64,7 @@ export async function readIndex<H, L>(
       if (i > 0 && line !== '') lines.push(JSON.parse(line) as L)
     }
     if (lines.length !== header.entries) throw new Error(`${lines.length} of ${header.entries} lines`)
-    return { header: header as H, lines }
+    return { header, lines }
   } catch (error) {
     throw new PyraflowError('ERR_CHECKPOINT', {
       what: path,
@@ -62,5 +73,15 @@ export async function readIndex<H, L>(
       remedy: `Make it again with ${remedy}: what is there is used.`,
       cause: error,
     })
+  }
+}
+
+/** Files of the cache as it opens now: they stay until there is a new index. */
+export async function shardsOf(dir: string, format: string): Promise<Set<string>> {
+  try {
+    const { header } = await readIndex(dir, format, '')
+    return new Set(header.shards.map(({ file }) => file))
+  } catch {
+    return new Set()
   }
 }

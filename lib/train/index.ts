@@ -10,6 +10,13 @@ export {
   type ShortClips,
 } from './dataset.ts'
 export {
+  type DatasetReport,
+  type Finding,
+  type FindingKind,
+  type InspectOptions,
+  inspectDataset,
+} from './inspect.ts'
+export {
   type EncodedLatents,
   type EncodeLatentsOptions,
   encodeLatents,
@@ -22,6 +29,12 @@ export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
 export { latestCheckpoint, type TrainEvent } from './run.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
+export {
+  CachedTextEncoder,
+  type EncodedTexts,
+  type EncodeTextsOptions,
+  encodeTexts,
+} from './text-cache.ts'
 export { Trainer, type TrainerOptions } from './trainer.ts'
 export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'
 export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'

@@ -9,10 +9,10 @@ import { emitWarning } from '../text/encoder.ts'
 import { ahead, DECODERS } from './ahead.ts'
 import type { BadItem } from './bad-items.ts'
 import { type Bucket, bucketName } from './buckets.ts'
-import { readIndex, writeIndex } from './cache-index.ts'
+import { SHARDS, shardsOf, writeIndex } from './cache-index.ts'
 import type { Dataset } from './dataset.ts'
 import { type EncodedClip, encodeClip, encoderHash, latentShape, type Moments } from './encode-clip.ts'
-import { LATENTS, type LatentIndex, type LatentLine, SHARDS } from './latents.ts'
+import { LATENTS, type LatentIndex, type LatentLine } from './latents.ts'
 import { Filling, type RowFacts, type Rows, ShardFolder } from './shards.ts'
 
 // Decoded clips that wait for the VAE may take so many bytes.
@@ -79,7 +79,7 @@ export async function encodeLatents(
   const stale = findStale(store, settings)
   if (stale) onStale(stale)
 
-  const kept = await keptShards(out)
+  const kept = await shardsOf(out, LATENTS)
   const fillings = data.buckets.map(() => new Filling(store, kept))
   const lines: LatentLine[] = []
   let [done, encoded, reused] = [0, 0, 0]
@@ -245,16 +245,6 @@ export function describeStale({ clips, because }: StaleLatents): string {
 
 function warnOfStale(stale: StaleLatents): void {
   emitWarning(describeStale(stale))
-}
-
-/** Files of the cache as it opens now: they stay until the new index is there. */
-async function keptShards(out: string): Promise<Set<string>> {
-  try {
-    const { header } = await readIndex<LatentIndex, LatentLine>(out, LATENTS, '')
-    return new Set(header.shards.map(({ file }) => file))
-  } catch {
-    return new Set()
-  }
 }
 
 /** In the order of the data set and from numbers that lie in the shards: the same bits, however often it was interrupted. */

@@ -4,19 +4,15 @@ import type { LatentNormalisation } from '../flow/normalise.ts'
 import { cast } from '../ops/cast.ts'
 import { scope } from '../tensor/scope.ts'
 import type { Tensor } from '../tensor/tensor.ts'
-import { readIndex } from './cache-index.ts'
+import { type CacheHeader, readIndex, SHARDS } from './cache-index.ts'
 import type { LatentBucket, LatentSource } from './latent-source.ts'
 import { MappedShards, type RowPlace } from './mapped-shards.ts'
 
 /** What the rows of a latent cache are; raised when the same key would stand for other numbers. */
 export const LATENTS = 'pyraflow-latents-2'
-/** The folder of the shards in that of the cache. */
-export const SHARDS = 'shards'
 
 /** First line of the index. */
-export interface LatentIndex {
-  readonly format: string
-  readonly entries: number
+export interface LatentIndex extends CacheHeader {
   readonly normalisation: LatentNormalisation
   /** Shapes [C, T, H, W]. */
   readonly buckets: readonly (readonly number[])[]
