@@ -192,10 +192,18 @@ class Run {
   async #sample(step: number, write: NonNullable<RunOptions['sample']>): Promise<string[]> {
     const folder = join(this.#o.out, `samples-${step}`)
     let files: string[] = []
+    let failed: unknown
     await writeAtomically(folder, async (dir) => {
       await mkdir(dir)
-      files = (await write(step, dir)).map((file) => join(folder, relative(dir, file)))
+      const written = await write(step, dir).catch((error: unknown) => {
+        failed = error
+        throw error
+      })
+      files = written.map((file) => join(folder, relative(dir, file)))
       await rm(folder, { recursive: true, force: true })
+    }).catch((error: unknown) => {
+      // Errors of the hook are its own, not those of a file.
+      throw failed ?? error
     })
     return files
   }
