@@ -92,6 +92,8 @@ class Run {
       })
     }
     await this.#checkpoints.restore(found)
+    // A run that was killed between a save and this had no time for it.
+    await this.#checkpoints.removeOld()
     this.#skipped = found.skipped ?? 0
     this.#rollbacks = found.rollbacks ?? 0
     this.#lastIsGood = this.#skipped + this.#rollbacks === 0
