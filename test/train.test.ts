@@ -290,7 +290,7 @@ describe('training the transformer', () => {
     const { trainer, model } = tinyTrainer({ data, out, steps: 5, checkpointEvery: 1 })
     const events = await collect(trainer.run())
     expect(events.filter((e) => e.type === 'checkpoint').map((e) => e.step)).toEqual([1, 2, 3, 4, 5])
-    expect(readdirSync(out).sort()).toEqual(['checkpoint-4', 'checkpoint-5', 'metrics.jsonl'])
+    expect(readdirSync(out).sort()).toEqual(['checkpoint-4', 'checkpoint-5', 'loss.svg', 'metrics.jsonl'])
     const lines = readFileSync(join(out, 'metrics.jsonl'), 'utf8').trim().split('\n')
     expect(lines.map((line) => JSON.parse(line))).toEqual(events.filter((e) => e.type === 'step'))
     const ema = trainer.optimizer.emaTensors()

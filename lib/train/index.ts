@@ -27,7 +27,15 @@ export type { LatentBucket, LatentSource } from './latent-source.ts'
 export { LatentDataset } from './latents.ts'
 export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
-export { latestCheckpoint, type TrainEvent } from './run.ts'
+export {
+  bestCheckpoint,
+  type Checkpoint,
+  latestCheckpoint,
+  type PlotOptions,
+  plotRun,
+  type RunSettings,
+  type TrainEvent,
+} from './run.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
 export {
   CachedTextEncoder,

@@ -16,10 +16,10 @@ import type { ImmediateTextEncoder } from '../text/encoder.ts'
 import type { LatentDataset } from './latents.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type PairDraws, trainingPairs } from './pairs.ts'
-import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
+import { type RunSettings, runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 
-export interface TrainerOptions extends RateOptions {
+export interface TrainerOptions extends RateOptions, RunSettings {
   model: VelocityNetwork
   data: LatentDataset
   text: ImmediateTextEncoder
@@ -42,7 +42,6 @@ export interface TrainerOptions extends RateOptions {
   /** Probability of replacing a caption by the null condition. */
   captionDrop?: number
   optimizer?: AdamWOptions
-  checkpointEvery?: number
 }
 
 /**
@@ -92,15 +91,18 @@ export class Trainer {
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
   async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
     const o = this.#options
+    const { accumulate = 1 } = o
+    // Micro-steps go on through clips and draws as steps do.
+    const at = (step: number, micro: number): number => step * accumulate + micro
     yield* runTraining({
+      ...runSettings(o),
       out: o.out,
       steps: o.steps,
       learningRates: ratesOf(o, 'constant'),
       optimizer: this.optimizer,
-      prepare: async (step) => this.indices(step),
-      forward: (step, indices) => this.forwardSteps(step, indices as number[]),
+      prepare: async (step, micro) => this.indices(at(step, micro)),
+      forward: (step, indices, micro) => this.forwardSteps(at(step, micro), indices as number[]),
       saveModel: (dir) => this.save(join(dir, 'diffusion_transformer')),
-      ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
       resume: options.resume ?? false,
       signal: options.signal,
     })
