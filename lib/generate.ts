@@ -11,7 +11,7 @@ import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import type { Pipeline } from './pipeline.ts'
-import { decodeBudget } from './plan.ts'
+import { decodeBudget, refuseTooLarge } from './plan.ts'
 import { pixelFrames } from './pyramid/units.ts'
 import type { Tensor } from './tensor/tensor.ts'
 
@@ -35,6 +35,7 @@ export async function* generateVideos(
 ): AsyncGenerator<GenerateEvent, Video[]> {
   const { signal } = options
   const warnings: string[] = []
+  await refuseTooLarge(pipeline, (requests[0] as Request).recipe)
   const recipes = requests.map(({ recipe }) => recipe)
   const [first] = requests as [Request]
   const place = { model: await pipeline.modelHash(), backend: engine.device.backend }

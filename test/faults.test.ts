@@ -247,7 +247,6 @@ describe('clips and captions', () => {
         const end = (): void => reject(Object.assign(new Error('stopped'), { name: 'AbortError' }))
         if (signal.aborted) end()
         signal.addEventListener('abort', end)
-        setTimeout(() => stop.abort(), 20)
       })
     }
     const model = tinyVae({ train: true })
@@ -260,7 +259,12 @@ describe('clips and captions', () => {
       batchSize: 1,
       crops: [{ size: 16, frames: 1 }],
     })
-    await expect(follow(trainer.run({ signal: stop.signal }))).rejects.toMatchObject({ code: 'ERR_ABORTED' })
+    const run = async (): Promise<void> => {
+      for await (const event of trainer.run({ signal: stop.signal })) {
+        if (event.type === 'step' && event.step === 2) setTimeout(() => stop.abort(), 20)
+      }
+    }
+    await expect(run()).rejects.toMatchObject({ code: 'ERR_ABORTED' })
     const found = await latestCheckpoint(out)
     expect(found?.step).toBe(2)
     expect(JSON.parse(readFileSync(join(found!.path, 'state.json'), 'utf8'))).toEqual({ step: 2, updates: 2 })

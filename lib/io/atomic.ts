@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { lstat, mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
+import { basename, dirname, join, sep } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 
 const remedies: Record<string, string> = {
@@ -61,6 +61,9 @@ async function flush(path: string): Promise<void> {
   }
 }
 
+// Temporary folders that are being filled. What is written into them is flushed with them, once.
+const filling = new Set<string>()
+
 /**
  * Runs `write(temporary)`, which makes a file or a folder of that name, waits until all of it is on the disk, and renames
  * it to `path`; on any failure it is removed and whatever was under `path` before is untouched. Missing parent folders are
@@ -73,17 +76,21 @@ export async function writeAtomically(
   write: (temporary: string) => Promise<void>,
 ): Promise<void> {
   const temporary = temporaryName(path)
+  const inner = [...filling].some((folder) => path.startsWith(folder + sep))
+  filling.add(temporary)
   try {
     await mkdir(dirname(path), { recursive: true })
     await write(temporary)
-    await flush(temporary)
+    if (!inner) await flush(temporary)
     await rename(temporary, path)
   } catch (error) {
     // The clean-up must not hide the first error: on a full or vanished disk it may fail as well.
     await rm(temporary, { recursive: true, force: true }).catch(() => {})
     throw ioError(error, 'writing', path)
+  } finally {
+    filling.delete(temporary)
   }
-  await syncFolder(dirname(path))
+  if (!inner) await syncFolder(dirname(path))
 }
 
 /** `writeAtomically` for bytes that are already in memory. */

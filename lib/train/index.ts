@@ -1,4 +1,14 @@
-export { type ClipBatch, Dataset, type DatasetOptions, openDataset } from './dataset.ts'
+export type { BadItem, BadReason, OnBad } from './bad-items.ts'
+export type { Bucket } from './buckets.ts'
+export {
+  type ClipBatch,
+  Dataset,
+  type DatasetItem,
+  type DatasetOptions,
+  type OpenOptions,
+  openDataset,
+  type ShortClips,
+} from './dataset.ts'
 export {
   ADAPTER_FILE,
   FineTune,
@@ -8,8 +18,22 @@ export {
   withNormalisation,
 } from './fine-tune.ts'
 export { type GuardEvent, type GuardOptions, guarded } from './guard.ts'
+export {
+  type DatasetReport,
+  type Finding,
+  type FindingKind,
+  type InspectOptions,
+  inspectDataset,
+} from './inspect.ts'
+export {
+  type EncodedLatents,
+  type EncodeLatentsOptions,
+  encodeLatents,
+  type StaleLatents,
+  writeLatents,
+} from './latent-cache.ts'
 export type { LatentBucket, LatentSource } from './latent-source.ts'
-export { encodeLatents, LatentDataset } from './latents.ts'
+export { LatentDataset } from './latents.ts'
 export { AdamW, type AdamWOptions } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
 export { presets } from './presets.ts'
@@ -23,6 +47,12 @@ export {
   type TrainEvent,
 } from './run.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
+export {
+  CachedTextEncoder,
+  type EncodedTexts,
+  type EncodeTextsOptions,
+  encodeTexts,
+} from './text-cache.ts'
 export { Trainer, type TrainerOptions } from './trainer.ts'
 export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'
 export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'

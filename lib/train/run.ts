@@ -92,6 +92,8 @@ class Run {
       })
     }
     await this.#checkpoints.restore(found)
+    // A run that was killed between a save and this had no time for it.
+    await this.#checkpoints.removeOld()
     this.#skipped = found.skipped ?? 0
     this.#rollbacks = found.rollbacks ?? 0
     this.#lastIsGood = this.#skipped + this.#rollbacks === 0
@@ -192,10 +194,18 @@ class Run {
   async #sample(step: number, write: NonNullable<RunOptions['sample']>): Promise<string[]> {
     const folder = join(this.#o.out, `samples-${step}`)
     let files: string[] = []
+    let failed: unknown
     await writeAtomically(folder, async (dir) => {
       await mkdir(dir)
-      files = (await write(step, dir)).map((file) => join(folder, relative(dir, file)))
+      const written = await write(step, dir).catch((error: unknown) => {
+        failed = error
+        throw error
+      })
+      files = written.map((file) => join(folder, relative(dir, file)))
       await rm(folder, { recursive: true, force: true })
+    }).catch((error: unknown) => {
+      // Errors of the hook are its own, not those of a file.
+      throw failed ?? error
     })
     return files
   }

@@ -254,12 +254,13 @@ class BatchCursor {
     const perEpoch = this.#data.batchCount(this.#batchSize)
     const epoch = Math.floor(step / perEpoch)
     const skip = step % perEpoch
-    if (!this.#stream || this.#next !== step || skip === 0) {
+    if (!this.#stream || this.#next !== step) {
       await this.#stream?.return(undefined)
       this.#stream = this.#data.batches({
         batchSize: this.#batchSize,
         seed: this.#seed,
         epoch,
+        epochs: Number.POSITIVE_INFINITY,
         skip,
         ...(this.#signal ? { signal: this.#signal } : {}),
       })

@@ -79,7 +79,7 @@ export class Checkpoints {
         await writeState(dir)
       })
     }
-    await this.#removeOld()
+    await this.removeOld()
     return path
   }
 
@@ -95,7 +95,8 @@ export class Checkpoints {
     }
   }
 
-  async #removeOld(): Promise<void> {
+  /** Removes the checkpoints that are no longer kept. @throws ERR_IO */
+  async removeOld(): Promise<void> {
     const all = await list(this.#out)
     const old = all.slice(0, Math.max(0, all.length - this.#keep))
     if (old.length === 0) return
