@@ -1,7 +1,7 @@
 import { engine } from './engine/engine.ts'
 import { PyraflowError } from './engine/errors.ts'
 import { type GuidanceOptions, guidanceForUnit } from './flow/guidance.ts'
-import { jumpCoefficients } from './flow/jump.ts'
+import { type JumpCoefficients, jumpCoefficients } from './flow/jump.ts'
 import { type Stages, stageSteps } from './flow/stages.ts'
 import { renoise } from './ops/renoise.ts'
 import { noisePyramid } from './pyramid/latents.ts'
@@ -55,6 +55,8 @@ export interface SampleOptions {
   /** Normalised latents [B, C, T, H, W] that the video begins with: an image, a clip, or units made earlier. */
   given?: Tensor | undefined
   framesPerUnit?: number
+  /** Other coefficients of the jumps than the matched ones (spec/method.md §6), to measure what those are good for. */
+  jump?: ((matched: JumpCoefficients) => JumpCoefficients) | undefined
   signal?: AbortSignal | undefined
 }
 
@@ -152,7 +154,8 @@ function startNoise(unit: Unit, channels: number, options: SampleOptions): Tenso
 
 /** α·Up2(latent) + β·n' (spec/method.md §6); frees the latent. */
 const jump = (latent: Tensor, unit: Unit, stage: number, options: SampleOptions) => (): Tensor => {
-  const coefficients = jumpCoefficients(options.stages, stage)
+  const matched = jumpCoefficients(options.stages, stage)
+  const coefficients = options.jump?.(matched) ?? matched
   const [b, c, t, h, w] = latent.shape as [number, number, number, number, number]
   const next = scope(() => {
     const noise = options.noise.block(unit, stage, [b, c, t, 2 * h, 2 * w])

@@ -1,0 +1,114 @@
+import { mkdir } from 'node:fs/promises'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { writeFileAtomically } from '../../lib/io/atomic.ts'
+import { type Bin, drawCharts } from '../../lib/train/run/chart.ts'
+import { describeMachine } from '../machine.ts'
+import type { Spread } from './metrics.ts'
+import { type Budget, type Line, type Result, ROWS } from './rows.ts'
+import { openWorld } from './world.ts'
+
+// The claims of the paper, measured small: node dist/bench/paper/main.js --row 3
+const USAGE = `npm run bench:paper -- --row N [options]
+  --row N         one of ${Object.keys(ROWS).join(', ')}; may be given several times
+  --seeds N       seeds of every arm, 3
+  --steps N       training steps of arms that begin with nothing, 600
+  --tuned N       training steps of arms that begin with the toy model, 200
+  --samples N     pictures or videos that distances are taken over, 256
+  --scored N      videos that the scorer reads, 48
+  --dir DIR       latents and finished arms, runs/paper: an arm that is there is not trained again
+  --out DIR       results, bench/results/paper
+  --quick         a few steps that only show that everything runs`
+
+const say = (line: string): void => void process.stderr.write(`${line}\n`)
+
+async function main(): Promise<number> {
+  const number = { type: 'string' } as const
+  const { values } = parseArgs({
+    options: {
+      row: { type: 'string', multiple: true },
+      ...{ seeds: number, steps: number, tuned: number, samples: number, scored: number },
+      dir: { type: 'string', default: 'runs/paper' },
+      out: { type: 'string', default: 'bench/results/paper' },
+      quick: { type: 'boolean', default: false },
+    },
+  })
+  const rows = values.row ?? []
+  if (rows.length === 0 || rows.some((row) => !ROWS[row])) {
+    say(USAGE)
+    return 2
+  }
+  const { quick, dir, out } = values
+  const of = (name: 'seeds' | 'steps' | 'tuned' | 'samples' | 'scored', real: number, short: number) =>
+    Number(values[name] ?? (quick ? short : real))
+  const budget: Budget = {
+    seeds: Array.from({ length: of('seeds', 3, 1) }, (_, i) => i),
+    steps: of('steps', 600, 4),
+    tunedSteps: of('tuned', 200, 4),
+    samples: of('samples', 256, 8),
+    scored: of('scored', 48, 2),
+  }
+  await mkdir(dir, { recursive: true })
+  await mkdir(out, { recursive: true })
+  const world = await openWorld(dir, { train: quick ? 80 : 800, unseen: budget.samples }, say)
+  try {
+    for (const row of rows) {
+      const began = performance.now()
+      const result = await (ROWS[row] as (typeof ROWS)[string])({ world, budget, dir, say })
+      const seconds = (performance.now() - began) / 1000
+      const machine = await describeMachine()
+      const text = JSON.stringify({ ...result, budget, seconds, machine, quick }, null, 2)
+      await writeFileAtomically(join(out, `row-${row}.json`), `${text}\n`)
+      if (result.curves) await writeFileAtomically(join(out, `row-${row}.svg`), plot(result))
+      say(`\nRow ${row}: ${result.claim}\n${table(result.lines)}\n${result.verdict}`)
+    }
+  } finally {
+    world.dispose()
+  }
+  return 0
+}
+
+/** The lines as a table in Markdown. */
+function table(lines: readonly Line[]): string {
+  const columns = Object.keys(lines[0] ?? {})
+  const cell = (value: Spread | string | number | undefined): string => {
+    if (typeof value === 'string') return value
+    if (typeof value === 'number') return value.toPrecision(3)
+    return value ? `${value.mean.toPrecision(3)} ± ${value.std.toPrecision(1)}` : ''
+  }
+  const row = (cells: readonly string[]): string => `| ${cells.join(' | ')} |`
+  return [
+    row(columns),
+    row(columns.map(() => '---')),
+    ...lines.map((line) => row(columns.map((name) => cell(line[name])))),
+  ].join('\n')
+}
+
+function plot({ curves, row }: Result): string {
+  const { x, y, arms } = curves as NonNullable<Result['curves']>
+  const series = arms.map(({ name, points }) => ({
+    name,
+    band: true,
+    dots: true,
+    bins: points.map(
+      (point): Bin => ({
+        step: Math.round(point.x / 1e9),
+        value: point.y.mean,
+        low: point.y.mean - point.y.std,
+        high: point.y.mean + point.y.std,
+        count: 1,
+      }),
+    ),
+  }))
+  return drawCharts([{ title: `row ${row}: ${y} against G${x}`, height: 220, series }])
+}
+
+main().then(
+  (code) => {
+    process.exitCode = code
+  },
+  (error: unknown) => {
+    say(error instanceof Error ? `${error.stack}` : String(error))
+    process.exitCode = 1
+  },
+)
