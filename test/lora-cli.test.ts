@@ -4,10 +4,13 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { latentNormalisation } from '../lib/models/presets.ts'
+import { Pipeline } from '../lib/pipeline.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import type { ImmediateTextEncoder } from '../lib/text/encoder.ts'
 import { FineTune, repeated } from '../lib/train/fine-tune.ts'
 import { LatentDataset } from '../lib/train/latents.ts'
+import { CachedTextEncoder, encodeTexts } from '../lib/train/text-cache.ts'
+import { Trainer } from '../lib/train/trainer.ts'
 import { compiled } from './fixtures/compiled.ts'
 import { live } from './fixtures/memory.ts'
 import { tinyLatents, writePipeline } from './fixtures/tiny.ts'
@@ -241,6 +244,29 @@ describe('a fine-tune', () => {
       code: 'ERR_CHECKPOINT',
     })
     expect(await live()).toBe(before)
+  })
+
+  test('of all weights of a published folder gives one that loads, from cached text', async () => {
+    const published = join(folder, 'flux')
+    cpSync(join(goldenFolder, 'models/flux_a'), published, { recursive: true })
+    writeClipTokenizer(join(published, 'tokenizer'))
+    writeT5Tokenizer(join(published, 'tokenizer_2'))
+    const cache = await LatentDataset.open(data)
+    await encodeTexts(published, cache.captions, join(folder, 'texts'))
+    const text = await CachedTextEncoder.open(join(folder, 'texts'))
+    const tune = await FineTune.open(published, { text, dtype: 'f32' })
+    const trainer = new Trainer({
+      ...tune.parts(cache),
+      ...{ out: join(folder, 'published-run'), steps: 1, batchSize: 4, warmupSteps: 0, captionDrop: 0.5 },
+    })
+    for await (const _ of trainer.run()) void _
+    const out = await tune.save(trainer, join(folder, 'published-model'))
+    await expect(tune.save(trainer, out)).rejects.toMatchObject({ code: 'ERR_IO' })
+    for (const thing of [trainer, tune, text, cache]) thing.dispose()
+    const pipe = await Pipeline.load(out)
+    expect(pipe.source?.variant).toBe('diffusion_transformer_384p')
+    expect(pipe.config.normalisation).toEqual(latentNormalisation.flux)
+    pipe.dispose()
   })
 
   test('sees a small data set several times over', async () => {

@@ -3,6 +3,7 @@ import { rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { TrainerOptions } from '../train/trainer.ts'
 import { type ProgressMode, say, UsageError } from './console.ts'
+import { TEXT_FOLDER } from './encode.ts'
 import { type Done, follow } from './train-progress.ts'
 import type { DitSettings } from './train-settings.ts'
 
@@ -27,7 +28,7 @@ export async function fineTune(
   const { FineTune, guarded, LatentDataset, presets, repeated, Trainer, withNormalisation } = await import(
     '../train/index.ts'
   )
-  const { WordEncoder } = await import('../text/word-encoder.ts')
+  const text = await textOf(s)
   const {
     loraRank: rank,
     loraAlpha: alpha,
@@ -40,7 +41,7 @@ export async function fineTune(
   } = s
   const tune = await FineTune.open(s.init as string, {
     ...{ dtype, variant, signal },
-    ...(s.textEncoder === undefined ? {} : { text: WordEncoder.fromPretrained(s.textEncoder) }),
+    text,
     ...(rank === undefined ? {} : { lora: { rank, alpha, targets, seed: s.seed } }),
   })
   const data = await LatentDataset.open(s.data)
@@ -69,4 +70,13 @@ export async function fineTune(
     data.dispose()
     validation?.dispose()
   }
+}
+
+/** The encoder of `--text-encoder`, else the features that lie beside the latents, else what the model folder has. */
+async function textOf({ textEncoder, data }: DitSettings) {
+  const { WordEncoder } = await import('../text/word-encoder.ts')
+  const { CachedTextEncoder } = await import('../train/text-cache.ts')
+  const cache = join(data, TEXT_FOLDER)
+  if (textEncoder !== undefined) return WordEncoder.fromPretrained(textEncoder)
+  return existsSync(cache) ? CachedTextEncoder.open(cache) : undefined
 }

@@ -148,7 +148,8 @@ function ownText({ dir, published }: ModelFolder): ImmediateTextEncoder {
     what: `fine-tuning ${dir}: text`,
     expected: 'features of the captions that were made before',
     received: 'none; its own text encoders are too slow to run in every step',
-    remedy: 'Cache the features and give them as `text`.',
+    remedy:
+      'Cache the features (`encodeTexts`, `pyraflow encode --text-encoder`) and give a CachedTextEncoder as `text`.',
   })
 }
 
