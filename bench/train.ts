@@ -55,7 +55,7 @@ async function measure(effort: Effort, data: LatentDataset, batchSize: number): 
     const begin = performance.now()
     const pause = await longestPause(() =>
       sliced(function* () {
-        const { loss } = yield* trainer.forwardSteps(0, trainer.indices(0))
+        const { loss } = yield* trainer.forwardSteps(0, trainer.batch(0))
         yield* backwardSteps(loss)
         trainer.optimizer.step(1e-4)
       }),

@@ -55,6 +55,8 @@ export interface SampleOptions {
   /** Normalised latents [B, C, T, H, W] that the video begins with: an image, a clip, or units made earlier. */
   given?: Tensor | undefined
   framesPerUnit?: number
+  /** The whole video as one unit without history, for networks trained without the temporal pyramid (§11). */
+  fullSequence?: boolean
   signal?: AbortSignal | undefined
 }
 
@@ -130,7 +132,8 @@ export async function* sampleLatents(
   }
 }
 
-function unitsToMake({ frames, framesPerUnit = 1, given }: SampleOptions): readonly Unit[] {
+function unitsToMake({ frames, framesPerUnit = 1, fullSequence, given }: SampleOptions): readonly Unit[] {
+  if (fullSequence && !given) return [{ index: 0, firstFrame: 0, frames, noiseFrame: 0, given: false }]
   const before = given?.shape[2] ?? 0
   const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= before)
   if (units[0]?.firstFrame === before) return units

@@ -13,6 +13,7 @@ import { keep, scope } from '../tensor/scope.ts'
 import { noGrad } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import type { Dataset } from './dataset.ts'
+import type { LatentBucket, LatentSource } from './latent-source.ts'
 
 interface CacheIndex {
   /** [C, T, H, W] of every clip. */
@@ -140,7 +141,7 @@ function joined(parts: Uint16Array[]): Uint16Array {
 }
 
 /** A latent cache in native memory: batches are gathered there, nothing passes through JavaScript. */
-export class LatentDataset {
+export class LatentDataset implements LatentSource {
   readonly captions: readonly string[]
   /** [C, T, H, W]. */
   readonly shape: readonly number[]
@@ -160,6 +161,10 @@ export class LatentDataset {
 
   get length(): number {
     return this.captions.length
+  }
+
+  get buckets(): readonly LatentBucket[] {
+    return [{ shape: this.shape, indices: Int32Array.from(this.captions, (_, i) => i) }]
   }
 
   /** @throws ERR_IO, ERR_CHECKPOINT when the folder is not a latent cache of this package. */
