@@ -346,7 +346,7 @@ describe('training the transformer', () => {
     const model = tinyDit({ train: true })
     const wrong: [object, string][] = [
       [{ batchSize: 3 }, 'a multiple of 4 columns'],
-      [{ sampleRatios: [1, 1] }, 'over 3 stages'],
+      [{ sampleRatios: [1, 1] }, '3 integers from 1'],
       [{ steps: 10, warmupSteps: 20 }, 'warmupSteps'],
     ]
     for (const [options, text] of wrong) {

@@ -87,15 +87,18 @@ export interface Resolved {
 export function resolveTrainerOptions(o: TrainerOptions): Resolved {
   const stages = o.stages ?? makeStages()
   const ratios = o.sampleRatios ?? (stages.count === 3 ? [1, 2, 1] : new Array<number>(stages.count).fill(1))
-  const columns = ratios.flatMap((n, k) => new Array<number>(Math.max(0, n)).fill(k))
   const whole = (n: number): boolean => Number.isSafeInteger(n) && n >= 1
-  const fits = ratios.length === stages.count && ratios.every(whole)
-  if (!fits || !whole(o.batchSize) || o.batchSize % columns.length !== 0) {
+  if (ratios.length !== stages.count || !ratios.every(whole)) {
     throw refused(
-      'batchSize',
-      `a multiple of ${columns.length} columns (sampleRatios [${ratios}] over ${stages.count} stages)`,
-      o.batchSize,
+      'sampleRatios',
+      `${stages.count} integers from 1, one over each of the stages`,
+      `[${ratios}]`,
     )
+  }
+  const columns = ratios.flatMap((n, k) => new Array<number>(n).fill(k))
+  if (!whole(o.batchSize) || o.batchSize % columns.length !== 0) {
+    const expected = `a multiple of ${columns.length} columns (sampleRatios [${ratios}])`
+    throw refused('batchSize', expected, o.batchSize)
   }
   for (const what of ['captionDrop', 'imageRatio', 'corruptRatio', 'checkpointRatio'] as const) {
     const value = o[what]
