@@ -79,7 +79,8 @@ export async function rehearseTraining(parts: Parts): Promise<RehearsedBranch[]>
     return branches
   } finally {
     optimizer.zeroGrad()
-    await rm(folder, { recursive: true, force: true })
+    // Where nothing could be written there may be nothing to remove, and the first error says more.
+    await rm(folder, { recursive: true, force: true }).catch(() => undefined)
   }
 }
 
