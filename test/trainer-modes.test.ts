@@ -144,7 +144,8 @@ describe('whole clips as the target', () => {
     for (let seed = 1; seed <= 4; seed++) {
       const direction = new Map([...values].map(([name, v], i) => [name, numbers(v.length, 100 * seed + i)]))
       let expected = 0
-      for (const [name, g] of gradients) g.forEach((x, i) => (expected += x * direction.get(name)![i]!))
+      for (const [name, g] of gradients)
+        for (const [i, x] of g.entries()) expected += x * direction.get(name)![i]!
       const eps = 2e-3
       const [ahead, back] = [await lossAt(direction, eps), await lossAt(direction, -eps)]
       const found = (ahead - back) / (2 * eps)
@@ -251,8 +252,8 @@ describe('a batch of videos and images', () => {
     const batch = first.trainer.batch(2)
     const both = await seen(first, batch, 2)
     const alone = await seen(trainerOf(half), { ...batch, parts: batch.parts.slice(0, 1) }, 2)
-    alone.clips.forEach((clips, c) => expect(both.clips[c]).toEqual(clips))
-    alone.answers.forEach((v, c) => expect(relativeL2(both.answers[c]!, v)).toBeLessThan(1e-5))
+    for (const [c, clips] of alone.clips.entries()) expect(both.clips[c]).toEqual(clips)
+    for (const [c, v] of alone.answers.entries()) expect(relativeL2(both.answers[c]!, v)).toBeLessThan(1e-5)
   })
 
   test('may take first frames of videos for images, of which nothing else is seen', async () => {
@@ -330,7 +331,7 @@ describe('options of the pairs', () => {
     const [a, b] = [await stepOf({}), await stepOf({ coupledNoise: false })]
     expect(a.loss).not.toBe(b.loss)
     // History has nothing to do with it.
-    a.clips.forEach((clips, c) => expect(b.clips[c]!.slice(0, -1)).toEqual(clips.slice(0, -1)))
+    for (const [c, clips] of a.clips.entries()) expect(b.clips[c]!.slice(0, -1)).toEqual(clips.slice(0, -1))
   })
 
   test('captionDrop replaces captions by nothing as often as asked', async () => {

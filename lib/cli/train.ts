@@ -17,6 +17,13 @@ import {
   resolveSettings,
   wholeNumber,
 } from './settings.ts'
+import {
+  addObjectiveFlags,
+  describeTrainingPlan,
+  objectiveOptions,
+  objectiveSettings,
+  sayRehearsal,
+} from './train-objective.ts'
 
 const positive = z.int().positive()
 const share = z.number().min(0).max(1)
@@ -29,6 +36,10 @@ const optimizer = z
     weightDecay: z.number().nonnegative().optional(),
     maxGradNorm: z.number().nonnegative().optional(),
     emaDecay: share.optional(),
+    /** `match` is a regular expression for names. */
+    decayGroups: z
+      .array(z.strictObject({ match: z.string(), weightDecay: z.number().nonnegative() }))
+      .optional(),
   })
   .optional()
 
@@ -67,12 +78,7 @@ const ditSettings = z.strictObject({
       gamma: z.number().positive().optional(),
     })
     .optional(),
-  sampleRatios: z.array(positive).optional(),
-  framesPerUnit: positive.default(1),
-  corruptRatio: share.default(1 / 3),
-  captionDrop: share.default(0.1),
-  posterior: z.enum(['sample', 'mean']).optional(),
-  imageRatio: share.optional(),
+  ...objectiveSettings,
 })
 
 /** Settings of `train --task vae`. */
@@ -129,10 +135,11 @@ interface TrainFlags extends CommonOptions {
   config?: string
   task?: string
   dryRun?: boolean
+  plan?: boolean
 }
 
 // Flags that are not settings of a task.
-const OWN = ['config', 'dryRun', 'json', 'progress', 'backend', 'threads']
+const OWN = ['config', 'dryRun', 'plan', 'json', 'progress', 'backend', 'threads']
 
 export function addTrain(program: Command): void {
   const command = program
@@ -145,6 +152,7 @@ export function addTrain(program: Command): void {
     )
     .option('--config <file>', 'settings as JSON; flags and PYRAFLOW_* variables go before it')
     .option('--dry-run', 'print the resolved settings and stop')
+    .option('--plan', 'dit: print what a step takes (memory, operations, time) and stop; no weights are read')
   option(command, '--data <dir>', 'latent cache (dit; see encode), or clips with captions.jsonl (vae)')
   option(command, '--out <dir>', 'folder of the run: checkpoints, metrics.jsonl, the finished model')
   option(command, '--steps <n>', 'optimizer steps', wholeNumber)
@@ -163,7 +171,7 @@ export function addTrain(program: Command): void {
     'dit: text encoder (default: one made from the words of the captions)',
   )
   option(command, '--vae <dir>', 'dit: VAE to put into the finished model folder')
-  option(command, '--caption-drop <share>', 'dit: share of captions replaced by none', anyNumber)
+  addObjectiveFlags(command)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
   option(command, '--height <px>', 'vae: and this height', wholeNumber)
   option(command, '--frames <n>', 'vae: frames of every clip', wholeNumber)
@@ -190,6 +198,10 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
   )
   if (flags.dryRun) return resultJson(settings)
   await configureEngine(flags)
+  if (flags.plan) {
+    if (settings.task === 'vae') throw new UsageError('--plan is for task dit')
+    return await planDit(settings, flags)
+  }
   const { signal, release } = interruptible()
   try {
     const done =
@@ -263,11 +275,22 @@ function trainerOptions(s: DitSettings | VaeSettings) {
     schedule,
     checkpointEvery,
   } = s
-  const optimizer = s.optimizer && (defined(s.optimizer) as AdamWOptions)
+  const { decayGroups, ...rest } = s.optimizer ?? {}
+  const groups = decayGroups?.map(({ match, weightDecay }) => ({ match: pattern(match), weightDecay }))
+  const optimizer = s.optimizer && (defined({ ...rest, decayGroups: groups }) as AdamWOptions)
   return defined({
     ...{ out, steps, batchSize, seed, learningRate, minLearningRate, warmupSteps, schedule, checkpointEvery },
     optimizer,
   })
+}
+
+/** @throws UsageError for text that is no regular expression */
+function pattern(match: string): RegExp {
+  try {
+    return new RegExp(match)
+  } catch (error) {
+    throw new UsageError(`optimizer.decayGroups: ${error instanceof Error ? error.message : String(error)}`)
+  }
 }
 
 async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
@@ -312,27 +335,57 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
   }
 }
 
+/** What a step of these settings takes, before any weights are there. */
+async function planDit(s: DitSettings, flags: TrainFlags): Promise<void> {
+  const { makeStages, measureRates, WordEncoder } = await import('../index.ts')
+  const { readConfig } = await import('../io/pretrained.ts')
+  const { networkDefaults } = await import('../models/load-network.ts')
+  const { LatentDataset, planTraining } = await import('../train/index.ts')
+  const data = await LatentDataset.open(s.data)
+  try {
+    const network = s.init ? readConfig(s.init) : (s.network ?? {})
+    const sizes = { ...networkDefaults(network), ...network }
+    const text = s.textEncoder
+      ? WordEncoder.fromPretrained(s.textEncoder)
+      : new WordEncoder(wordsOf(data.captions, sizes))
+    const { samples: _, ...objective } = objectiveOptions(s, undefined)
+    const plan = planTraining({
+      ...objective,
+      ...defined({ optimizer: trainerOptions(s).optimizer }),
+      ...{ network, dtype: s.dtype, batchSize: s.batchSize, text, rates: await measureRates(s.dtype) },
+      stages: makeStages(defined(s.stages ?? {})),
+      buckets: data.buckets.map(({ shape, indices }) => ({ shape, clips: indices.length })),
+    })
+    if (flags.json) resultJson(plan)
+    else for (const line of describeTrainingPlan(plan)) result(line)
+  } finally {
+    data.dispose()
+  }
+}
+
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
   const { LatentDataset, Trainer } = await import('../train/index.ts')
+  if (s.samples && (s.samples.vae ?? s.vae) === undefined) throw new UsageError('samples need --vae')
   const data = await LatentDataset.open(s.data)
+  const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
   const model = s.init
     ? await loadVelocityNetwork(s.init, { dtype: s.dtype, train: true })
     : createVelocityNetwork(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
   const text = s.textEncoder
     ? WordEncoder.fromPretrained(s.textEncoder)
-    : new WordEncoder(wordsOf(data.captions, model.config))
-  const { framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio } = s
+    : new WordEncoder(wordsOf([...data.captions, ...(validation?.captions ?? [])], model.config))
   const trainer = new Trainer({
     ...trainerOptions(s),
-    ...defined({ framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio }),
+    ...objectiveOptions(s, validation),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,
     text,
   } as ConstructorParameters<typeof Trainer>[0])
   try {
+    if (s.rehearse) sayRehearsal(await trainer.rehearse({ signal }))
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags)
     const folder = join(s.out, 'model')
     await trainer.save(join(folder, 'diffusion_transformer'))
@@ -340,9 +393,7 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     await writePipelineConfig(folder, s, data, trainer.stages.count)
     return { ...done, model: folder }
   } finally {
-    trainer.dispose()
-    model.dispose()
-    data.dispose()
+    for (const made of [trainer, model, data, validation]) made?.dispose()
   }
 }
 

@@ -15,6 +15,7 @@ import { ratesOf } from './schedule.ts'
 import { type Resolved, resolveTrainerOptions, type TrainerOptions } from './trainer-options.ts'
 import { type ValidationLoss, validationLoss } from './validation.ts'
 
+export type { RehearsedBranch } from './dry-run.ts'
 export type { ObjectiveOptions, TrainerOptions } from './trainer-options.ts'
 
 /**
