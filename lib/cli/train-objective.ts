@@ -1,57 +1,11 @@
 import type { Command } from 'commander'
-import { z } from 'zod'
 import type { LatentSource } from '../train/latent-source.ts'
 import type { TrainingPlan } from '../train/plan.ts'
 import type { RehearsedBranch, TrainerOptions } from '../train/trainer.ts'
 import { say } from './console.ts'
 import { anyNumber, option, wholeNumber } from './settings.ts'
 
-const positive = z.int().positive()
-const share = z.number().min(0).max(1)
-
-/** Settings of `train --task dit` that say what is learnt and how, by the names that `Trainer` has for them. */
-export const objectiveSettings = {
-  sampleRatios: z.array(positive).optional(),
-  framesPerUnit: positive.default(1),
-  temporalPyramid: z.boolean().optional(),
-  causal: z.boolean().optional(),
-  coupledNoise: z.boolean().optional(),
-  corruptRatio: share.default(1 / 3),
-  captionDrop: share.default(0.1),
-  posterior: z.enum(['sample', 'mean']).optional(),
-  imageRatio: share.optional(),
-  images: z.enum(['buckets', 'frames', 'both']).optional(),
-  maxFrames: positive.optional(),
-  rank: z.int().nonnegative().optional(),
-  syncGroup: positive.optional(),
-  checkpointRatio: share.optional(),
-  accumulate: positive.optional(),
-  /** Latent cache of clips that are not trained on. */
-  validation: z.string().optional(),
-  validateEvery: positive.optional(),
-  validationClips: positive.optional(),
-  /** Needs `vae`, unless it names one of its own. */
-  samples: z
-    .strictObject({
-      prompts: z.array(z.string()).min(1),
-      every: positive,
-      vae: z.string().optional(),
-      seed: z.int().nonnegative().optional(),
-      size: z.tuple([positive, positive, positive]).optional(),
-      steps: positive.optional(),
-      videoSteps: positive.optional(),
-      guidanceScale: z.number().nonnegative().optional(),
-      videoGuidanceScale: z.number().nonnegative().optional(),
-      shownFrames: positive.optional(),
-    })
-    .optional(),
-  /** Go through every branch before the first step. */
-  rehearse: z.boolean().default(false),
-}
-
-type ObjectiveSettings = z.output<z.ZodObject<typeof objectiveSettings>>
-
-/** Flags of the settings above that are worth one. */
+/** Flags of those settings of what is learnt and how that are worth one. */
 export function addObjectiveFlags(command: Command): void {
   option(command, '--caption-drop <share>', 'dit: share of captions replaced by none', anyNumber)
   option(command, '--image-ratio <share>', 'dit: share of samples that are images', anyNumber)
@@ -68,21 +22,22 @@ export function addObjectiveFlags(command: Command): void {
   option(command, '--rehearse', 'dit: go through every branch once before the first step')
 }
 
-/** `TrainerOptions` of the settings, without those that were not given. */
+/** What `objectiveOptions` wants to know of settings besides those that trainers have under the same names. */
+interface Settings {
+  readonly samples?: { readonly vae?: string | undefined } | undefined
+  readonly vae?: string | undefined
+}
+
+/** `TrainerOptions` of the settings called `names`, without those that were not given. */
 export function objectiveOptions(
-  s: ObjectiveSettings & { vae?: string | undefined },
+  s: Settings,
+  names: readonly string[],
   validation: LatentSource | undefined,
 ): Partial<TrainerOptions> {
-  const { rehearse: _, samples, validation: __, ...rest } = s
-  const names = Object.keys(objectiveSettings)
-  const own = Object.entries({ ...rest, validation }).filter(
-    ([name, value]) => value !== undefined && names.includes(name),
-  )
-  const vae = samples?.vae ?? s.vae
-  return {
-    ...Object.fromEntries(own),
-    ...(samples && { samples: { ...samples, vae } }),
-  } as Partial<TrainerOptions>
+  const { samples } = s
+  const all = { ...s, validation, samples: samples && { ...samples, vae: samples.vae ?? s.vae } }
+  const own = Object.entries(all).filter(([name, value]) => value !== undefined && names.includes(name))
+  return Object.fromEntries(own) as Partial<TrainerOptions>
 }
 
 /** A plan in lines for people. */

@@ -17,13 +17,7 @@ import {
   resolveSettings,
   wholeNumber,
 } from './settings.ts'
-import {
-  addObjectiveFlags,
-  describeTrainingPlan,
-  objectiveOptions,
-  objectiveSettings,
-  sayRehearsal,
-} from './train-objective.ts'
+import { addObjectiveFlags, describeTrainingPlan, objectiveOptions, sayRehearsal } from './train-objective.ts'
 
 const positive = z.int().positive()
 const share = z.number().min(0).max(1)
@@ -63,6 +57,44 @@ const shared = {
   optimizer,
 }
 
+/** Settings of `train --task dit` that say what is learnt and how, by the names that `Trainer` has for them. */
+const objectiveSettings = {
+  sampleRatios: z.array(positive).optional(),
+  framesPerUnit: positive.default(1),
+  temporalPyramid: z.boolean().optional(),
+  causal: z.boolean().optional(),
+  coupledNoise: z.boolean().optional(),
+  corruptRatio: share.default(1 / 3),
+  captionDrop: share.default(0.1),
+  posterior: z.enum(['sample', 'mean']).optional(),
+  imageRatio: share.optional(),
+  images: z.enum(['buckets', 'frames', 'both']).optional(),
+  maxFrames: positive.optional(),
+  rank: z.int().nonnegative().optional(),
+  syncGroup: positive.optional(),
+  checkpointRatio: share.optional(),
+  accumulate: positive.optional(),
+  /** Latent cache of clips that are not trained on. */
+  validation: z.string().optional(),
+  validateEvery: positive.optional(),
+  validationClips: positive.optional(),
+  /** Needs `vae`, unless it names one of its own. */
+  samples: z
+    .strictObject({
+      prompts: z.array(z.string()).min(1),
+      every: positive,
+      vae: z.string().optional(),
+      seed: z.int().nonnegative().optional(),
+      size: z.tuple([positive, positive, positive]).optional(),
+      steps: positive.optional(),
+      videoSteps: positive.optional(),
+      guidanceScale: z.number().nonnegative().optional(),
+      videoGuidanceScale: z.number().nonnegative().optional(),
+      shownFrames: positive.optional(),
+    })
+    .optional(),
+}
+
 /** Settings of `train` for the velocity network. */
 const ditSettings = z.strictObject({
   task: z.literal('dit').default('dit'),
@@ -79,6 +111,8 @@ const ditSettings = z.strictObject({
     })
     .optional(),
   ...objectiveSettings,
+  /** Go through every branch before the first step. */
+  rehearse: z.boolean().default(false),
 })
 
 /** Settings of `train --task vae`. */
@@ -118,6 +152,8 @@ const vaeSettings = z.strictObject({
     })
     .optional(),
 })
+
+const OBJECTIVE = Object.keys(objectiveSettings)
 
 type DitSettings = z.output<typeof ditSettings>
 type VaeSettings = z.output<typeof vaeSettings>
@@ -348,7 +384,7 @@ async function planDit(s: DitSettings, flags: TrainFlags): Promise<void> {
     const text = s.textEncoder
       ? WordEncoder.fromPretrained(s.textEncoder)
       : new WordEncoder(wordsOf(data.captions, sizes))
-    const { samples: _, ...objective } = objectiveOptions(s, undefined)
+    const { samples: _, ...objective } = objectiveOptions(s, OBJECTIVE, undefined)
     const plan = planTraining({
       ...objective,
       ...defined({ optimizer: trainerOptions(s).optimizer }),
@@ -378,7 +414,7 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     : new WordEncoder(wordsOf([...data.captions, ...(validation?.captions ?? [])], model.config))
   const trainer = new Trainer({
     ...trainerOptions(s),
-    ...objectiveOptions(s, validation),
+    ...objectiveOptions(s, OBJECTIVE, validation),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,
