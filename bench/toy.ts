@@ -1,9 +1,9 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { VOCABULARY } from '../examples/shapes/world.ts'
-import { writeSafetensors } from '../lib/io/safetensors.ts'
 import { WordEncoder } from '../lib/text/word-encoder.ts'
+import { writeLatents } from '../lib/train/latent-cache.ts'
 import { LatentDataset } from '../lib/train/latents.ts'
 
 export const PROMPT = 'a red circle moving right on a black background'
@@ -29,13 +29,8 @@ export async function withRandomLatents<T>(
       return (bits & 0x80ff) | 0x3e80
     })
     const logvar = new Uint16Array(size).fill(0xc0a0)
-    const dims = [count, ...shape]
-    await writeSafetensors(join(dir, 'latents.safetensors'), [
-      { name: 'mean', dtype: 'BF16', shape: dims, data: mean },
-      { name: 'logvar', dtype: 'BF16', shape: dims, data: logvar },
-    ])
-    const index = { shape, captions: new Array<string>(count).fill(PROMPT), normalisation: NORMALISATION }
-    await writeFile(join(dir, 'index.json'), JSON.stringify(index))
+    const captions = new Array<string>(count).fill(PROMPT)
+    await writeLatents(dir, { shape, mean, logvar, captions, normalisation: NORMALISATION })
     const data = await LatentDataset.open(dir)
     try {
       return await use(data)

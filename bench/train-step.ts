@@ -96,7 +96,7 @@ export async function trainStep(effort: Effort): Promise<Unnamed[]> {
 }
 
 async function measure(effort: Effort, trainer: Trainer, others: number): Promise<Unnamed[]> {
-  const plan = trainer.plan()
+  const plan = await trainer.plan()
   // The first step has the most tokens of rank 0's two, so it is the one that the plan's peak is of.
   await timeSteps(trainer, 1)
   engine.resetPeak()

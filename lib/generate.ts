@@ -9,7 +9,7 @@ import { checkLength, type Request } from './generate/resolve.ts'
 import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
 import type { Pipeline } from './pipeline.ts'
-import { decodeBudget } from './plan.ts'
+import { decodeBudget, refuseTooLarge } from './plan.ts'
 import { pixelFrames } from './pyramid/units.ts'
 import type { Tensor } from './tensor/tensor.ts'
 
@@ -32,6 +32,7 @@ export async function* generateVideos(
 ): AsyncGenerator<GenerateEvent, Video[]> {
   const { signal } = options
   const warnings: string[] = []
+  await refuseTooLarge(pipeline, (requests[0] as Request).recipe)
   const recipes = requests.map(({ recipe }) => recipe)
   const place = { model: await pipeline.modelHash(), backend: engine.device.backend }
   warnings.push(...differences(requests[0] as Request, { ...place, dtype: pipeline.dtype }))

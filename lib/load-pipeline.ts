@@ -59,7 +59,7 @@ export async function loadParts(dir: string, options: PipelineOptions): Promise<
   checkDevice(device)
   const folder = surveyFolder(dir, options)
   await checkHeaders(folder, signal)
-  const text = await openText(folder, { ...options, dtype }, fitsKept(folder, options))
+  const text = await openText(folder, { ...options, dtype }, await fitsKept(folder, options))
   let transformer: VelocityNetwork | undefined
   try {
     transformer = await loadVelocityNetwork(join(dir, folder.variant), { dtype, signal })

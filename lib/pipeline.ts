@@ -10,7 +10,7 @@ import { generateVideos } from './generate.ts'
 import { loadParts, type PipelineOptions } from './load-pipeline.ts'
 import type { CausalVideoVAE } from './models/causal-vae.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
-import { type Plan, planVideo, refuseTooLarge } from './plan.ts'
+import { type Plan, planVideo } from './plan.ts'
 import type { Rates } from './plan-seconds.ts'
 import { keep } from './tensor/scope.ts'
 import { disposeFeatures, type EncodeOptions, type TextEncoder, type TextFeatures } from './text/encoder.ts'
@@ -97,22 +97,22 @@ export class Pipeline {
    *
    * @throws ERR_OPTION; ERR_MEMORY when not even the smallest pieces of decoding fit the budget
    */
-  plan(options: GenerateOptions & { rates?: Rates } = {}): Plan {
+  async plan(options: GenerateOptions & { rates?: Rates } = {}): Promise<Plan> {
     const { rates, ...rest } = options
     const { prompt = '' } = rest
     const { recipe } = resolveOptions(this, { ...rest, prompt })[0] as Request
-    return planVideo(this, recipe, rates)
+    return await planVideo(this, recipe, rates)
   }
 
   /**
    * Starts a generation; nothing runs until it is iterated or awaited. Several videos are made one after another, so
    * that a batch takes no more memory than one. A recipe is an option set: it makes its video again.
-   * @throws ERR_OPTION; ERR_MEMORY naming the largest video that fits, when this one is beyond `maxMemory`
+   * @throws ERR_OPTION. What is beyond `maxMemory` ends it before anything is computed, with an ERR_MEMORY that names the
+   * largest video that fits.
    */
   generate(options: GenerateOptions): Generation {
     const { signal, previews = false } = options
     const requests = resolveOptions(this, options)
-    refuseTooLarge(this, (requests[0] as Request).recipe)
     return new Generation(generateVideos(this, requests, { signal, previews }), signal)
   }
 

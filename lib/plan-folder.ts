@@ -1,17 +1,19 @@
 import { join } from 'node:path'
 import { engine } from './engine/engine.ts'
 import { PyraflowError } from './engine/errors.ts'
-import { rehearse } from './engine/rehearsal.ts'
+import { Rehearsal } from './engine/rehearsal.ts'
 import type { GenerateOptions } from './generate/options.ts'
 import { readConfig } from './io/pretrained.ts'
 import type { PipelineOptions } from './load-pipeline.ts'
 import { type ModelFolder, surveyFolder, VAE_FOLDER } from './model-folder.ts'
 import { type CausalVaeConfig, CausalVideoVAE } from './models/causal-vae.ts'
-import { createVelocityNetwork } from './models/load-network.ts'
+import { velocityNetworkSteps } from './models/load-network.ts'
 import { Pipeline } from './pipeline.ts'
 import { type Plan, pipelineWeights } from './plan.ts'
 import type { Rates } from './plan-seconds.ts'
 import { Generator } from './tensor/generator.ts'
+import { sliced } from './tensor/sliced.ts'
+import type { Steps } from './tensor/tape.ts'
 import type { TextEncoder } from './text/encoder.ts'
 import { LazyPromptEncoder } from './text/lazy-encoder.ts'
 import { WordEncoder } from './text/word-encoder.ts'
@@ -22,33 +24,34 @@ import { WordEncoder } from './text/word-encoder.ts'
  *
  * @throws ERR_CHECKPOINT as `Pipeline.load`; ERR_OPTION; ERR_MEMORY
  */
-export function planFolder(
+export async function planFolder(
   dir: string,
   options: GenerateOptions & Pick<PipelineOptions, 'dtype' | 'variant'> & { rates?: Rates } = {},
-): Plan {
+): Promise<Plan> {
   const { dtype, variant, maxMemory, ...rest } = options
   const folder = surveyFolder(dir, { variant })
-  return imagined(folder, { dtype, maxMemory }).plan(rest)
+  return await (await imagined(folder, { dtype, maxMemory })).plan(rest)
 }
 
 /** A pipeline whose weights do not exist; good for plans and nothing else. */
-function imagined(
+async function imagined(
   folder: ModelFolder,
   {
     dtype = 'f32',
     keep = false,
     maxMemory,
   }: Pick<PipelineOptions, 'dtype' | 'maxMemory'> & { keep?: boolean },
-): Pipeline {
+): Promise<Pipeline> {
   const { dir, variant, config } = folder
-  return rehearse(engine, () => {
-    const vae = readConfig(join(dir, VAE_FOLDER)) as Partial<CausalVaeConfig>
-    return new Pipeline({
-      transformer: createVelocityNetwork(readConfig(join(dir, variant)), { seed: 0, dtype }),
-      vae: CausalVideoVAE.create(vae, { generator: new Generator(0), dtype }),
-      text: textOf(folder, dtype, keep),
-      ...{ config, dtype, maxMemory },
-    })
+  const { within } = new Rehearsal(engine)
+  const made = <T>(steps: () => Steps<T>): Promise<T> => sliced(steps, { grad: false, within })
+  const network = readConfig(join(dir, variant))
+  const vae = readConfig(join(dir, VAE_FOLDER)) as Partial<CausalVaeConfig>
+  return new Pipeline({
+    transformer: await made(() => velocityNetworkSteps(network, { seed: 0, dtype })),
+    vae: await made(() => CausalVideoVAE.createSteps(vae, { generator: new Generator(0), dtype })),
+    text: textOf(folder, dtype, keep),
+    ...{ config, dtype, maxMemory },
   })
 }
 
@@ -62,9 +65,9 @@ function textOf({ dir, published }: ModelFolder, dtype: 'f32' | 'bf16', keep: bo
  *
  * @throws ERR_MEMORY when not even the other weights fit
  */
-export function fitsKept(folder: ModelFolder, { dtype, maxMemory }: PipelineOptions): boolean {
+export async function fitsKept(folder: ModelFolder, { dtype, maxMemory }: PipelineOptions): Promise<boolean> {
   if (maxMemory === undefined) return false
-  const { transformer, vae } = pipelineWeights(imagined(folder, { dtype, maxMemory }))
+  const { transformer, vae } = pipelineWeights(await imagined(folder, { dtype, maxMemory }))
   if (transformer + vae > maxMemory) {
     throw new PyraflowError('ERR_MEMORY', {
       what: `weights of ${folder.dir}`,
@@ -75,7 +78,8 @@ export function fitsKept(folder: ModelFolder, { dtype, maxMemory }: PipelineOpti
   }
   if (!folder.published) return false
   try {
-    return imagined(folder, { dtype, maxMemory, keep: true }).plan().bytes.peak <= maxMemory
+    const kept = await imagined(folder, { dtype, maxMemory, keep: true })
+    return (await kept.plan()).bytes.peak <= maxMemory
   } catch (error) {
     if (error instanceof PyraflowError && error.code === 'ERR_MEMORY') return false
     throw error

@@ -1,6 +1,6 @@
 import { engine } from './engine/engine.ts'
 import { PyraflowError } from './engine/errors.ts'
-import { type Lap, rehearse } from './engine/rehearsal.ts'
+import { type Lap, Rehearsal } from './engine/rehearsal.ts'
 import { denormaliseLatents } from './flow/normalise.ts'
 import type { Recipe } from './generate/recipe.ts'
 import { stepFlops, type UnitTokens, unitTokens } from './generate/tokens.ts'
@@ -13,8 +13,9 @@ import { secondsOf } from './plan-seconds.ts'
 import { LatentHistory } from './sample/latent-history.ts'
 import { PromptRows } from './sample/prompt-rows.ts'
 import { StageRun } from './sample/stage-run.ts'
-import { keep, scope } from './tensor/scope.ts'
-import { drain, noGrad } from './tensor/tape.ts'
+import { keep } from './tensor/scope.ts'
+import { sliced } from './tensor/sliced.ts'
+import type { Steps } from './tensor/tape.ts'
 import { Tensor } from './tensor/tensor.ts'
 import type { TextFeatures } from './text/encoder.ts'
 
@@ -32,7 +33,13 @@ export interface PlannedBytes {
   readonly frames: number
   /** All weights, the largest phase and the frames. */
   readonly peak: number
+  /** About what the system will show for the process: the peak, freed blocks kept for reuse, and Node.js itself. */
+  readonly process: number
 }
+
+// The allocator's allowance (allocator.cc), and Node.js with the addon as they were measured.
+const KEPT_BLOCKS = 2 ** 28
+const NODE = 120 * 2 ** 20
 
 /** What a generation is going to take; nothing was allocated to find out. */
 export interface Plan {
@@ -98,14 +105,14 @@ export function decodeBudget(pipeline: Pipeline, recipe: Pick<Recipe, 'maxMemory
  *
  * @throws ERR_MEMORY when even the smallest pieces of decoding are beyond the budget
  */
-export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Plan {
+export async function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Promise<Plan> {
   const { width, height, frames, dtype } = recipe
   const tokens = unitTokens(pipeline, recipe)
   const prompts =
     new Set([recipe.prompt, ...(recipe.promptChanges ?? []).map(({ prompt }) => prompt)]).size + 1
   const text = pipeline.text.memory?.(prompts) ?? { kept: 0, peak: 0, flops: 0 }
   const weights = pipelineWeights(pipeline)
-  const phases = rehearsePhases(pipeline, recipe, { prompts, last: tokens.at(-1) as UnitTokens })
+  const phases = await rehearsePhases(pipeline, recipe, { prompts, last: tokens.at(-1) as UnitTokens })
   const denoise = tokens.map((t) => stepFlops(pipeline, t))
   const linear = denoise.reduce((n, { linear: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
   const attention = denoise.reduce((n, { attention: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
@@ -115,6 +122,7 @@ export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Pl
   const finished = (frames + unit) * width * height * 3
   const kept = weights.transformer + weights.vae + weights.text
   const largest = Math.max(text.peak, phases.denoise, phases.decode)
+  const peak = kept + largest + finished
   return {
     ...{ width, height, frames, dtype, tokens },
     flops: {
@@ -125,7 +133,8 @@ export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Pl
     },
     bytes: {
       ...{ weights, text: text.peak, denoise: phases.denoise, decode: phases.decode, frames: finished },
-      peak: kept + largest + finished,
+      peak,
+      process: peak + Math.min(largest, KEPT_BLOCKS) + NODE,
     },
     pieces: phases.pieces,
     ...(rates && { seconds: secondsOf({ text: text.flops, linear, attention, decode }, rates) }),
@@ -134,103 +143,101 @@ export function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Pl
 
 // The whole of a generation with its middle left out: the first unit's frames, another's, the last unit's last stage
 // and its frames, in the order and with the tensors that `generateVideos` has. Nothing is computed.
-function rehearsePhases(
+async function rehearsePhases(
   pipeline: Pipeline,
   recipe: Recipe,
   { prompts, last }: { prompts: number; last: UnitTokens },
-): Phases {
+): Promise<Phases> {
   const { transformer, vae, text, config, dtype, stages } = pipeline
   const f = config.framesPerUnit ?? 1
   const [h, w] = [recipe.height / vae.spatialFactor, recipe.width / vae.spatialFactor]
   const channels = transformer.latentChannels
-  const budget = decodeBudget(pipeline, recipe)
-  return rehearse(engine, (lap) =>
-    noGrad(() => {
-      const made: { dispose(): void }[] = []
-      const own = <T extends { dispose(): void }>(x: T): T => {
-        made.push(x)
-        return x
-      }
-      const tensor = (shape: readonly number[], type: 'f32' | 'bf16' = 'f32'): Tensor =>
-        own(keep(Tensor.empty(shape, type)))
-      const textType = text.memory ? dtype : 'f32'
-      const features = (): TextFeatures => ({
-        embeds: tensor([1, text.maxLength, text.jointDim], textType),
-        mask: [new Array<number>(text.maxLength).fill(1)],
-        pooled: tensor([1, text.pooledDim], textType),
-      })
+  const { lap, within } = new Rehearsal(engine)
+  const made: { dispose(): void }[] = []
+  const own = <T extends { dispose(): void }>(x: T): T => {
+    made.push(x)
+    return x
+  }
+  const tensor = (shape: readonly number[], type: 'f32' | 'bf16' = 'f32'): Tensor =>
+    own(keep(Tensor.empty(shape, type)))
+  const textType = text.memory ? dtype : 'f32'
+  const features = (): TextFeatures => ({
+    embeds: tensor([1, text.maxLength, text.jointDim], textType),
+    mask: [new Array<number>(text.maxLength).fill(1)],
+    pooled: tensor([1, text.pooledDim], textType),
+  })
+  const latentOf = (frames: number): Tensor => tensor([1, channels, frames, h, w])
+  const stream = vae.decodeStream({ maxMemory: decodeBudget(pipeline, recipe) })
+  const history = new LatentHistory(stages.count, f)
+  const decode = async (latent: Tensor, begins: boolean): Promise<Lap> => {
+    const steps = function* (): Steps<Tensor> {
+      const z = cast(denormaliseLatents(latent, config.normalisation, begins), dtype)
+      return framesEncode(yield* stream.pushSteps(z))
+    }
+    const bytes = await sliced(steps, { grad: false, within })
+    within(() => bytes.dispose())
+    return lap()
+  }
+  const append = (unit: number): Tensor =>
+    within(() => {
+      const latent = latentOf(unit === 0 ? 1 : f)
+      history.append(latent)
+      return latent
+    })
+  try {
+    const both = within(() => {
+      own(stream)
+      own(history)
       const each = Array.from({ length: prompts }, features)
-      const rows = own(new PromptRows(each[0]))
-      const both = rows.of(each[1] as TextFeatures, last.sequences > 1)
-      const stream = own(vae.decodeStream({ maxMemory: budget }))
-      const history = own(new LatentHistory(stages.count, f))
-      const decode = (latent: Tensor, begins: boolean): Lap => {
-        const bytes = scope(() => {
-          const z = cast(denormaliseLatents(latent, config.normalisation, begins), dtype)
-          return framesEncode(drain(stream.pushSteps(z)))
-        })
-        bytes.dispose()
-        return lap()
-      }
-      const latentOf = (frames: number): Tensor => tensor([1, channels, frames, h, w])
-      try {
-        let first: Lap | undefined
-        let later: Lap | undefined
-        for (let unit = 0; unit < last.unit; unit++) {
-          const latent = latentOf(unit === 0 ? 1 : f)
-          history.append(latent)
-          if (unit === 0) first = decode(latent, true)
-          // From the second on every unit is decoded alike.
-          if (unit === 1) later = decode(latent, false)
-        }
-        lap()
-        const scale = 2 ** (stages.count - 1 - last.stage)
-        const began = keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale]))
-        const place = {
-          unit: last.unit,
-          stage: last.stage,
-          began,
-          clips: history.clips(last.unit, last.stage),
-        }
-        const run = own(
-          new StageRun({
-            ...{
-              model: transformer,
-              prompts: both,
-              guidance: 1,
-              guided: last.sequences > 1,
-              job: 0,
-              ...place,
-            },
-            ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
-          }),
-        )
-        const latent = own(keep(run.queueStep()))
-        const step = lap()
-        const frames = decode(latent, last.unit === 0)
-        first ??= frames
-        later ??= frames
-        return {
-          denoise: step.peak,
-          decode: Math.max(first.peak, later.peak, frames.peak),
-          firstFlops: first.flops,
-          laterFlops: later.flops,
-          pieces: stream.pieces,
-        }
-      } finally {
-        for (const x of made) x.dispose()
-      }
-    }),
-  )
+      return own(new PromptRows(each[0])).of(each[1] as TextFeatures, last.sequences > 1)
+    })
+    let first: Lap | undefined
+    let later: Lap | undefined
+    for (let unit = 0; unit < last.unit; unit++) {
+      const latent = append(unit)
+      if (unit === 0) first = await decode(latent, true)
+      // From the second on every unit is decoded alike.
+      if (unit === 1) later = await decode(latent, false)
+    }
+    lap()
+    const scale = 2 ** (stages.count - 1 - last.stage)
+    const run = within(() => {
+      const began = keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale]))
+      const clips = history.clips(last.unit, last.stage)
+      return own(
+        new StageRun({
+          ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, job: 0 },
+          ...{ unit: last.unit, stage: last.stage, began, clips },
+          ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
+        }),
+      )
+    })
+    const latent = own(await sliced(() => run.firstStep(), { grad: false, within }))
+    const step = lap()
+    const frames = await decode(latent, last.unit === 0)
+    first ??= frames
+    later ??= frames
+    return {
+      denoise: step.peak,
+      decode: Math.max(first.peak, later.peak, frames.peak),
+      firstFlops: first.flops,
+      laterFlops: later.flops,
+      pieces: stream.pieces,
+    }
+  } finally {
+    within(() => {
+      for (const x of made) x.dispose()
+    })
+  }
 }
 
 /** @throws ERR_MEMORY naming the largest setting that fits, when a video does not fit the pipeline's limit */
-export function refuseTooLarge(pipeline: Pipeline, recipe: Recipe): void {
+export async function refuseTooLarge(pipeline: Pipeline, recipe: Recipe): Promise<void> {
   const { maxMemory } = pipeline
   if (maxMemory === undefined) return
-  const needed = peakOf(pipeline, recipe)
+  const needed = await peakOf(pipeline, recipe)
   if (needed !== undefined && needed <= maxMemory) return
-  const fits = largestThatFits(pipeline, recipe)
+  const fits = await largestThatFits(pipeline, recipe)
   throw new PyraflowError('ERR_MEMORY', {
     what: `a video of ${recipe.width}×${recipe.height} with ${recipe.frames} frames`,
     expected: `to fit in maxMemory, ${gib(maxMemory)}`,
@@ -244,9 +251,9 @@ export function refuseTooLarge(pipeline: Pipeline, recipe: Recipe): void {
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
 
 /** Undefined when not even the smallest pieces of decoding fit. */
-function peakOf(pipeline: Pipeline, recipe: Recipe): number | undefined {
+async function peakOf(pipeline: Pipeline, recipe: Recipe): Promise<number | undefined> {
   try {
-    return planVideo(pipeline, recipe).bytes.peak
+    return (await planVideo(pipeline, recipe)).bytes.peak
   } catch (error) {
     if (error instanceof PyraflowError && error.code === 'ERR_MEMORY') return undefined
     throw error
@@ -254,22 +261,22 @@ function peakOf(pipeline: Pipeline, recipe: Recipe): number | undefined {
 }
 
 // As many frames as fit of the size asked for, else of the next smaller one that the model knows.
-function largestThatFits(pipeline: Pipeline, recipe: Recipe): Recipe | undefined {
+async function largestThatFits(pipeline: Pipeline, recipe: Recipe): Promise<Recipe | undefined> {
   const area = (size: readonly number[]): number => (size[0] as number) * (size[1] as number)
   const asked: [number, number] = [recipe.width, recipe.height]
   const smaller = (pipeline.config.sizes ?? []).filter((size) => area(size) < area(asked))
   const step = pipeline.vae.temporalFactor * (pipeline.config.framesPerUnit ?? 1)
   for (const [width, height] of [asked, ...smaller.sort((a, b) => area(b) - area(a))]) {
     const sized = { ...recipe, width, height }
-    const fits = (units: number): boolean => {
-      const peak = peakOf(pipeline, { ...sized, frames: 1 + units * step })
+    const fits = async (units: number): Promise<boolean> => {
+      const peak = await peakOf(pipeline, { ...sized, frames: 1 + units * step })
       return peak !== undefined && peak <= (pipeline.maxMemory as number)
     }
-    if (!fits(0)) continue
+    if (!(await fits(0))) continue
     let [low, high] = [0, Math.ceil((recipe.frames - 1) / step) + 1]
     while (high - low > 1) {
       const middle = (low + high) >> 1
-      if (fits(middle)) low = middle
+      if (await fits(middle)) low = middle
       else high = middle
     }
     return { ...sized, frames: 1 + low * step }

@@ -129,7 +129,8 @@ describe('train', () => {
     ...{ data: join(folder, 'latents'), validation: join(folder, 'held'), out: join(folder, 'run') },
     ...{ network, steps: 2, batchSize: 4, accumulate: 1, validateEvery: 1, imageRatio: 0.25 },
     optimizer: { decayGroups: [{ match: '^norm', weightDecay: 0.1 }] },
-    samples: { prompts: ['a red circle'], every: 1, vae: join(folder, 'vae'), steps: 1, videoSteps: 1 },
+    ...{ samplePrompts: ['a red circle'], sampleEvery: 1, vae: join(folder, 'vae') },
+    sampleOptions: { steps: 1, videoSteps: 1 },
   }
   const write = (extra: object = {}): void => writeFileSync(config, JSON.stringify({ ...settings, ...extra }))
   beforeAll(async () => {
@@ -164,7 +165,7 @@ describe('train', () => {
 
   it.each([
     [{ optimizer: { decayGroups: [{ match: '(', weightDecay: 1 }] } }, /decayGroups/],
-    [{ samples: { prompts: ['a'], every: 1 } }, /samples need --vae/],
+    [{ sampleOptions: { stepps: 1 } }, /did you mean "steps"/],
     [{ imageRatio: 2 }, /imageRatio/],
   ])('%o is a usage error', (extra, why) => {
     write(extra)

@@ -288,7 +288,9 @@ describe('a data set', () => {
   })
 
   test('rejects a folder without captions and captions without lines', async () => {
-    await expect(openDataset(dir, wanted)).rejects.toEqual(codeOf('ERR_IO', /captions\.jsonl.*ENOENT/))
+    await expect(openDataset(dir, wanted)).rejects.toEqual(
+      codeOf('ERR_IO', /captions\.jsonl with a line.*\.txt/),
+    )
     await expect(openDataset(await folder(['', ' ']), wanted)).rejects.toEqual(
       codeOf('ERR_IO', /no caption lines/),
     )
@@ -299,6 +301,7 @@ describe('a data set', () => {
     const lines = names.map((video, i) => JSON.stringify({ video, text: `clip ${i}`, speed: i }))
     const data = await openDataset(await folder(lines, names), {
       ...wanted,
+      short: 'repeat',
       backend: fakeBackend(),
     })
     expect(data.length).toBe(10)
@@ -319,6 +322,7 @@ describe('a data set', () => {
   test('repeats short clips up to the wanted number of frames', async () => {
     const data = await openDataset(await folder(['{"video": "a.mp4", "text": "x"}']), {
       ...wanted,
+      short: 'repeat',
       backend: fakeBackend(),
     })
     const frames = await data.load(0)

@@ -178,8 +178,11 @@ test('loading 2000 tensors does not keep the event loop for 10 ms', async () => 
   })
   await writeSafetensors(`${dir}.safetensors`, tensors)
   const load = () =>
-    Weights.load(`${dir}.safetensors`, { dtype: 'bf16', ignorePrefixes: [] }, (w) => {
-      for (let i = 0; i < 2000; i++) w.get(`layers.${i}.weight`, shape, 'zeros', { matrix: true })
+    Weights.load(`${dir}.safetensors`, { dtype: 'bf16', ignorePrefixes: [] }, function* (w) {
+      for (let i = 0; i < 2000; i++) {
+        w.get(`layers.${i}.weight`, shape, 'zeros', { matrix: true })
+        yield
+      }
       return w
     })
   ;(await load()).dispose()

@@ -1,19 +1,22 @@
-import { mkdtempSync, rmSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { monitorEventLoopDelay } from 'node:perf_hooks'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
 import type { PyraflowError } from '../lib/engine/errors.ts'
 import { rehearse } from '../lib/engine/rehearsal.ts'
-import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
+import { CAUSAL_VAE_DEFAULTS, CausalVideoVAE } from '../lib/models/causal-vae.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { PyramidDiffusionMMDiT } from '../lib/models/dit-mmdit.ts'
+import { miniFluxConfig } from '../lib/models/presets.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import { planFolder } from '../lib/plan-folder.ts'
 import { measureRates } from '../lib/plan-seconds.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
+import { WordEncoder } from '../lib/text/word-encoder.ts'
 import { tinyText, writePipeline } from './fixtures/tiny.ts'
 
 const PROMPT = 'a red circle'
@@ -102,7 +105,7 @@ describe('a plan', () => {
     test(`knows the memory of denoising and decoding to a tenth, in ${dtype}`, async () => {
       const pipe = small(dtype)
       for (const size of sizes) {
-        const { bytes } = pipe.plan(size)
+        const { bytes } = await pipe.plan(size)
         const real = await measured(pipe, size)
         close(bytes.denoise, real.denoise)
         close(bytes.decode, real.decode)
@@ -114,10 +117,10 @@ describe('a plan', () => {
   test('knows it of the SD3 variant, and of decoding in pieces', async () => {
     const pipe = small('f32', 'mmdit')
     const size = { width: 256, height: 192, frames: 17 }
-    close(pipe.plan(size).bytes.denoise, (await measured(pipe, size)).denoise)
-    const whole = pipe.plan(size).bytes.decode
+    close((await pipe.plan(size)).bytes.denoise, (await measured(pipe, size)).denoise)
+    const whole = (await pipe.plan(size)).bytes.decode
     const tight = { ...size, maxMemory: Math.round(0.6 * whole) }
-    const plan = pipe.plan(tight)
+    const plan = await pipe.plan(tight)
     expect(plan.pieces).not.toEqual({ tile: null, window: null })
     expect(plan.bytes.decode).toBeLessThan(tight.maxMemory)
     close(plan.bytes.decode, (await measured(pipe, tight)).decode)
@@ -129,12 +132,12 @@ describe('a plan', () => {
     await engine.idle()
     const before = engine.memory().live
     engine.resetPeak()
-    const planned = planFolder(model, options)
+    const planned = await planFolder(model, options)
     await engine.idle()
     expect(engine.memory()).toMatchObject({ live: before, peak: before })
     const pipe = await Pipeline.load(model, { dtype: 'bf16' })
     const { dtype: _, ...rest } = options
-    expect(pipe.plan(rest)).toEqual(planned)
+    expect(await pipe.plan(rest)).toEqual(planned)
     const { weights, denoise, decode, text, frames, peak } = planned.bytes
     expect(peak).toBe(
       weights.transformer + weights.vae + weights.text + Math.max(denoise, decode, text) + frames,
@@ -142,8 +145,37 @@ describe('a plan', () => {
     pipe.dispose()
   })
 
-  test('counts tokens as the history rule has them, and steps as they are asked for', () => {
-    const { tokens, flops } = planFolder(model, { frames: 25, steps: [3, 2, 1] })
+  test('of a network of full size does not keep the event loop for 10 ms', async () => {
+    const full = join(folder, 'full')
+    const configs = {
+      diffusion_transformer: {
+        ...{ _class_name: 'PyramidFluxTransformer', ...miniFluxConfig },
+        joint_attention_dim: 768, // of the stand-in for the text encoder
+      },
+      causal_video_vae: { _class_name: 'CausalVideoVAE', ...CAUSAL_VAE_DEFAULTS },
+    }
+    for (const [name, config] of Object.entries(configs)) {
+      mkdirSync(join(full, name), { recursive: true })
+      writeFileSync(join(full, name, 'config.json'), JSON.stringify(config))
+    }
+    await new WordEncoder({ vocabulary: ['red'], dim: 768, maxLength: 8, seed: 1 }).save(
+      join(full, 'text_encoder'),
+    )
+    const pauses: number[] = []
+    for (let trial = 0; trial < 5; trial++) {
+      const delay = monitorEventLoopDelay({ resolution: 1 })
+      delay.enable()
+      await planFolder(full, { dtype: 'bf16', seconds: 5 })
+      delay.disable()
+      pauses.push(delay.max / 1e6)
+    }
+    const best = Math.min(...pauses)
+    console.log(`a plan at full size: longest pause ${best.toFixed(1)} ms in the best of 5 runs`)
+    expect(best).toBeLessThan(10)
+  })
+
+  test('counts tokens as the history rule has them, and steps as they are asked for', async () => {
+    const { tokens, flops } = await planFolder(model, { frames: 25, steps: [3, 2, 1] })
     // 64×64 pixels are 8×8 latents: 1, 4 and 16 tokens a frame at the three stages.
     const counts = tokens.map(({ unit, stage, steps, history, current }) => [
       unit,
@@ -164,7 +196,7 @@ describe('a plan', () => {
     ])
     expect(tokens.every(({ sequences, text }) => sequences === 2 && text === 6)).toBe(true)
     // Twice the frames after the first; the text is the same, and outweighs such small frames.
-    const longer = planFolder(model, { frames: 49, steps: [3, 2, 1] }).flops
+    const longer = (await planFolder(model, { frames: 49, steps: [3, 2, 1] })).flops
     expect(longer.denoise).toBeGreaterThan(1.8 * flops.denoise)
     expect(longer.decode).toBeGreaterThan(1.9 * flops.decode)
   })
@@ -172,35 +204,31 @@ describe('a plan', () => {
   test('estimates seconds where the rates of the machine are given', async () => {
     const rates = await measureRates('bf16')
     expect(Object.values(rates).every((rate) => rate > 1e8)).toBe(true)
-    const { seconds } = planFolder(model, { frames: 9, rates })
+    const { seconds } = await planFolder(model, { frames: 9, rates })
     expect(seconds?.total).toBeGreaterThan(0)
     const twice = { matmul: 2 * rates.matmul, attention: 2 * rates.attention, conv: 2 * rates.conv }
-    expect(planFolder(model, { frames: 9, rates: twice }).seconds?.total).toBeCloseTo(
-      (seconds?.total ?? 0) / 2,
-    )
+    const half = (await planFolder(model, { frames: 9, rates: twice })).seconds
+    expect(half?.total).toBeCloseTo((seconds?.total ?? 0) / 2)
   })
 
   test('refuses, before anything is computed, a video that is beyond the limit, and names the largest that fits', async () => {
     const free = await Pipeline.load(model)
-    const { peak } = free.plan({ frames: 49 }).bytes
-    const [limit, small] = [Math.ceil(1.01 * peak), free.plan({ frames: 1 }).bytes.peak]
+    const { peak } = (await free.plan({ frames: 49 })).bytes
+    const [limit, small] = [Math.ceil(1.01 * peak), (await free.plan({ frames: 1 })).bytes.peak]
     free.dispose()
     const pipe = await Pipeline.load(model, { maxMemory: limit })
-    expect(() => pipe.generate({ prompt: PROMPT, frames: 4001 })).toThrow(
-      expect.objectContaining({
-        code: 'ERR_MEMORY',
-        message: expect.stringMatching(/largest that fits is 64×64 with \d+ frames/),
-      }),
-    )
-    let remedy = ''
-    try {
-      pipe.generate({ prompt: PROMPT, frames: 4001 })
-    } catch (error) {
-      remedy = (error as PyraflowError).remedy ?? ''
-    }
+    const refused = await pipe
+      .generate({ prompt: PROMPT, frames: 4001 })
+      .result()
+      .catch((error: unknown) => error)
+    expect(refused).toMatchObject({
+      code: 'ERR_MEMORY',
+      message: expect.stringMatching(/largest that fits is 64×64 with \d+ frames/),
+    })
+    const { remedy = '' } = refused as PyraflowError
     const frames = Number(/with (\d+) frames/.exec(remedy)?.[1])
     expect(frames).toBeGreaterThanOrEqual(49)
-    expect(pipe.plan({ frames }).bytes.peak).toBeLessThanOrEqual(limit)
+    expect((await pipe.plan({ frames })).bytes.peak).toBeLessThanOrEqual(limit)
     expect((await pipe.generate({ prompt: PROMPT, frames: 9 }).result()).count).toBe(9)
     pipe.dispose()
     const tight = await Pipeline.load(model, { maxMemory: small / 4 }).catch((error: unknown) => error)

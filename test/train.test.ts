@@ -2,27 +2,15 @@ import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, test } from 'vitest'
-import { normaliseLatents } from '../lib/flow/normalise.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
-import { framesDecode } from '../lib/ops/frames.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
-import { noGrad } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
-import { encodeLatents, LatentDataset } from '../lib/train/latents.ts'
+import type { LatentDataset } from '../lib/train/latents.ts'
 import { AdamW } from '../lib/train/optimizer.ts'
 import type { TrainEvent } from '../lib/train/run.ts'
 import { learningRates } from '../lib/train/schedule.ts'
 import { VaeTrainer } from '../lib/train/vae-trainer.ts'
-import {
-  CAPTIONS,
-  fakeClips,
-  numbers,
-  tinyDit,
-  tinyLatents,
-  tinyText,
-  tinyTrainer,
-  tinyVae,
-} from './fixtures/tiny.ts'
+import { fakeClips, numbers, tinyDit, tinyLatents, tinyText, tinyTrainer, tinyVae } from './fixtures/tiny.ts'
 import { golden, maxAbsolute, relativeL2 } from './golden.ts'
 import { live } from './gradcheck.ts'
 
@@ -302,7 +290,7 @@ describe('training the transformer', () => {
     const { trainer, model } = tinyTrainer({ data, out, steps: 5, checkpointEvery: 1 })
     const events = await collect(trainer.run())
     expect(events.filter((e) => e.type === 'checkpoint').map((e) => e.step)).toEqual([1, 2, 3, 4, 5])
-    expect(readdirSync(out).sort()).toEqual(['checkpoint-4', 'checkpoint-5', 'metrics.jsonl'])
+    expect(readdirSync(out).sort()).toEqual(['checkpoint-4', 'checkpoint-5', 'loss.svg', 'metrics.jsonl'])
     const lines = readFileSync(join(out, 'metrics.jsonl'), 'utf8').trim().split('\n')
     expect(lines.map((line) => JSON.parse(line))).toEqual(events.filter((e) => e.type === 'step'))
     const ema = trainer.optimizer.emaTensors()
@@ -425,65 +413,6 @@ describe('training the VAE', () => {
       ).toThrow(expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringContaining('crop') }))
     }
     model.dispose()
-  })
-})
-
-describe('the latent cache', () => {
-  test('gives back the posteriors that the VAE gave, normalised to zero mean and unit variance', async () => {
-    const { data } = fakeClips(['0.mp4', '1.mp4', '2.mp4'])
-    const vae = tinyVae()
-    const out = join(folder, 'latents')
-    const progress: number[] = []
-    await encodeLatents(vae, data, out, { onProgress: (done) => progress.push(done) })
-    expect(progress).toEqual([1, 2, 3])
-    const cache = await LatentDataset.open(out)
-    expect([...cache.captions]).toEqual(CAPTIONS.slice(0, 3))
-    expect(cache.shape).toEqual([16, 2, 4, 4])
-    const order = [2, 0]
-    const { mean, logvar } = scope(() => cache.gather(order))
-    for (const [row, i] of order.entries()) {
-      const clip = Tensor.from(await data.load(i), [1, 9, 32, 32, 3])
-      const posterior = noGrad(() => scope(() => vae.encode(framesDecode(clip))))
-      const size = posterior.mean.size
-      const row_ = (x: Float32Array): Float32Array => x.subarray(row * size, (row + 1) * size)
-      expect(row_(await mean.floats())).toEqual((await posterior.mean.floats()).map(nearestBf16))
-      expect(row_(await logvar.floats())).toEqual((await posterior.logvar.floats()).map(nearestBf16))
-    }
-    const all = scope(() => normaliseLatents(cache.gather([0, 1, 2]).mean, cache.normalisation))
-    const values = await all.floats()
-    for (const first of [true, false]) {
-      const part = [...values].filter((_, i) => (Math.floor(i / 16) % 2 === 0) === first)
-      expect(average(part)).toBeCloseTo(0, 3)
-      expect(average(part.map((v) => v * v))).toBeCloseTo(1, 3)
-    }
-    cache.dispose()
-    vae.dispose()
-  })
-
-  test('is refused when it is missing or does not fit its index', async () => {
-    await expect(LatentDataset.open(join(folder, 'nowhere'))).rejects.toMatchObject({
-      code: 'ERR_IO',
-      message: expect.stringContaining('pyraflow encode'),
-    })
-    const dir = join(folder, 'wrong-latents')
-    ;(await tinyLatents(dir)).dispose()
-    const { writeFileSync } = await import('node:fs')
-    const index = JSON.parse(readFileSync(join(dir, 'index.json'), 'utf8'))
-    writeFileSync(join(dir, 'index.json'), JSON.stringify({ ...index, captions: ['a'] }))
-    await expect(LatentDataset.open(dir)).rejects.toMatchObject({ code: 'ERR_CHECKPOINT' })
-    writeFileSync(join(dir, 'index.json'), '{')
-    await expect(LatentDataset.open(dir)).rejects.toMatchObject({ name: 'PyraflowError' })
-  })
-
-  test('leaves nothing under the final names when encoding is aborted', async () => {
-    const { data } = fakeClips(['0.mp4', '1.mp4'])
-    const vae = tinyVae()
-    const stop = new AbortController()
-    const out = join(folder, 'aborted-latents')
-    const encoding = encodeLatents(vae, data, out, { signal: stop.signal, onProgress: () => stop.abort() })
-    await expect(encoding).rejects.toMatchObject({ code: 'ERR_ABORTED' })
-    expect(readdirSync(out)).toEqual([])
-    vae.dispose()
   })
 })
 

@@ -518,7 +518,7 @@ describe('memory and updates', () => {
     const path = join(folder, 'groups.safetensors')
     await writeSafetensors(path, optimizer.stateTensors())
     const other = make({})
-    other.optimizer.restore(path, 1)
+    await other.optimizer.restore(path, 1)
     for (const [i, p] of [...other.parameters.values()].entries())
       expect((await p.floats())[0], names[i]).toBeCloseTo(expected[i]!, 6)
     for (const { optimizer: o, parameters: all } of [{ optimizer, parameters }, other]) {

@@ -26,6 +26,10 @@ const { values: args } = parseArgs({
     steps: { type: 'string', default: '12000' },
     batch: { type: 'string', default: '40' },
     dtype: { type: 'string', default: 'bf16' },
+    /** Begin the transformer with the weights of this model folder. */
+    from: { type: 'string' },
+    'image-ratio': { type: 'string', default: '0.5' },
+    'learning-rate': { type: 'string', default: '1e-3' },
     only: { type: 'string', default: 'clips,vae,encode,dit,export' },
     seed: { type: 'string', default: '1' },
   },
@@ -109,11 +113,10 @@ async function trainDit(): Promise<void> {
   const data = await LatentDataset.open(latents)
   const text = new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 })
   const generator = new Generator(seed).stream('dit')
-  const model = PyramidFluxTransformer.create(ditConfig, {
-    seed: Number(generator.streamId >> 12n),
-    dtype,
-    train: true,
-  })
+  const how = { dtype, train: true } as const
+  const model = args.from
+    ? await PyramidFluxTransformer.fromPretrained(join(args.from, 'diffusion_transformer'), how)
+    : PyramidFluxTransformer.create(ditConfig, { seed: Number(generator.streamId >> 12n), ...how })
   const trainer = new Trainer({
     model,
     data,
@@ -123,10 +126,10 @@ async function trainDit(): Promise<void> {
     batchSize: Number(args.batch),
     // Outlines are drawn in the first frame and mostly at full size: most samples are spent there.
     sampleRatios: [1, 2, 2],
-    imageRatio: 0.5,
+    imageRatio: Number(args['image-ratio']),
     posterior: 'mean',
     seed,
-    learningRate: 1e-3,
+    learningRate: Number(args['learning-rate']),
     minLearningRate: 5e-5,
     warmupSteps: 100,
     schedule: 'cosine',

@@ -139,7 +139,7 @@ async function run(flags: GenerateFlags, command: Command): Promise<void> {
     }
     if (request.seconds !== undefined) delete options.frames
     if (flags.dryRun) {
-      const plan = pipeline.plan(options)
+      const plan = await pipeline.plan(options)
       return resultJson({ model, out, ...pipeline.resolve(options), plan })
     }
     const generation = pipeline.generate(options)

@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 import { Command, CommanderError } from 'commander'
 import { EXIT, explain } from './console.ts'
+import { addDoctor } from './doctor.ts'
 import { addDownload } from './download.ts'
 import { addEncode } from './encode.ts'
 import { addGenerate } from './generate.ts'
@@ -22,7 +23,8 @@ function makeProgram(): Command {
       '\nEvery option can also come from a PYRAFLOW_* variable. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.',
     )
   // Settings for subcommands are copied when they are made, so they come after the lines above.
-  for (const add of [addGenerate, addPlan, addTrain, addEncode, addDownload, addVerify, addInfo]) add(program)
+  const all = [addGenerate, addPlan, addTrain, addEncode, addDoctor, addDownload, addVerify, addInfo]
+  for (const add of all) add(program)
   return program
 }
 

@@ -58,7 +58,7 @@ async function run(flags: CommonOptions, command: Command): Promise<void> {
   const { measureRates } = await import('../plan-seconds.ts')
   const rates = time ? await measureRates(rest.dtype) : undefined
   const given = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined))
-  const plan = planFolder(model, { ...given, ...(rates && { rates }) })
+  const plan = await planFolder(model, { ...given, ...(rates && { rates }) })
   if (flags.json) resultJson(plan)
   else for (const line of describePlan(plan)) result(line)
 }

@@ -1,12 +1,8 @@
 import { cpSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Command, Option } from 'commander'
-import { z } from 'zod'
-import { nearestName } from '../nn/weights.ts'
 import type { AdamWOptions } from '../train/optimizer.ts'
-import type { TrainEvent } from '../train/run.ts'
 import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
-import { makeProgress } from './progress.ts'
 import {
   anyNumber,
   common,
@@ -18,154 +14,15 @@ import {
   wholeNumber,
 } from './settings.ts'
 import { addObjectiveFlags, describeTrainingPlan, objectiveOptions, sayRehearsal } from './train-objective.ts'
-
-const positive = z.int().positive()
-const share = z.number().min(0).max(1)
-const weight = z.number().nonnegative()
-
-const optimizer = z
-  .strictObject({
-    betas: z.tuple([share, share]).optional(),
-    eps: z.number().positive().optional(),
-    weightDecay: z.number().nonnegative().optional(),
-    maxGradNorm: z.number().nonnegative().optional(),
-    emaDecay: share.optional(),
-    /** `match` is a regular expression for names. */
-    decayGroups: z
-      .array(z.strictObject({ match: z.string(), weightDecay: z.number().nonnegative() }))
-      .optional(),
-  })
-  .optional()
-
-const shared = {
-  data: z.string(),
-  out: z.string(),
-  steps: positive,
-  batchSize: positive,
-  seed: z.int().nonnegative().default(0),
-  dtype: z.enum(['f32', 'bf16']).default('bf16'),
-  resume: z.boolean().default(false),
-  /** Folder of weights to begin from. */
-  init: z.string().optional(),
-  /** Fields of config.json for a new network; `_class_name` chooses its family. */
-  network: z.record(z.string(), z.unknown()).optional(),
-  learningRate: z.number().positive().default(1e-4),
-  minLearningRate: z.number().nonnegative().default(1e-5),
-  warmupSteps: z.int().nonnegative().optional(),
-  schedule: z.enum(['constant', 'cosine']).default('constant'),
-  checkpointEvery: positive.optional(),
-  optimizer,
-}
-
-/** Settings of `train --task dit` that say what is learnt and how, by the names that `Trainer` has for them. */
-const objectiveSettings = {
-  sampleRatios: z.array(positive).optional(),
-  framesPerUnit: positive.default(1),
-  temporalPyramid: z.boolean().optional(),
-  causal: z.boolean().optional(),
-  coupledNoise: z.boolean().optional(),
-  corruptRatio: share.default(1 / 3),
-  captionDrop: share.default(0.1),
-  posterior: z.enum(['sample', 'mean']).optional(),
-  imageRatio: share.optional(),
-  images: z.enum(['buckets', 'frames', 'both']).optional(),
-  maxFrames: positive.optional(),
-  rank: z.int().nonnegative().optional(),
-  syncGroup: positive.optional(),
-  checkpointRatio: share.optional(),
-  accumulate: positive.optional(),
-  /** Latent cache of clips that are not trained on. */
-  validation: z.string().optional(),
-  validateEvery: positive.optional(),
-  validationClips: positive.optional(),
-  /** Needs `vae`, unless it names one of its own. */
-  samples: z
-    .strictObject({
-      prompts: z.array(z.string()).min(1),
-      every: positive,
-      vae: z.string().optional(),
-      seed: z.int().nonnegative().optional(),
-      size: z.tuple([positive, positive, positive]).optional(),
-      steps: positive.optional(),
-      videoSteps: positive.optional(),
-      guidanceScale: z.number().nonnegative().optional(),
-      videoGuidanceScale: z.number().nonnegative().optional(),
-      shownFrames: positive.optional(),
-    })
-    .optional(),
-}
-
-/** Settings of `train` for the velocity network. */
-const ditSettings = z.strictObject({
-  task: z.literal('dit').default('dit'),
-  ...shared,
-  textEncoder: z.string().optional(),
-  /** Put into the finished model folder, so that `generate` can use it. */
-  vae: z.string().optional(),
-  stages: z
-    .strictObject({
-      trainTimesteps: positive.optional(),
-      shift: z.number().positive().optional(),
-      stageRange: z.array(share).min(2).optional(),
-      gamma: z.number().positive().optional(),
-    })
-    .optional(),
-  ...objectiveSettings,
-  /** Go through every branch before the first step. */
-  rehearse: z.boolean().default(false),
-})
-
-/** Settings of `train --task vae`. */
-const vaeSettings = z.strictObject({
-  task: z.literal('vae'),
-  ...shared,
-  width: positive,
-  height: positive,
-  frames: positive,
-  fps: z.number().positive().optional(),
-  crops: z
-    .array(
-      z.strictObject({
-        size: positive,
-        frames: positive,
-        perClip: positive.optional(),
-        from: z.number().int().nonnegative().optional(),
-        until: positive.optional(),
-      }),
-    )
-    .optional(),
-  klWeight: weight.default(1e-6),
-  pixelWeight: weight.default(1),
-  /** Safetensors file of LPIPS; without it there is no perceptual term. */
-  lpips: z.string().optional(),
-  lpipsWeight: weight.default(1),
-  /** Without it there is no adversarial term. */
-  adversarial: z
-    .strictObject({
-      weight: weight.optional(),
-      start: z.int().nonnegative().optional(),
-      kind: z.enum(['hinge', 'vanilla']).optional(),
-      learningRate: z.number().positive().optional(),
-      dims: z.union([z.literal(2), z.literal(3)]).optional(),
-      ndf: positive.optional(),
-      layers: positive.optional(),
-    })
-    .optional(),
-})
-
-const OBJECTIVE = Object.keys(objectiveSettings)
-
-type DitSettings = z.output<typeof ditSettings>
-type VaeSettings = z.output<typeof vaeSettings>
-
-/** @throws UsageError naming a field that no network has, and the nearest one that it has. */
-function checkNetwork(network: Record<string, unknown> | undefined, defaults: object): void {
-  const fields = Object.keys(defaults)
-  for (const key of Object.keys(network ?? {})) {
-    if (fields.includes(key) || key === '_class_name') continue
-    throw new UsageError(`unknown setting "network.${key}"; did you mean "${nearestName(key, fields)}"?`)
-  }
-}
+import { type Done, follow } from './train-progress.ts'
+import {
+  checkNetwork,
+  checkTogether,
+  type DitSettings,
+  ditSettings,
+  type VaeSettings,
+  vaeSettings,
+} from './train-settings.ts'
 
 interface TrainFlags extends CommonOptions {
   config?: string
@@ -201,12 +58,29 @@ export function addTrain(program: Command): void {
   option(command, '--warmup-steps <n>', 'steps of linear warm-up', wholeNumber)
   option(command, '--schedule <kind>', 'constant or cosine')
   option(command, '--checkpoint-every <n>', 'steps between checkpoints', wholeNumber)
+  option(command, '--keep-checkpoints <n>', 'newest checkpoints kept, besides the best one', wholeNumber)
+  option(command, '--accumulate <n>', 'micro-steps whose gradients are averaged into one step', wholeNumber)
+  option(
+    command,
+    '--non-finite <policy>',
+    'for a loss or gradient that is not finite: skip, rollback or fail',
+  )
+  option(command, '--max-loss <n>', 'skip the update of a step whose loss is this high', anyNumber)
   option(
     command,
     '--text-encoder <dir>',
     'dit: text encoder (default: one made from the words of the captions)',
   )
   option(command, '--vae <dir>', 'dit: VAE to put into the finished model folder')
+  option(command, '--validation <dir>', 'dit: latent cache of clips that are not trained on')
+  option(command, '--validate-every <n>', 'dit: steps between validations', wholeNumber)
+  option(
+    command,
+    '--sample-prompts <text>',
+    'dit: prompt of a video to show while training (may be repeated)',
+    (text: string, before: string[] | undefined) => [...(before ?? []), text],
+  )
+  option(command, '--sample-every <n>', 'dit: steps between such videos', wholeNumber)
   addObjectiveFlags(command)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
   option(command, '--height <px>', 'vae: and this height', wholeNumber)
@@ -226,6 +100,7 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
     throw new UsageError(`--${kebab(key)} is not a setting of task ${task}`)
   }
   const settings = resolveSettings(schema, command, flags.config)
+  if (settings.task === 'dit') checkTogether(settings)
   const { networkDefaults } = await import('../models/load-network.ts')
   const { CAUSAL_VAE_DEFAULTS } = await import('../models/causal-vae.ts')
   checkNetwork(
@@ -251,82 +126,20 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
   }
 }
 
-interface Done {
-  out: string
-  model: string
-  steps: number
-  /** Mean over the last steps; null when a resumed run had none left. */
-  loss: number | null
-  seconds: number
-}
-
-/** Shows events as progress; the loss is averaged over a few steps because single ones are noisy. */
-async function follow(
-  events: AsyncIterable<TrainEvent>,
-  s: { out: string; steps: number },
-  flags: TrainFlags,
-): Promise<Omit<Done, 'model'>> {
-  const progress = makeProgress(flags.progress)
-  const began = performance.now()
-  const recent: number[] = []
-  let first = 0
-  try {
-    for await (const event of events) {
-      if (event.type === 'resume') first = event.step
-      if (event.type !== 'step') continue
-      recent.push(event.loss)
-      if (recent.length > 20) recent.shift()
-      const etaMs = ((performance.now() - began) / (event.step - first)) * (s.steps - event.step)
-      progress.update({
-        label: 'step',
-        done: event.step,
-        total: s.steps,
-        detail: `loss ${average(recent).toPrecision(4)} · ${event.seconds.toFixed(2)} s`,
-        etaMs,
-      })
-    }
-  } finally {
-    progress.end()
-  }
-  const seconds = (performance.now() - began) / 1000
-  return { out: s.out, steps: s.steps, loss: recent.length > 0 ? average(recent) : null, seconds }
-}
-
-const average = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
-
 /** The same object without the keys whose value is undefined. */
 function defined<T extends object>(options: T): { [K in keyof T]: Exclude<T[K], undefined> } {
   return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined)) as never
 }
 
 function trainerOptions(s: DitSettings | VaeSettings) {
-  const {
-    out,
-    steps,
-    batchSize,
-    seed,
-    learningRate,
-    minLearningRate,
-    warmupSteps,
-    schedule,
-    checkpointEvery,
-  } = s
-  const { decayGroups, ...rest } = s.optimizer ?? {}
-  const groups = decayGroups?.map(({ match, weightDecay }) => ({ match: pattern(match), weightDecay }))
-  const optimizer = s.optimizer && (defined({ ...rest, decayGroups: groups }) as AdamWOptions)
+  const { out, steps, batchSize, seed, learningRate, minLearningRate, warmupSteps, schedule } = s
+  const { checkpointEvery, accumulate, keepCheckpoints, keepBest, nonFinite, maxLoss } = s
+  const optimizer = s.optimizer && (defined(s.optimizer) as AdamWOptions)
   return defined({
-    ...{ out, steps, batchSize, seed, learningRate, minLearningRate, warmupSteps, schedule, checkpointEvery },
+    ...{ out, steps, batchSize, seed, learningRate, minLearningRate, warmupSteps, schedule },
+    ...{ checkpointEvery, accumulate, keepCheckpoints, keepBest, nonFinite, maxLoss },
     optimizer,
   })
-}
-
-/** @throws UsageError for text that is no regular expression */
-function pattern(match: string): RegExp {
-  try {
-    return new RegExp(match)
-  } catch (error) {
-    throw new UsageError(`optimizer.decayGroups: ${error instanceof Error ? error.message : String(error)}`)
-  }
 }
 
 async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
@@ -362,7 +175,7 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
     ...(discriminator ? { adversarial: { discriminator, ...adversarial } } : {}),
   } as ConstructorParameters<typeof VaeTrainer>[0])
   try {
-    const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags)
+    const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags.progress)
     const folder = join(s.out, 'model', 'causal_video_vae')
     await trainer.save(folder)
     return { ...done, model: folder }
@@ -380,14 +193,13 @@ async function planDit(s: DitSettings, flags: TrainFlags): Promise<void> {
   const data = await LatentDataset.open(s.data)
   try {
     const network = s.init ? readConfig(s.init) : (s.network ?? {})
-    const sizes = { ...networkDefaults(network), ...network }
     const text = s.textEncoder
       ? WordEncoder.fromPretrained(s.textEncoder)
-      : new WordEncoder(wordsOf(data.captions, sizes))
-    const { samples: _, ...objective } = objectiveOptions(s, OBJECTIVE, undefined)
-    const plan = planTraining({
-      ...objective,
-      ...defined({ optimizer: trainerOptions(s).optimizer }),
+      : new WordEncoder(wordsOf(data.captions, { ...networkDefaults(network), ...network }))
+    const { accumulate, optimizer } = trainerOptions(s)
+    const plan = await planTraining({
+      ...objectiveOptions(s),
+      ...defined({ accumulate, optimizer }),
       ...{ network, dtype: s.dtype, batchSize: s.batchSize, text, rates: await measureRates(s.dtype) },
       stages: makeStages(defined(s.stages ?? {})),
       buckets: data.buckets.map(({ shape, indices }) => ({ shape, clips: indices.length })),
@@ -403,7 +215,6 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
   const { LatentDataset, Trainer } = await import('../train/index.ts')
-  if (s.samples && (s.samples.vae ?? s.vae) === undefined) throw new UsageError('samples need --vae')
   const data = await LatentDataset.open(s.data)
   const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
   const model = s.init
@@ -412,9 +223,12 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
   const text = s.textEncoder
     ? WordEncoder.fromPretrained(s.textEncoder)
     : new WordEncoder(wordsOf([...data.captions, ...(validation?.captions ?? [])], model.config))
+  const { validateEvery, validationClips, samplePrompts: prompts, sampleEvery: every, vae } = s
+  const samples = prompts && { ...defined(s.sampleOptions ?? {}), prompts, every, vae }
   const trainer = new Trainer({
     ...trainerOptions(s),
-    ...objectiveOptions(s, OBJECTIVE, validation),
+    ...objectiveOptions(s),
+    ...defined({ validation, validateEvery, validationClips, samples }),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,
@@ -422,14 +236,17 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
   } as ConstructorParameters<typeof Trainer>[0])
   try {
     if (s.rehearse) sayRehearsal(await trainer.rehearse({ signal }))
-    const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags)
+    const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags.progress)
     const folder = join(s.out, 'model')
     await trainer.save(join(folder, 'diffusion_transformer'))
     await text.save(join(folder, 'text_encoder'))
     await writePipelineConfig(folder, s, data, trainer.stages.count)
     return { ...done, model: folder }
   } finally {
-    for (const made of [trainer, model, data, validation]) made?.dispose()
+    trainer.dispose()
+    model.dispose()
+    data.dispose()
+    validation?.dispose()
   }
 }
 

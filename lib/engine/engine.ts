@@ -47,6 +47,13 @@ const REHEARSED = 2 ** 40
 // The last word names the job that commands belong to, until it is changed.
 const JOB = COMMAND_LIMIT - 1
 
+/** Takes the place of the addon for a while, with ids of its own. */
+export interface StandIn {
+  readonly binding: NativeBinding
+  readonly freeIds: number[]
+  nextId: number
+}
+
 /** The door to the addon: storages, commands, fences. Tensors are built on it; users meet `engine`. */
 export class Engine {
   #native: NativeBinding | undefined
@@ -256,20 +263,23 @@ export class Engine {
     return this.#rehearsing
   }
 
-  /** Lets another binding take the commands of synchronous work; for `rehearse`. */
-  standIn<T>(
-    make: (real: NativeBinding, commands: Float64Array) => { binding: NativeBinding; run: () => T },
-  ): T {
+  /** What a stand-in is made of: the addon, and the buffer that commands stand in. Starts the engine. */
+  get parts(): { real: NativeBinding; commands: Float64Array } {
+    return { real: this.#start(), commands: this.#commands }
+  }
+
+  /** Lets a stand-in take the commands of synchronous work; for `Rehearsal`. */
+  standIn<T>(standIn: StandIn, fn: () => T): T {
     const real = this.#start()
-    const { binding, run } = make(real, this.#commands)
     const [freeIds, nextId, rehearsing] = [this.#freeIds, this.#nextId, this.#rehearsing]
-    this.#native = binding
-    this.#freeIds = []
-    this.#nextId = Math.max(nextId, REHEARSED)
+    this.#native = standIn.binding
+    this.#freeIds = standIn.freeIds
+    this.#nextId = Math.max(standIn.nextId, REHEARSED)
     this.#rehearsing = true
     try {
-      return run()
+      return fn()
     } finally {
+      standIn.nextId = this.#nextId
       this.#native = real
       this.#freeIds = freeIds
       this.#nextId = nextId

@@ -1,4 +1,4 @@
-import { DTYPES, type Engine, type Operand } from './engine.ts'
+import { DTYPES, type Engine, type Operand, type StandIn } from './engine.ts'
 import type { NativeBinding } from './native.ts'
 import { OPS, type OpName } from './ops.gen.ts'
 
@@ -171,14 +171,30 @@ class Ledger {
 }
 
 /**
- * Runs synchronous work of which every command is counted and none is carried out: what it would take is known before
- * anything is allocated. The values of its tensors do not exist; do not read them.
+ * Work of which every command is counted and none is carried out: what it would take is known before anything is
+ * allocated. The values of its tensors do not exist; do not read them.
  */
+export class Rehearsal {
+  /** What was taken since the last call. */
+  readonly lap: () => Lap
+  readonly #engine: Engine
+  readonly #standIn: StandIn
+
+  constructor(engine: Engine) {
+    const { backend, threads } = engine.device
+    const { real, commands } = engine.parts
+    const ledger = new Ledger(real, commands, { threads, products: /bf16|amx/.test(backend) })
+    this.lap = ledger.lap
+    this.#engine = engine
+    this.#standIn = { binding: ledger as unknown as NativeBinding, freeIds: [], nextId: 0 }
+  }
+
+  /** Runs a synchronous piece of it; `sliced` takes it for pieces that pause. What runs in between is not counted. */
+  readonly within = <T>(fn: () => T): T => this.#engine.standIn(this.#standIn, fn)
+}
+
+/** A rehearsal of one synchronous piece. */
 export function rehearse<T>(engine: Engine, fn: (lap: () => Lap) => T): T {
-  const { backend, threads } = engine.device
-  const machine = { threads, products: /bf16|amx/.test(backend) }
-  return engine.standIn((real, commands) => {
-    const ledger = new Ledger(real, commands, machine)
-    return { binding: ledger as unknown as NativeBinding, run: () => fn(ledger.lap) }
-  })
+  const { lap, within } = new Rehearsal(engine)
+  return within(() => fn(lap))
 }

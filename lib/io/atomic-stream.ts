@@ -1,5 +1,4 @@
 import { type FileHandle, open } from 'node:fs/promises'
-import { dirname } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 import { writeAtomically } from './atomic.ts'
 
@@ -13,7 +12,7 @@ export interface WriteOptions {
 const sliceBytes = 16 * 1024 * 1024
 
 /**
- * Runs `fill` on a temporary file next to `path`, then syncs it and renames it over `path`.
+ * Runs `fill` on a temporary file next to `path`, which {@link writeAtomically} makes durable and renames over `path`.
  * A reader sees the old file or the complete new one, never a part; on any failure the temporary
  * file is removed and `path` is untouched.
  *
@@ -31,12 +30,10 @@ export async function withTempName(
     try {
       await fill(file)
       throwIfAborted(options.signal, path)
-      await file.sync()
     } finally {
       await file.close()
     }
   })
-  await syncFolder(dirname(path))
 }
 
 /** Writes `chunks` in order to `path` as {@link withTempName} does. */
@@ -85,16 +82,4 @@ function throwIfAborted(signal: AbortSignal | undefined, path: string): void {
     remedy: 'The target is unchanged: write again when wanted',
     cause: signal.reason,
   })
-}
-
-// Makes the rename itself durable. Not every platform can open a folder, and the data is safe without it.
-async function syncFolder(folder: string): Promise<void> {
-  try {
-    const handle = await open(folder, 'r')
-    try {
-      await handle.sync()
-    } finally {
-      await handle.close()
-    }
-  } catch {}
 }

@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto'
-import { mkdir, open, rename, rm } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
+import { lstat, mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
+import { basename, dirname, join, sep } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 
 const remedies: Record<string, string> = {
@@ -35,9 +35,39 @@ export function temporaryName(path: string): string {
   return join(dirname(path), `.${basename(path)}.${process.pid}-${randomBytes(4).toString('hex')}.tmp`)
 }
 
+/** Makes what a folder lists durable. Not every platform can open a folder; the data is safe without it. */
+export async function syncFolder(folder: string): Promise<void> {
+  try {
+    const handle = await open(folder, 'r')
+    try {
+      await handle.sync()
+    } finally {
+      await handle.close()
+    }
+  } catch {}
+}
+
+/** Waits until a file, or everything in a folder, is on the disk. */
+async function flush(path: string): Promise<void> {
+  if ((await lstat(path)).isDirectory()) {
+    for (const name of await readdir(path)) await flush(join(path, name))
+    return syncFolder(path)
+  }
+  const file = await open(path, 'r+')
+  try {
+    await file.sync()
+  } finally {
+    await file.close()
+  }
+}
+
+// Temporary folders that are being filled. What is written into them is flushed with them, once.
+const filling = new Set<string>()
+
 /**
- * Runs `write(temporary)` and renames the result to `path`; on any failure the temporary file or folder
- * is removed and whatever was under `path` before is untouched. Missing parent folders are created.
+ * Runs `write(temporary)`, which makes a file or a folder of that name, waits until all of it is on the disk, and renames
+ * it to `path`; on any failure it is removed and whatever was under `path` before is untouched. Missing parent folders are
+ * created. The rename itself is durable when this resolves: after a power cut there is the old `path` or the new one.
  *
  * @throws PyraflowError `ERR_IO` naming `path` (full disk, not writable, …)
  */
@@ -46,26 +76,24 @@ export async function writeAtomically(
   write: (temporary: string) => Promise<void>,
 ): Promise<void> {
   const temporary = temporaryName(path)
+  const inner = [...filling].some((folder) => path.startsWith(folder + sep))
+  filling.add(temporary)
   try {
     await mkdir(dirname(path), { recursive: true })
     await write(temporary)
+    if (!inner) await flush(temporary)
     await rename(temporary, path)
   } catch (error) {
     // The clean-up must not hide the first error: on a full or vanished disk it may fail as well.
     await rm(temporary, { recursive: true, force: true }).catch(() => {})
     throw ioError(error, 'writing', path)
+  } finally {
+    filling.delete(temporary)
   }
+  if (!inner) await syncFolder(dirname(path))
 }
 
-/** `writeAtomically` for bytes that are already in memory, flushed to the disk before the rename. */
+/** `writeAtomically` for bytes that are already in memory. */
 export async function writeFileAtomically(path: string, data: Uint8Array | string): Promise<void> {
-  await writeAtomically(path, async (temporary) => {
-    const file = await open(temporary, 'wx')
-    try {
-      await file.writeFile(data)
-      await file.sync()
-    } finally {
-      await file.close()
-    }
-  })
+  await writeAtomically(path, (temporary) => writeFile(temporary, data, { flag: 'wx' }))
 }

@@ -1,6 +1,7 @@
 import sharp, { type OverlayOptions } from 'sharp'
 import { PyraflowError } from '../engine/errors.ts'
 import { writeFileAtomically } from './atomic.ts'
+import { escapeXml, SANS, svgToPng } from './svg.ts'
 
 export interface ContactClip {
   /** u8 RGB, [T, height, width, 3]. */
@@ -23,19 +24,12 @@ const gap = 4
 const labelHeight = 22
 const background = { r: 24, g: 24, b: 27 }
 
-function escapeXml(text: string): string {
-  return text.replace(/[<>&'"]/g, (c) => `&#${c.charCodeAt(0)};`)
-}
-
 /** Text as a picture; undefined where the machine has no renderer or font for it, as the frames matter more. */
 async function renderLabel(text: string, width: number): Promise<Uint8Array | undefined> {
-  const style = 'font-family="DejaVu Sans, Arial, sans-serif" font-size="13" fill="#e4e4e7"'
+  const style = `font-family="${SANS}" font-size="13" fill="#e4e4e7"`
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${labelHeight}">
     <text x="2" y="16" ${style}>${escapeXml(text)}</text></svg>`
-  return sharp(Buffer.from(svg))
-    .png()
-    .toBuffer()
-    .catch(() => undefined)
+  return svgToPng(svg).catch(() => undefined)
 }
 
 /**

@@ -1,5 +1,8 @@
-import type { Hash } from 'node:crypto'
+import { createHash, type Hash } from 'node:crypto'
+import { createReadStream } from 'node:fs'
 import { open } from 'node:fs/promises'
+import { throwIfAborted } from '../engine/errors.ts'
+import { ioError } from './atomic.ts'
 
 const SAMPLE = 65_536
 const SAMPLES = 16
@@ -28,4 +31,23 @@ export async function addFile(hash: Hash, name: string, path: string): Promise<v
   } finally {
     await file.close()
   }
+}
+
+/**
+ * The sha-256 of all bytes of a file, in hex.
+ *
+ * @throws ERR_IO naming it; ERR_ABORTED
+ */
+export async function hashFile(path: string, signal?: AbortSignal): Promise<string> {
+  throwIfAborted(signal, `reading ${path}`)
+  const hash = createHash('sha256')
+  try {
+    for await (const piece of createReadStream(path, { highWaterMark: 1 << 20 })) {
+      hash.update(piece as Buffer)
+      throwIfAborted(signal, `reading ${path}`)
+    }
+  } catch (error) {
+    throw ioError(error, 'reading', path)
+  }
+  return hash.digest('hex')
 }

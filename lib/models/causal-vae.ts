@@ -39,6 +39,15 @@ export interface VaeOptions {
   signal?: AbortSignal | undefined
 }
 
+/** How a new VAE begins. */
+export interface NewVaeOptions extends Omit<VaeOptions, 'signal'> {
+  generator: Generator
+  /** Narrower than 0 would start the posterior. Default 0. */
+  initialLogvar?: number
+  /** As plain down- and upsampling ({@link startAsResampler}). */
+  resampler?: boolean
+}
+
 export interface VaeRunOptions extends VaePieces {
   /** Sees intermediate results of every piece. */
   capture?: Capture | undefined
@@ -63,14 +72,24 @@ export class CausalVideoVAE {
   readonly #decoder: VaeNetwork
   readonly #weights: Weights
 
-  private constructor(config: CausalVaeConfig, weights: Weights, dtype: 'f32' | 'bf16') {
-    checkConfig(config)
+  private constructor(
+    config: CausalVaeConfig,
+    weights: Weights,
+    networks: { encoder: VaeNetwork; decoder: VaeNetwork },
+  ) {
     this.config = config
-    this.dtype = dtype
-    this.#encoder = VaeNetwork.encoder(config, weights)
-    this.#decoder = VaeNetwork.decoder(config, weights)
+    this.dtype = weights.dtype
+    this.#encoder = networks.encoder
+    this.#decoder = networks.decoder
     this.parameters = weights.parameters
     this.#weights = weights
+  }
+
+  static *#steps(config: CausalVaeConfig, weights: Weights): Steps<CausalVideoVAE> {
+    checkConfig(config)
+    const encoder = yield* VaeNetwork.encoder(config, weights)
+    const decoder = yield* VaeNetwork.decoder(config, weights)
+    return new CausalVideoVAE(config, weights, { encoder, decoder })
   }
 
   /**
@@ -82,22 +101,24 @@ export class CausalVideoVAE {
     const dtype = options.dtype ?? 'f32'
     const { train = false, signal } = options
     const how = { dtype, train, signal, stripPrefix: 'vae.', ignorePrefixes: ['loss.'] }
-    return Weights.load(dir, how, (weights) => new CausalVideoVAE(config, weights, dtype))
+    return Weights.load(dir, how, (weights) => CausalVideoVAE.#steps(config, weights))
   }
 
   /**
-   * A new VAE, initialised as spec/vae.md §8 says; `initialLogvar` starts the posterior narrower than 0 would,
-   * `resampler` starts the network as plain down- and upsampling ({@link startAsResampler}).
+   * A new VAE, initialised as spec/vae.md §8 says.
+   * @throws ERR_CHECKPOINT for a configuration that fits no network.
    */
-  static create(
-    config: Partial<CausalVaeConfig>,
-    options: VaeOptions & { generator: Generator; initialLogvar?: number; resampler?: boolean },
-  ): CausalVideoVAE {
-    const dtype = options.dtype ?? 'f32'
-    const weights = Weights.init(options.generator, { dtype, train: options.train ?? false })
-    const vae = new CausalVideoVAE({ ...CAUSAL_VAE_DEFAULTS, ...config }, weights, dtype)
-    vae.#startCertain(options.initialLogvar ?? 0)
-    if (options.resampler) startAsResampler(vae.parameters)
+  static create(config: Partial<CausalVaeConfig>, options: NewVaeOptions): CausalVideoVAE {
+    return drain(CausalVideoVAE.createSteps(config, options))
+  }
+
+  /** `create` that pauses after every block, for `sliced`. */
+  static *createSteps(config: Partial<CausalVaeConfig>, options: NewVaeOptions): Steps<CausalVideoVAE> {
+    const { dtype = 'f32', train = false, initialLogvar = 0, resampler, generator } = options
+    const weights = Weights.init(generator, { dtype, train })
+    const vae = yield* CausalVideoVAE.#steps({ ...CAUSAL_VAE_DEFAULTS, ...config }, weights)
+    vae.#startCertain(initialLogvar)
+    if (resampler) startAsResampler(vae.parameters)
     return vae
   }
 

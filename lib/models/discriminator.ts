@@ -6,7 +6,7 @@ import { concat, permute, reshape } from '../ops/copy.ts'
 import { groupNorm } from '../ops/group-norm.ts'
 import { axpby, relu } from '../ops/pointwise.ts'
 import type { Generator } from '../tensor/generator.ts'
-import type { Steps } from '../tensor/tape.ts'
+import { atOnce, type Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { framesOf } from './frames.ts'
 
@@ -106,7 +106,7 @@ export class PatchDiscriminator {
     const { dtype = 'f32', train = false } = options
     const how = { dtype, train, stripPrefix: 'loss.discriminator.', ignorePrefixes: [] }
     const full = { ...DISCRIMINATOR_DEFAULTS, ...config }
-    return Weights.load(path, how, (weights) => new PatchDiscriminator(full, weights))
+    return Weights.load(path, how, (weights) => atOnce(() => new PatchDiscriminator(full, weights)))
   }
 
   /**

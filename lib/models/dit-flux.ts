@@ -4,10 +4,11 @@ import { Weights } from '../nn/weights.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { packTokens } from '../ops/patchify.ts'
 import { Generator } from '../tensor/generator.ts'
+import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock, singleBlock } from './blocks.ts'
 import { checkFluxConfig, FLUX_CLASS, type FluxConfig } from './flux-config.ts'
-import { NETWORK_KEYS, PackedNetwork, type Trunk } from './packed-network.ts'
+import { NETWORK_KEYS, networkParts, PackedNetwork, type Trunk } from './packed-network.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
 export { type FluxConfig, parameterCount } from './flux-config.ts'
@@ -18,16 +19,6 @@ export type { TransformerInputs, TransformerOptions } from './velocity-network.t
  * their text in; the velocity of every column's last clip out.
  */
 export class PyramidFluxTransformer extends PackedNetwork<FluxConfig> {
-  private constructor(config: FluxConfig, weights: Weights) {
-    super(weights, {
-      className: FLUX_CLASS,
-      config,
-      latentChannels: config.in_channels / 4,
-      headAxes: config.axes_dims_rope,
-      trunk: (w) => fluxTrunk(config, w),
-    })
-  }
-
   /**
    * Loads a published model folder, or one of a training run, whose keys may begin with `dit.`. Weights of the type
    * computed in stay in the mapped file.
@@ -40,7 +31,7 @@ export class PyramidFluxTransformer extends PackedNetwork<FluxConfig> {
     options: TransformerOptions = {},
   ): Promise<PyramidFluxTransformer> {
     const config = checkFluxConfig(readConfig(dir), 'ERR_CHECKPOINT')
-    return Weights.load(dir, { ...options, ...NETWORK_KEYS }, (w) => new PyramidFluxTransformer(config, w))
+    return Weights.load(dir, { ...options, ...NETWORK_KEYS }, (w) => PyramidFluxTransformer.#steps(config, w))
   }
 
   /**
@@ -52,24 +43,46 @@ export class PyramidFluxTransformer extends PackedNetwork<FluxConfig> {
     config: Partial<FluxConfig>,
     options: TransformerOptions & { seed: number | bigint },
   ): PyramidFluxTransformer {
+    return drain(PyramidFluxTransformer.createSteps(config, options))
+  }
+
+  /** `create` that pauses after every block, for `sliced`. */
+  static createSteps(
+    config: Partial<FluxConfig>,
+    options: TransformerOptions & { seed: number | bigint },
+  ): Steps<PyramidFluxTransformer> {
     const { seed, ...rest } = options
     const checked = checkFluxConfig(config, 'ERR_OPTION')
-    return new PyramidFluxTransformer(checked, Weights.init(new Generator(seed), rest))
+    return PyramidFluxTransformer.#steps(checked, Weights.init(new Generator(seed), rest))
+  }
+
+  static *#steps(config: FluxConfig, weights: Weights): Steps<PyramidFluxTransformer> {
+    const form = {
+      className: FLUX_CLASS,
+      config,
+      latentChannels: config.in_channels / 4,
+      headAxes: config.axes_dims_rope,
+      trunk: (w: Weights) => fluxTrunk(config, w),
+    }
+    return new PyramidFluxTransformer(form, yield* networkParts(weights, form))
   }
 }
 
 // Two-stream blocks, then blocks over text and latents as one stream (spec/dit-flux.md §7).
-function fluxTrunk(config: FluxConfig, w: Weights): Trunk {
+function* fluxTrunk(config: FluxConfig, w: Weights): Steps<Trunk> {
   const { num_attention_heads: heads, attention_head_dim: headDim } = config
   const attention = { heads, headDim, eps: 1e-6, textNorm: 'norm_added_', textOutput: true }
   const embedLatent = linearLayer(w.sub('x_embedder'), config.in_channels, heads * headDim)
-  const block = (name: string, i: number): Weights => w.sub(name).sub(i)
-  const double = Array.from({ length: config.num_layers }, (_, i) =>
-    doubleBlock(block('transformer_blocks', i), attention),
-  )
-  const single = Array.from({ length: config.num_single_layers }, (_, i) =>
-    singleBlock(block('single_transformer_blocks', i), attention),
-  )
+  const double: ReturnType<typeof doubleBlock>[] = []
+  for (let i = 0; i < config.num_layers; i++) {
+    double.push(doubleBlock(w.sub('transformer_blocks').sub(i), attention))
+    yield
+  }
+  const single: ReturnType<typeof singleBlock>[] = []
+  for (let i = 0; i < config.num_single_layers; i++) {
+    single.push(singleBlock(w.sub('single_transformer_blocks').sub(i), attention))
+    yield
+  }
 
   return {
     // The reference recomputes one block more than the share suggests.

@@ -3,10 +3,11 @@ import { Weights } from '../nn/weights.ts'
 import { slice } from '../ops/copy.ts'
 import { packTokens } from '../ops/patchify.ts'
 import { Generator } from '../tensor/generator.ts'
+import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock } from './blocks.ts'
 import { checkMmditConfig, MMDIT_CLASS, type MmditConfig } from './mmdit-config.ts'
-import { NETWORK_KEYS, PackedNetwork, type Trunk } from './packed-network.ts'
+import { NETWORK_KEYS, networkParts, PackedNetwork, type Trunk } from './packed-network.ts'
 import { patchEmbed } from './patch-embed.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
@@ -16,16 +17,6 @@ import type { TransformerOptions } from './velocity-network.ts'
  * rotation, and the text stream ends before the last block's output.
  */
 export class PyramidDiffusionMMDiT extends PackedNetwork<MmditConfig> {
-  private constructor(config: MmditConfig, weights: Weights) {
-    super(weights, {
-      className: MMDIT_CLASS,
-      config,
-      latentChannels: config.in_channels,
-      headAxes: [config.attention_head_dim],
-      trunk: (w) => mmditTrunk(config, w),
-    })
-  }
-
   /**
    * Loads a published model folder, or one of a training run, whose keys may begin with `dit.`. Weights of the type
    * computed in stay in the mapped file; a position table that the file lacks is computed.
@@ -35,7 +26,7 @@ export class PyramidDiffusionMMDiT extends PackedNetwork<MmditConfig> {
    */
   static async fromPretrained(dir: string, options: TransformerOptions = {}): Promise<PyramidDiffusionMMDiT> {
     const config = checkMmditConfig(readConfig(dir), 'ERR_CHECKPOINT')
-    return Weights.load(dir, { ...options, ...NETWORK_KEYS }, (w) => new PyramidDiffusionMMDiT(config, w))
+    return Weights.load(dir, { ...options, ...NETWORK_KEYS }, (w) => PyramidDiffusionMMDiT.#steps(config, w))
   }
 
   /**
@@ -47,13 +38,32 @@ export class PyramidDiffusionMMDiT extends PackedNetwork<MmditConfig> {
     config: Partial<MmditConfig>,
     options: TransformerOptions & { seed: number | bigint },
   ): PyramidDiffusionMMDiT {
+    return drain(PyramidDiffusionMMDiT.createSteps(config, options))
+  }
+
+  /** `create` that pauses after every block, for `sliced`. */
+  static createSteps(
+    config: Partial<MmditConfig>,
+    options: TransformerOptions & { seed: number | bigint },
+  ): Steps<PyramidDiffusionMMDiT> {
     const { seed, ...rest } = options
     const checked = checkMmditConfig(config, 'ERR_OPTION')
-    return new PyramidDiffusionMMDiT(checked, Weights.init(new Generator(seed), rest))
+    return PyramidDiffusionMMDiT.#steps(checked, Weights.init(new Generator(seed), rest))
+  }
+
+  static *#steps(config: MmditConfig, weights: Weights): Steps<PyramidDiffusionMMDiT> {
+    const form = {
+      className: MMDIT_CLASS,
+      config,
+      latentChannels: config.in_channels,
+      headAxes: [config.attention_head_dim],
+      trunk: (w: Weights) => mmditTrunk(config, w),
+    }
+    return new PyramidDiffusionMMDiT(form, yield* networkParts(weights, form))
   }
 }
 
-function mmditTrunk(config: MmditConfig, w: Weights): Trunk {
+function* mmditTrunk(config: MmditConfig, w: Weights): Steps<Trunk> {
   const { num_attention_heads: heads, attention_head_dim: headDim, in_channels: channels } = config
   const embedPatches = patchEmbed(w.sub('pos_embed'), {
     channels,
@@ -63,12 +73,12 @@ function mmditTrunk(config: MmditConfig, w: Weights): Trunk {
     interpolate: config.interp_condition_pos,
   })
   const n = config.num_layers
-  const blocks = Array.from({ length: n }, (_, i) =>
-    doubleBlock(w.sub('transformer_blocks').sub(i), {
-      ...{ heads, headDim, eps: 1e-5, textNorm: 'norm_add_' },
-      textOutput: i < n - 1,
-    }),
-  )
+  const blocks: ReturnType<typeof doubleBlock>[] = []
+  for (let i = 0; i < n; i++) {
+    const form = { heads, headDim, eps: 1e-5, textNorm: 'norm_add_', textOutput: i < n - 1 }
+    blocks.push(doubleBlock(w.sub('transformer_blocks').sub(i), form))
+    yield
+  }
 
   return {
     recomputes: (i, count, share) => i >= Math.trunc(count * share),

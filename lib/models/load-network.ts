@@ -1,4 +1,5 @@
 import { PyraflowError } from '../engine/errors.ts'
+import { drain, type Steps } from '../tensor/tape.ts'
 import { PyramidFluxTransformer } from './dit-flux.ts'
 import { PyramidDiffusionMMDiT } from './dit-mmdit.ts'
 import { FLUX_CLASS, FLUX_DEFAULTS } from './flux-config.ts'
@@ -44,9 +45,17 @@ export function createVelocityNetwork(
   config: Readonly<Record<string, unknown>>,
   options: TransformerOptions & { seed: number | bigint },
 ): VelocityNetwork {
+  return drain(velocityNetworkSteps(config, options))
+}
+
+/** `createVelocityNetwork` that pauses after every block, for `sliced`. */
+export function velocityNetworkSteps(
+  config: Readonly<Record<string, unknown>>,
+  options: TransformerOptions & { seed: number | bigint },
+): Steps<VelocityNetwork> {
   return config._class_name === MMDIT_CLASS
-    ? PyramidDiffusionMMDiT.create(config, options)
-    : PyramidFluxTransformer.create(config, options)
+    ? PyramidDiffusionMMDiT.createSteps(config, options)
+    : PyramidFluxTransformer.createSteps(config, options)
 }
 
 /** The fields that such a configuration may have, with what absent ones stand for. */

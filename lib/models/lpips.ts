@@ -7,7 +7,7 @@ import { add, div, mul, relu, scale, sqrt, square, sub } from '../ops/pointwise.
 import { mean, sum } from '../ops/reduce.ts'
 import type { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
-import { noGrad, type Steps } from '../tensor/tape.ts'
+import { atOnce, noGrad, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 
 // VGG16 up to relu5_3: the numbers of the published convolutions, and the channels of each group of them.
@@ -80,7 +80,7 @@ export class Lpips {
   static async fromPretrained(path: string, options: LpipsOptions = {}): Promise<Lpips> {
     // Newer releases list the linear layers a second time.
     const how = { dtype: options.dtype ?? 'f32', pack: false, ignorePrefixes: ['lins.'] }
-    return Weights.load(path, how, (weights) => new Lpips(weights))
+    return Weights.load(path, how, (weights) => atOnce(() => new Lpips(weights)))
   }
 
   /** @throws ERR_SHAPE for frames too small to be halved four times. */

@@ -48,8 +48,35 @@ export interface NetworkForm<C extends NetworkConfig> {
   readonly latentChannels: number
   /** Head channels of each rotary axis. */
   readonly headAxes: readonly number[]
-  /** Asks for its weights in the published order, on which optimizer states depend. */
-  readonly trunk: (w: Weights) => Trunk
+  /** Asks for its weights in the published order, on which optimizer states depend. Pauses after every block. */
+  readonly trunk: (w: Weights) => Steps<Trunk>
+}
+
+/** The layers of a network, by what they do. */
+export interface NetworkParts {
+  readonly weights: Weights
+  readonly embedTime: (timesteps: ArrayLike<number>, pooled: Tensor) => Tensor
+  readonly embedText: Linear
+  readonly trunk: Trunk
+  readonly normOut: (x: Tensor, e: Tensor, rows: Tensor) => Tensor
+  readonly projOut: Linear
+}
+
+/** Makes a network's layers, in the order in which optimizer states have them; big ones take tens of milliseconds. */
+export function* networkParts<C extends NetworkConfig>(
+  w: Weights,
+  form: NetworkForm<C>,
+): Steps<NetworkParts> {
+  const { config } = form
+  const width = config.num_attention_heads * config.attention_head_dim
+  const embedTime = conditioning(w.sub('time_text_embed'), config.pooled_projection_dim, width)
+  const text = w.sub('context_embedder')
+  const embedText = linearLayer(text, config.joint_attention_dim, width, { normal: 0.02 })
+  yield
+  const trunk = yield* form.trunk(w)
+  const normOut = modulatedNorm(w.sub('norm_out'), width)
+  const projOut = linearLayer(w.sub('proj_out'), width, 4 * form.latentChannels, 'zeros')
+  return { weights: w, embedTime, embedText, trunk, normOut, projOut }
 }
 
 /**
@@ -70,31 +97,19 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
    */
   checkpointing: number | false
   readonly #form: NetworkForm<C>
-  readonly #weights: Weights
-  readonly #embedTime: (timesteps: ArrayLike<number>, pooled: Tensor) => Tensor
-  readonly #embedText: Linear
-  readonly #trunk: Trunk
-  readonly #normOut: (x: Tensor, e: Tensor, rows: Tensor) => Tensor
-  readonly #projOut: Linear
+  readonly #parts: NetworkParts
 
-  protected constructor(w: Weights, form: NetworkForm<C>) {
+  protected constructor(form: NetworkForm<C>, parts: NetworkParts) {
     const { config } = form
-    const width = config.num_attention_heads * config.attention_head_dim
+    const { weights } = parts
     this.config = config
-    this.dtype = w.dtype
+    this.dtype = weights.dtype
     this.latentChannels = form.latentChannels
     this.checkpointing = config.use_gradient_checkpointing && config.gradient_checkpointing_ratio
     this.#form = form
-    this.#embedTime = conditioning(w.sub('time_text_embed'), config.pooled_projection_dim, width)
-    this.#embedText = linearLayer(w.sub('context_embedder'), config.joint_attention_dim, width, {
-      normal: 0.02,
-    })
-    this.#trunk = form.trunk(w)
-    this.#normOut = modulatedNorm(w.sub('norm_out'), width)
-    this.#projOut = linearLayer(w.sub('proj_out'), width, 4 * form.latentChannels, 'zeros')
-    this.#weights = w
-    this.parameters = w.parameters
-    this.buffers = w.buffers
+    this.#parts = parts
+    this.parameters = weights.parameters
+    this.buffers = weights.buffers
   }
 
   /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
@@ -140,21 +155,21 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     const round = inputs.roundTimesteps ?? dtype === 'bf16'
     const timesteps = round ? Array.from(inputs.timesteps, roundToBf16) : inputs.timesteps
 
-    const temb = this.#embedTime(timesteps, cast(pooled, dtype)) // [R, d]
+    const temb = this.#parts.embedTime(timesteps, cast(pooled, dtype)) // [R, d]
     capture?.('temb', temb)
     const e = silu(temb)
-    const c = this.#embedText(reshape(cast(text, dtype), [layout.textTokens, -1])) // [R·S, d]
+    const c = this.#parts.embedText(reshape(cast(text, dtype), [layout.textTokens, -1])) // [R·S, d]
     capture?.('context_embedder', c)
     const clips = columns.map((column) => column.map((clip) => cast(clip, dtype)))
-    const x = this.#trunk.embed(clips, layout, capture) // [N, d]
+    const x = this.#parts.trunk.embed(clips, layout, capture) // [N, d]
     yield
 
     const apply: Pass['apply'] = (i, n, block, streams) =>
       this.#runner(i, n, recording)(block, [...streams, e])
-    const z = yield* this.#trunk.run(x, c, { e, arrays, recording, capture, apply })
-    const normed = this.#normOut(z, e, arrays.latentRows)
+    const z = yield* this.#parts.trunk.run(x, c, { e, arrays, recording, capture, apply })
+    const normed = this.#parts.normOut(z, e, arrays.latentRows)
     capture?.('norm_out', normed)
-    const y = this.#projOut(normed) // [N, 4C]
+    const y = this.#parts.projOut(normed) // [N, 4C]
     return columns.map((clips, c) => {
       const { shape } = clips[clips.length - 1] as Tensor
       const { rowOffset, rowStride } = layout.predictionTokens[c]
@@ -169,7 +184,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
   #runner(i: number, n: number, recording: boolean): (block: Block, inputs: Tensor[]) => Tensor[] {
     if (!recording) return runAndFree
     const share = this.checkpointing
-    if (share !== false && this.#trunk.recomputes(i, n, share)) return checkpoint
+    if (share !== false && this.#parts.trunk.recomputes(i, n, share)) return checkpoint
     return (block, inputs) => block(...inputs)
   }
 
@@ -192,7 +207,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
 
   /** Frees the parameters. */
   dispose(): void {
-    this.#weights.dispose()
+    this.#parts.weights.dispose()
   }
 
   [Symbol.dispose](): void {

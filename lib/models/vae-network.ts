@@ -71,15 +71,15 @@ export class VaeNetwork {
     this.#add(resBlock(w.sub('resnets.1'), channels, channels, groups), name)
   }
 
-  /** Video to moments: `encoder`, then `quant_conv`. */
-  static encoder(c: CausalVaeConfig, root: Weights): VaeNetwork {
+  /** Video to moments: `encoder`, then `quant_conv`. Pauses after every block. */
+  static *encoder(c: CausalVaeConfig, root: Weights): Steps<VaeNetwork> {
     const net = new VaeNetwork()
     const w = root.sub('encoder')
     const widths = c.encoder_block_out_channels
     const groups = c.encoder_norm_num_groups
     let channels = widths[0] as number
     net.#add(causalConv(w.sub('conv_in'), c.encoder_in_channels, channels, 3), 'encoder.conv_in')
-    widths.forEach((width, i) => {
+    for (const [i, width] of widths.entries()) {
       const block = w.sub(`down_blocks.${i}`)
       for (let j = 0; j < (c.encoder_layers_per_block[i] as number); j++) {
         net.#add(resBlock(block.sub(`resnets.${j}`), channels, width, groups))
@@ -92,7 +92,8 @@ export class VaeNetwork {
         net.#add(causalConv(block.sub('temporal_downsamplers.0.conv'), width, width, 3, [2, 1, 1]))
       }
       net.#nameLast(`encoder.down_blocks.${i}`)
-    })
+      yield
+    }
     net.#addMiddle(w.sub('mid_block'), 'encoder.mid_block', channels, groups)
     const moments = 2 * c.encoder_out_channels
     net.#add(frameNorm(w.sub('conv_norm_out'), channels, groups, true))
@@ -101,8 +102,8 @@ export class VaeNetwork {
     return net
   }
 
-  /** Latents to video: `post_quant_conv`, then `decoder`. */
-  static decoder(c: CausalVaeConfig, root: Weights): VaeNetwork {
+  /** Latents to video: `post_quant_conv`, then `decoder`. Pauses after every block. */
+  static *decoder(c: CausalVaeConfig, root: Weights): Steps<VaeNetwork> {
     const net = new VaeNetwork()
     const w = root.sub('decoder')
     const widths = [...c.decoder_block_out_channels].reverse()
@@ -112,7 +113,7 @@ export class VaeNetwork {
     net.#add(causalConv(root.sub('post_quant_conv'), z, z, 1))
     net.#add(causalConv(w.sub('conv_in'), z, channels, 3), 'decoder.conv_in')
     net.#addMiddle(w.sub('mid_block'), 'decoder.mid_block', channels, groups)
-    widths.forEach((width, i) => {
+    for (const [i, width] of widths.entries()) {
       const block = w.sub(`up_blocks.${i}`)
       for (let j = 0; j < (c.decoder_layers_per_block[i] as number); j++) {
         net.#add(resBlock(block.sub(`resnets.${j}`), channels, width, groups))
@@ -121,7 +122,8 @@ export class VaeNetwork {
       if (c.decoder_spatial_up_sample[i]) net.#add(spatialUp(block.sub('upsamplers.0'), width))
       if (c.decoder_temporal_up_sample[i]) net.#add(temporalUp(block.sub('temporal_upsamplers.0'), width))
       net.#nameLast(`decoder.up_blocks.${i}`)
-    })
+      yield
+    }
     net.#add(frameNorm(w.sub('conv_norm_out'), channels, groups, true), 'decoder.conv_out.input')
     net.#add(causalConv(w.sub('conv_out'), channels, c.decoder_out_channels, 3))
     return net

@@ -132,7 +132,7 @@ export class Weights {
 
   /**
    * A network that `make` asks the weights of a folder for; it must use all of them. What `make` gets is filled
-   * afterwards, a tensor at a time, while the event loop goes on.
+   * afterwards, a tensor at a time; the event loop goes on meanwhile, and wherever `make` pauses.
    *
    * @throws as `open` and `make` do; ERR_CHECKPOINT for keys that nothing asked for, except those with one of the ignored
    * prefixes, and for values that are not finite; ERR_ABORTED. The weights are freed then.
@@ -140,7 +140,7 @@ export class Weights {
   static async load<T>(
     dir: string,
     options: WeightsOptions & { ignorePrefixes: readonly string[]; signal?: AbortSignal | undefined },
-    make: (weights: Weights) => T,
+    make: (weights: Weights) => Steps<T>,
   ): Promise<T> {
     const { ignorePrefixes, signal, ...rest } = options
     return inTurn(async () => {
@@ -148,10 +148,8 @@ export class Weights {
       const weights = Weights.open(dir, rest)
       const job = engine.newJob()
       try {
-        const network = engine.within(job, () => {
-          weights.#startLoading()
-          return make(weights)
-        })
+        engine.within(job, () => weights.#startLoading())
+        const network = await sliced(() => make(weights), { grad: false, job })
         weights.assertAllUsed(ignorePrefixes)
         await sliced(() => weights.#fillSteps(signal), { grad: false, job })
         weights.close()

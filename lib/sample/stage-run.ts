@@ -7,7 +7,7 @@ import { euler } from '../ops/euler.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import { keep, scope } from '../tensor/scope.ts'
 import { sliced } from '../tensor/sliced.ts'
-import { drain, type Steps } from '../tensor/tape.ts'
+import type { Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { TextFeatures } from '../text/encoder.ts'
 import { FiniteCheck, nonFinite } from './finite.ts'
@@ -72,9 +72,9 @@ export class StageRun {
     this.#running = { step: n, bad }
   }
 
-  /** Queues one step without waiting for anything; for plans. */
-  queueStep(): Tensor {
-    return scope(() => drain(this.#euler(this.#latent, 0, undefined)))
+  /** The first step as work for `sliced`, unchecked; for plans. */
+  firstStep(): Steps<Tensor> {
+    return this.#euler(this.#latent, 0, undefined)
   }
 
   /** Waits for the last step and gives its latent to the caller. @throws ERR_ABORTED; ERR_NUMERICS */

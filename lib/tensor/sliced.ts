@@ -10,13 +10,13 @@ const SLICE_MS = 3
 /**
  * Queues work that pauses at its yields, letting the event loop turn every few milliseconds. As in a scope, everything
  * made in it is freed at the end but the tensors of its result, which are the caller's; tape and scope are its own, so
- * whatever runs between the slices is not disturbed. Its commands belong to `job`.
+ * whatever runs between the slices is not disturbed. Its commands belong to `job`, unless `within` runs the slices.
  */
 export async function sliced<T>(
   steps: () => Steps<T>,
-  options: { grad?: boolean; job?: number } = {},
+  options: { grad?: boolean; job?: number; within?: <R>(fn: () => R) => R } = {},
 ): Promise<T> {
-  const { grad = true, job = 0 } = options
+  const { grad = true, job = 0, within = (fn) => engine.within(job, fn) } = options
   const scope = new OpenScope()
   const tape = new Tape(grad)
   try {
@@ -28,12 +28,12 @@ export async function sliced<T>(
         while (!next.done && performance.now() < until) next = generator.next()
         return next
       }
-      const result = engine.within(job, () => tape.run(() => scope.run(slice)))
+      const result = within(() => tape.run(() => scope.run(slice)))
       if (result.done) return scope.release(result.value)
       await setImmediate()
     }
   } finally {
-    scope.close()
+    within(() => scope.close())
   }
 }
 

@@ -91,6 +91,12 @@ export function drain<T>(steps: Steps<T>): T {
   }
 }
 
+/** Work that does not pause, for those who take steps. */
+export function* atOnce<T>(fn: () => T): Steps<T> {
+  yield
+  return fn()
+}
+
 /** Forgets everything recorded. */
 export function clearTape(): void {
   state = emptyState()

@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { engine } from '../engine/engine.ts'
 import { addFile } from '../io/fingerprint.ts'
 import { openSafetensors } from '../io/safetensors.ts'
-import { writeSafetensors } from '../io/write-safetensors.ts'
+import { type TensorToWrite, writeSafetensors } from '../io/write-safetensors.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import type { TextFeatures } from './encoder.ts'
 import { textLayoutOf, textLayouts } from './prompt-networks.ts'
@@ -14,6 +14,22 @@ import { textLayoutOf, textLayouts } from './prompt-networks.ts'
 export interface CachedFeatures {
   readonly features: TextFeatures
   readonly warnings: readonly string[]
+}
+
+/** Features of one prompt as they are written: `embeds`, `mask` and `pooled`, each [1, …]. */
+export async function featureTensors({ embeds, mask, pooled }: TextFeatures): Promise<TensorToWrite[]> {
+  const raw = async (name: string, tensor: Tensor): Promise<TensorToWrite> => {
+    const bf16 = tensor.dtype === 'bf16'
+    const data = bf16 ? new Uint16Array(tensor.size) : new Float32Array(tensor.size)
+    await engine.read(tensor.storage, tensor.byteOffset, data)
+    return { name, dtype: bf16 ? 'BF16' : 'F32', shape: tensor.shape, data }
+  }
+  const tokens = Int32Array.from(mask[0] as number[])
+  return [
+    await raw('embeds', embeds),
+    { name: 'mask', dtype: 'I32', shape: [1, tokens.length], data: tokens },
+    await raw('pooled', pooled),
+  ]
 }
 
 // Raised when the same key would stand for other features.
@@ -86,18 +102,7 @@ export class EmbeddingCache {
   /** @throws ERR_IO when the folder cannot be written to */
   async write(prompt: string, { features, warnings }: CachedFeatures): Promise<void> {
     await mkdir(this.folder, { recursive: true })
-    const raw = async (name: string, tensor: Tensor) => {
-      const bf16 = tensor.dtype === 'bf16'
-      const data = bf16 ? new Uint16Array(tensor.size) : new Float32Array(tensor.size)
-      await engine.read(tensor.storage, tensor.byteOffset, data)
-      return { name, dtype: bf16 ? 'BF16' : 'F32', shape: tensor.shape, data } as const
-    }
-    const mask = Int32Array.from(features.mask[0] as number[])
-    const tensors = [
-      await raw('embeds', features.embeds),
-      { name: 'mask', dtype: 'I32', shape: [1, mask.length], data: mask } as const,
-      await raw('pooled', features.pooled),
-    ]
+    const tensors = await featureTensors(features)
     const metadata = { format: FORMAT, encoder: this.#encoder, warnings: JSON.stringify(warnings) }
     await writeSafetensors(this.path(prompt), tensors, metadata)
   }

@@ -2,6 +2,7 @@ import { PyraflowError } from '../engine/errors.ts'
 import { readConfig } from '../io/pretrained.ts'
 import { type ComputeType, Weights } from '../nn/weights.ts'
 import { scope } from '../tensor/scope.ts'
+import { atOnce } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
 /** How to load a text network. */
@@ -83,7 +84,8 @@ export function loadNetwork<T>(
   make: (weights: Weights) => T,
   ignorePrefixes: readonly string[],
 ): Promise<T> {
-  return Weights.load(folder, { ...options, pack: false, ignorePrefixes }, make)
+  const all = { ...options, pack: false, ignorePrefixes }
+  return Weights.load(folder, all, (weights) => atOnce(() => make(weights)))
 }
 
 /** Runs a block whose input nobody needs afterwards. */

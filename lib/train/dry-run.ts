@@ -123,7 +123,7 @@ async function checkpoint(
   const model = join(folder, 'diffusion_transformer')
   await writeSafetensors(state, optimizer.stateTensors())
   await save(model)
-  optimizer.restore(state, optimizer.stepCount)
+  await optimizer.restore(state, optimizer.stepCount)
   const saved = openWeights(model)
   for (const name of saved.entries.keys()) saved.readFloats(name)
 }

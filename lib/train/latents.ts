@@ -1,213 +1,117 @@
-import { mkdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { engine } from '../engine/engine.ts'
-import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
+import { PyraflowError } from '../engine/errors.ts'
 import type { LatentNormalisation } from '../flow/normalise.ts'
-import { ioError, writeFileAtomically } from '../io/atomic.ts'
-import { openSafetensors, writeSafetensors } from '../io/safetensors.ts'
-import type { CausalVideoVAE } from '../models/causal-vae.ts'
 import { cast } from '../ops/cast.ts'
-import { embedding } from '../ops/embedding.ts'
-import { framesDecode } from '../ops/frames.ts'
-import { keep, scope } from '../tensor/scope.ts'
-import { noGrad } from '../tensor/tape.ts'
-import { Tensor } from '../tensor/tensor.ts'
-import type { Dataset } from './dataset.ts'
+import { scope } from '../tensor/scope.ts'
+import type { Tensor } from '../tensor/tensor.ts'
+import { type CacheHeader, readIndex, SHARDS } from './cache-index.ts'
 import type { LatentBucket, LatentSource } from './latent-source.ts'
+import { MappedShards, type RowPlace } from './mapped-shards.ts'
 
-interface CacheIndex {
-  /** [C, T, H, W] of every clip. */
-  shape: number[]
-  captions: string[]
-  normalisation: LatentNormalisation
+/** What the rows of a latent cache are; raised when the same key would stand for other numbers. */
+export const LATENTS = 'pyraflow-latents-2'
+
+/** First line of the index. */
+export interface LatentIndex extends CacheHeader {
+  readonly normalisation: LatentNormalisation
+  /** Shapes [C, T, H, W]. */
+  readonly buckets: readonly (readonly number[])[]
+  /** Files, and the buckets that they belong to. */
+  readonly shards: readonly { readonly file: string; readonly bucket: number }[]
 }
 
-const FILE = 'latents.safetensors'
-const INDEX = 'index.json'
+/** A line of the index: a clip of the data set. */
+export interface LatentLine {
+  readonly key: string
+  /** The clip as the data set spells it. */
+  readonly clip: string
+  readonly text: string
+}
 
 /**
- * Encodes every clip once and writes posterior means and log-variances (bf16, un-normalised) with captions and the
- * normalisation constants that make them zero-mean and unit-variance, the first frame apart from the rest.
- * @throws ERR_ABORTED, ERR_IO; nothing is left under the final names then.
+ * A latent cache ({@link encodeLatents}) in native memory: batches are gathered there, nothing passes through JavaScript.
  */
-export async function encodeLatents(
-  vae: CausalVideoVAE,
-  data: Dataset,
-  out: string,
-  options: { signal?: AbortSignal; onProgress?: (done: number, total: number) => void } = {},
-): Promise<void> {
-  await mkdir(out, { recursive: true }).catch((error: unknown) => {
-    throw ioError(error, 'make latent cache', out)
-  })
-  const { frames, height, width } = data.options
-  const captions: string[] = []
-  let shape: number[] = []
-  const stores: { mean: Uint16Array[]; logvar: Uint16Array[] } = { mean: [], logvar: [] }
-  const sums = { image: [0, 0, 0], video: [0, 0, 0] }
-  const ahead = new Ahead(data.length, (i) => data.load(i, options.signal))
-  for (let i = 0; i < data.length; i++) {
-    throwIfAborted(options.signal, 'encoding')
-    const clip = await ahead.next()
-    const posterior = noGrad(() =>
-      scope(() => {
-        const x = framesDecode(Tensor.from(clip, [1, frames, height, width, 3]))
-        const p = vae.encode(cast(x, vae.dtype))
-        return { mean: cast(p.mean, 'bf16'), logvar: cast(p.logvar, 'bf16') }
-      }),
-    )
-    shape = [...posterior.mean.shape.slice(1)]
-    const values = await posterior.mean.floats()
-    addMoments(values, shape, sums)
-    for (const key of ['mean', 'logvar'] as const) {
-      const bits = new Uint16Array(posterior[key].size)
-      await engine.read(posterior[key].storage, posterior[key].byteOffset, bits)
-      stores[key].push(bits)
-      posterior[key].dispose()
-    }
-    captions.push(data.item(i).text)
-    options.onProgress?.(i + 1, data.length)
-  }
-  const constants = (s: number[]): { shift: number; scale: number } => {
-    const [n, sum, squares] = s as [number, number, number]
-    const shift = sum / n
-    return { shift, scale: 1 / Math.sqrt(Math.max(squares / n - shift * shift, 1e-12)) }
-  }
-  const index: CacheIndex = {
-    shape,
-    captions,
-    normalisation: {
-      image: constants(sums.image),
-      video: constants(sums.video[0] ? sums.video : sums.image),
-    },
-  }
-  await writeSafetensors(
-    join(out, FILE),
-    (['mean', 'logvar'] as const).map((name) => ({
-      name,
-      dtype: 'BF16' as const,
-      shape: [captions.length, ...shape],
-      data: () => joined(stores[name]),
-    })),
-  )
-  await writeFileAtomically(join(out, INDEX), `${JSON.stringify(index, null, 1)}\n`)
-}
-
-/** Starts a few loads ahead of the one that is waited for. */
-class Ahead<T> {
-  readonly #pending: Promise<T>[] = []
-  readonly #count: number
-  readonly #load: (i: number) => Promise<T>
-  #started = 0
-
-  constructor(count: number, load: (i: number) => Promise<T>) {
-    this.#count = count
-    this.#load = load
-  }
-
-  async next(): Promise<T> {
-    while (this.#started < this.#count && this.#pending.length < 3) {
-      const promise = this.#load(this.#started++)
-      promise.catch(() => undefined)
-      this.#pending.push(promise)
-    }
-    return await (this.#pending.shift() as Promise<T>)
-  }
-}
-
-function addMoments(values: Float32Array, shape: number[], sums: { image: number[]; video: number[] }): void {
-  const [channels, frames, h, w] = shape as [number, number, number, number]
-  const area = h * w
-  for (let c = 0; c < channels; c++) {
-    for (let t = 0; t < frames; t++) {
-      const s = t === 0 ? sums.image : sums.video
-      for (let i = 0; i < area; i++) {
-        const v = values[(c * frames + t) * area + i] as number
-        s[0] = (s[0] as number) + 1
-        s[1] = (s[1] as number) + v
-        s[2] = (s[2] as number) + v * v
-      }
-    }
-  }
-}
-
-function joined(parts: Uint16Array[]): Uint16Array {
-  const all = new Uint16Array(parts.reduce((n, p) => n + p.length, 0))
-  let at = 0
-  for (const part of parts) {
-    all.set(part, at)
-    at += part.length
-  }
-  return all
-}
-
-/** A latent cache in native memory: batches are gathered there, nothing passes through JavaScript. */
 export class LatentDataset implements LatentSource {
   readonly captions: readonly string[]
-  /** [C, T, H, W]. */
-  readonly shape: readonly number[]
   readonly normalisation: LatentNormalisation
-  readonly #mean: Tensor
-  readonly #logvar: Tensor
-  readonly #file: number
+  readonly buckets: readonly LatentBucket[]
+  readonly #shards: MappedShards
+  readonly #places: readonly RowPlace[]
+  readonly #bucketOf: Int32Array
 
-  private constructor(index: CacheIndex, mean: Tensor, logvar: Tensor, file: number) {
-    this.captions = index.captions
-    this.shape = index.shape
+  private constructor(index: LatentIndex, lines: readonly LatentLine[], dir: string, shards: MappedShards) {
+    const damaged = (what: string, expected: string, received: string): PyraflowError =>
+      new PyraflowError('ERR_CHECKPOINT', { what, expected, received, remedy: 'Encode the data set again.' })
+    for (const [i, { file, bucket }] of index.shards.entries()) {
+      for (const name of ['mean', 'logvar']) {
+        const { dtype, shape } = shards.entry(i, name)
+        const expected = index.buckets[bucket]
+        if (dtype === 'BF16' && shape.slice(1).join() === expected?.join()) continue
+        throw damaged(join(dir, SHARDS, file), `bf16 [n, ${expected}]`, `${dtype} [${shape}]`)
+      }
+    }
+    this.captions = lines.map(({ text }) => text)
     this.normalisation = index.normalisation
-    this.#mean = mean
-    this.#logvar = logvar
-    this.#file = file
+    this.#shards = shards
+    this.#places = lines.map(({ key, clip }) => {
+      const place = shards.place(key)
+      if (place) return place
+      throw damaged(`latent cache ${dir}`, `latents of ${clip}`, 'none in its shards')
+    })
+    this.#bucketOf = Int32Array.from(this.#places, ({ shard }) => index.shards[shard]?.bucket as number)
+    this.buckets = index.buckets.map((shape, b) => {
+      const indices = lines.map((_, i) => i).filter((i) => this.#bucketOf[i] === b)
+      return { shape, indices: Int32Array.from(indices) }
+    })
   }
 
   get length(): number {
     return this.captions.length
   }
 
-  get buckets(): readonly LatentBucket[] {
-    return [{ shape: this.shape, indices: Int32Array.from(this.captions, (_, i) => i) }]
+  /** [C, T, H, W] of all clips. @throws ERR_OPTION when there are several buckets */
+  get shape(): readonly number[] {
+    if (this.buckets.length === 1) return (this.buckets[0] as LatentBucket).shape
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'latent cache',
+      expected: 'clips of one size',
+      received: `buckets ${this.buckets.map(({ shape }) => `[${shape}]`).join(' ')}`,
+    })
   }
 
-  /** @throws ERR_IO, ERR_CHECKPOINT when the folder is not a latent cache of this package. */
+  /** @throws ERR_IO when there is no latent cache in the folder; ERR_CHECKPOINT when it is damaged or of another kind. */
   static async open(dir: string): Promise<LatentDataset> {
-    let index: CacheIndex
+    const { header, lines } = await readIndex<LatentIndex, LatentLine>(dir, LATENTS, '`pyraflow encode`')
+    const paths = header.shards.map(({ file }) => join(dir, SHARDS, file))
+    const shards = MappedShards.open(paths, LATENTS, ['mean', 'logvar'])
     try {
-      index = JSON.parse(await readFile(join(dir, INDEX), 'utf8')) as CacheIndex
+      return new LatentDataset(header, lines, dir, shards)
     } catch (error) {
-      throw ioError(error, 'read latent cache (make it with `pyraflow encode`)', join(dir, INDEX))
+      shards.dispose()
+      throw error
     }
-    const path = join(dir, FILE)
-    const header = openSafetensors(path)
-    const file = engine.openFile(path)
-    const rows = index.captions.length
-    const table = (name: string): Tensor => {
-      const entry = header.entries.get(name)
-      const expected = [rows, ...index.shape]
-      if (entry?.dtype !== 'BF16' || entry.shape.join() !== expected.join()) {
-        throw new PyraflowError('ERR_CHECKPOINT', {
-          what: `${path}: ${name}`,
-          expected: `bf16 [${expected}]`,
-          received: entry ? `${entry.dtype} [${entry.shape}]` : 'nothing',
-          remedy: 'Encode the data set again.',
-        })
-      }
-      return keep(Tensor.mapped(file.id, entry.begin, [rows, index.shape.reduce((a, b) => a * b, 1)], 'bf16'))
-    }
-    return new LatentDataset(index, table('mean'), table('logvar'), file.id)
   }
 
-  /** Posterior of the clips at `indices`: mean and logvar, f32 [B, C, T, H, W]. */
+  /** Posterior of the clips at `indices`, of one bucket: mean and logvar, f32 [B, C, T, H, W]. @throws ERR_OPTION */
   gather(indices: readonly number[]): { mean: Tensor; logvar: Tensor } {
-    const rows = Tensor.from(Int32Array.from(indices))
-    const pick = (table: Tensor): Tensor => {
-      const flat = cast(embedding(table, rows), 'f32')
-      return flat.view([indices.length, ...this.shape])
+    const bucket = this.#bucketOf[indices[0] as number]
+    if (bucket === undefined || indices.some((i) => this.#bucketOf[i] !== bucket)) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'positions in a latent cache',
+        expected: `some of one bucket, from 0 to ${this.length - 1}`,
+        received: `${indices.join(', ') || 'none'}`,
+      })
     }
-    return { mean: pick(this.#mean), logvar: pick(this.#logvar) }
+    const { shape } = this.buckets[bucket] as LatentBucket
+    const places = indices.map((i) => this.#places[i] as RowPlace)
+    return scope(() => {
+      const pick = (name: string): Tensor =>
+        cast(this.#shards.gather(name, places), 'f32').view([indices.length, ...shape])
+      return { mean: pick('mean'), logvar: pick('logvar') }
+    })
   }
 
   dispose(): void {
-    this.#mean.dispose()
-    this.#logvar.dispose()
-    engine.closeFile(this.#file)
+    this.#shards.dispose()
   }
 }

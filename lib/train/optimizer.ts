@@ -1,7 +1,9 @@
+import { type FileHandle, open } from 'node:fs/promises'
 import { engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
+import { ioError } from '../io/atomic.ts'
 import { writePretrained } from '../io/pretrained.ts'
-import { openSafetensors, type TensorToWrite } from '../io/safetensors.ts'
+import { openSafetensors, type TensorEntry, type TensorToWrite } from '../io/safetensors.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { keep } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
@@ -198,14 +200,20 @@ export class AdamW {
     engine.run('fill', [], [this.#grad], [0])
   }
 
+  /** f32[2]: the norm of the gradients collected so far and the coefficient that clips it, NaN when it is not finite. */
+  gradNorm(): Tensor {
+    const clip = Tensor.empty([2])
+    engine.run('grad_norm', [this.#grad], [clip], [this.#options.maxGradNorm])
+    return clip
+  }
+
   /**
-   * One update from the gradients collected so far, which are then zeroed. Returns f32[2]: the gradient norm before
-   * clipping and the clip coefficient (NaN when the step was skipped).
+   * One update from the gradients collected so far, which are then zeroed. Returns `clip`, by default made here: NaN as
+   * its coefficient leaves the weights as they are.
    */
-  step(learningRate: number): Tensor {
+  step(learningRate: number, clip: Tensor = this.gradNorm()): Tensor {
     const { betas, eps, emaDecay } = this.#options
     this.#stepCount++
-    const clip = this.gradNorm()
     const n = this.#stepCount
     for (const { offset, count, decay } of this.#runs) {
       const part = (t: Tensor | null): Tensor | null => t?.view([count], offset) ?? null
@@ -224,13 +232,6 @@ export class AdamW {
       engine.run('axpby', [this.#ema, this.#master], [this.#ema], [decay, 1 - decay, 0])
     }
     this.zeroGrad()
-    return clip
-  }
-
-  /** f32[2]: the norm of the gradients collected so far and the coefficient that clips it. */
-  gradNorm(): Tensor {
-    const clip = Tensor.empty([2])
-    engine.run('grad_norm', [this.#grad], [clip], [this.#options.maxGradNorm])
     return clip
   }
 
@@ -293,8 +294,11 @@ export class AdamW {
     return tensorsToWrite(parts, 'f32')
   }
 
-  /** @throws ERR_CHECKPOINT when the file belongs to another model. */
-  restore(path: string, stepCount: number): void {
+  /**
+   * Puts a saved state in place of the present one; gradients collected so far are forgotten.
+   * @throws ERR_CHECKPOINT when the file belongs to another model; then nothing has changed. ERR_IO
+   */
+  async restore(path: string, stepCount: number): Promise<void> {
     const file = openSafetensors(path)
     const parts: [string, Tensor | null][] = [
       ['master', this.#master],
@@ -302,20 +306,28 @@ export class AdamW {
       ['v', this.#v],
       ['ema', this.#ema],
     ]
-    for (const [name, target] of parts) {
-      if (!target) continue
+    const found = parts.flatMap(([name, target]) => {
+      if (!target) return []
       const entry = file.entries.get(name)
-      if (entry?.shape.length !== 1 || entry.shape[0] !== this.size) {
-        throw new PyraflowError('ERR_CHECKPOINT', {
-          what: `${path}: optimizer state ${name}`,
-          expected: `[${this.size}] f32`,
-          received: entry ? `[${entry.shape}]` : 'nothing',
-          remedy: 'Resume with the model configuration that wrote it.',
-        })
-      }
-      target.write(file.readFloats(name))
+      if (entry?.dtype === 'F32' && entry.shape.length === 1 && entry.shape[0] === this.size)
+        return [{ entry, target }]
+      throw new PyraflowError('ERR_CHECKPOINT', {
+        what: `${path}: optimizer state ${name}`,
+        expected: `[${this.size}] f32`,
+        received: entry ? `[${entry.shape}] ${entry.dtype}` : 'nothing',
+        remedy: 'Resume with the model configuration that wrote it.',
+      })
+    })
+    const handle = await open(path).catch((error: unknown) => {
+      throw ioError(error, 'read checkpoint', path)
+    })
+    try {
+      for (const { entry, target } of found) await readInto(handle, path, entry, target)
+    } finally {
+      await handle.close()
     }
     if (this.#shadow) engine.run('cast', [this.#master], [this.#shadow], [])
+    this.zeroGrad()
     this.#stepCount = stepCount
   }
 
@@ -325,5 +337,19 @@ export class AdamW {
       t.grad = null
     }
     for (const t of [this.#master, this.#grad, this.#m, this.#v, this.#ema, this.#shadow]) t?.dispose()
+  }
+}
+
+const SLICE_BYTES = 4 << 20
+
+/** Copies a tensor of a file in pieces, none of which keeps the event loop. */
+async function readInto(handle: FileHandle, path: string, entry: TensorEntry, target: Tensor): Promise<void> {
+  const bytes = entry.end - entry.begin
+  const piece = new Uint8Array(Math.min(SLICE_BYTES, bytes))
+  for (let at = 0; at < bytes; ) {
+    const { bytesRead } = await handle.read(piece, 0, Math.min(piece.length, bytes - at), entry.begin + at)
+    if (bytesRead === 0) throw ioError({ message: 'the file became shorter' }, 'read checkpoint', path)
+    engine.write(target.storage, target.byteOffset + at, piece.subarray(0, bytesRead))
+    at += bytesRead
   }
 }

@@ -1,12 +1,13 @@
 import { engine } from '../engine/engine.ts'
-import { type Lap, rehearse } from '../engine/rehearsal.ts'
-import { createVelocityNetwork } from '../models/load-network.ts'
+import { Rehearsal } from '../engine/rehearsal.ts'
+import { velocityNetworkSteps } from '../models/load-network.ts'
+import type { VelocityNetwork } from '../models/velocity-network.ts'
 import type { Rates } from '../plan-seconds.ts'
 import { frameTokens, planHistory, visiblePairs } from '../pyramid/history.ts'
 import { unitsInClip } from '../pyramid/units.ts'
 import { Generator } from '../tensor/generator.ts'
-import { scope } from '../tensor/scope.ts'
-import { backwardSteps, Tape } from '../tensor/tape.ts'
+import { sliced } from '../tensor/sliced.ts'
+import { backwardSteps, type Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import type { ImmediateTextEncoder } from '../text/encoder.ts'
 import type { Batch } from './batches.ts'
@@ -56,7 +57,7 @@ export interface PlanTrainingOptions extends ObjectiveOptions {
  * {@link TrainingPlan} of a network and a data set that need not exist.
  * @throws ERR_OPTION or ERR_SHAPE as `Trainer` does
  */
-export function planTraining(options: PlanTrainingOptions): TrainingPlan {
+export async function planTraining(options: PlanTrainingOptions): Promise<TrainingPlan> {
   const { network, dtype = 'f32', rates, buckets, text, ...rest } = options
   let first = 0
   const data: Imagined = {
@@ -66,41 +67,39 @@ export function planTraining(options: PlanTrainingOptions): TrainingPlan {
       return { shape, indices }
     }),
   }
-  return rehearse(engine, (lap) => {
-    const model = createVelocityNetwork(network, { seed: 0, dtype, train: true })
-    const encoder = imaginedText(text)
-    const { checkpointRatio } = rest
-    if (checkpointRatio !== undefined) model.checkpointing = checkpointRatio > 0 && checkpointRatio
-    const unused = { out: '', steps: 1, learningRate: 1, warmupSteps: 0 }
-    const resolved = resolveTrainerOptions({
-      ...rest,
-      ...unused,
-      model,
-      text: encoder,
-      data: imaginedSource(data),
-    })
-    const optimizer = new AdamW(model.parameters, { ...TRAINER_OPTIMIZER, ...rest.optimizer })
-    return measure({ ...rest, ...resolved, data, text: encoder }, optimizer.parameters, lap, rates)
-  })
+  const rehearsal = new Rehearsal(engine)
+  const { within } = rehearsal
+  const make = (): Steps<VelocityNetwork> => velocityNetworkSteps(network, { seed: 0, dtype, train: true })
+  const model = await sliced(make, { grad: false, within })
+  const { checkpointRatio } = rest
+  if (checkpointRatio !== undefined) model.checkpointing = checkpointRatio > 0 && checkpointRatio
+  const unused = { out: '', steps: 1, learningRate: 1, warmupSteps: 0 }
+  const encoder = imaginedText(text)
+  const settings = { ...rest, ...unused, model, text: encoder, data: imaginedSource(data) }
+  const resolved = resolveTrainerOptions(settings)
+  const { parameters } = within(
+    () => new AdamW(model.parameters, { ...TRAINER_OPTIMIZER, ...rest.optimizer }),
+  )
+  return await measure({ ...rest, ...resolved, data, text: encoder }, parameters, rehearsal, rates)
 }
 
 /** The plan of a trainer that is there. */
-export function planTrainer(
+export async function planTrainer(
   parts: Resolved & { data: LatentSource; text: ImmediateTextEncoder; optimizer?: AdamWOptions },
   parameters: ReadonlyMap<string, Tensor>,
   rates: Rates | undefined,
-): TrainingPlan {
-  return rehearse(engine, (lap) => measure(parts, parameters, lap, rates))
+): Promise<TrainingPlan> {
+  return await measure(parts, parameters, new Rehearsal(engine), rates)
 }
 
 type Imagined = Pick<LatentSource, 'buckets'>
 
-function measure(
+async function measure(
   parts: Resolved & { data: Imagined; text: ImmediateTextEncoder; optimizer?: AdamWOptions },
   parameters: ReadonlyMap<string, Tensor>,
-  lap: () => Lap,
+  rehearsal: Rehearsal,
   rates: Rates | undefined,
-): TrainingPlan {
+): Promise<TrainingPlan> {
   const { batches, accumulate, data } = parts
   // Tensors of a rehearsal mean nothing afterwards: nobody may keep those that this one makes.
   const source = imaginedSource(data)
@@ -110,8 +109,8 @@ function measure(
   const kinds = allLengths(objective, batches.kinds()).map((batch) => ({ batch, size: sizeOf(batch) }))
   const byTokens = kinds.sort((a, b) => a.size.tokens - b.size.tokens)
   const [shortest, longest] = [byTokens[0], byTokens.at(-1)] as [Kind, Kind]
-  const cost = rehearseStep(objective, source, longest.batch, lap)
-  const least = shortest === longest ? cost : rehearseStep(objective, source, shortest.batch, lap)
+  const cost = await rehearseStep(objective, source, longest.batch, rehearsal)
+  const least = shortest === longest ? cost : await rehearseStep(objective, source, shortest.batch, rehearsal)
 
   // Products grow with the tokens, but for those of conditioning; attention with the pairs that see each other.
   const span = longest.size.tokens - shortest.size.tokens
@@ -121,7 +120,17 @@ function measure(
     attention: (cost.attention * pairs) / longest.size.tokens ** 2,
   })
   // As many batches as show every length of every bucket about equally often.
-  const some = Array.from({ length: Math.min(2000, 16 * kinds.length) }, (_, n) => sizeOf(batches.at(n)))
+  const count = Math.min(2000, 16 * kinds.length)
+  const some: CallSize[] = []
+  await sliced(
+    function* () {
+      for (let n = 0; n < count; n++) {
+        some.push(sizeOf(batches.at(n)))
+        yield
+      }
+    },
+    { grad: false },
+  )
   const meanOf = (value: (size: CallSize) => number): number =>
     some.reduce((n, size) => n + value(size), 0) / some.length
   const mean = { linear: meanOf((s) => costOf(s).linear), attention: meanOf((s) => costOf(s).attention) }
@@ -157,33 +166,33 @@ interface Kind {
 }
 
 /** Forward and backward of a batch, counted. */
-function rehearseStep(
+async function rehearseStep(
   objective: Objective,
   source: LatentSource,
   batch: Batch,
-  lap: () => Lap,
-): { data: number; peak: number; linear: number; attention: number } {
+  { lap, within }: Rehearsal,
+): Promise<{ data: number; peak: number; linear: number; attention: number }> {
   const before = lap().live
-  const laps = new Tape(true).run(() =>
-    scope(() => {
+  const data = { live: 0, peak: 0 }
+  await sliced(
+    function* () {
       const steps = lossSteps(objective, source, batch, new Generator(0))
       // Two pauses: after the pairs, and after the text.
-      steps.next()
-      steps.next()
-      const data = lap()
-      let next = steps.next()
-      while (!next.done) next = steps.next()
-      const back = backwardSteps(next.value.loss)
-      while (!back.next().done);
-      return { data, work: lap() }
-    }),
+      for (let pause = 0; pause < 2; pause++) {
+        steps.next()
+        yield
+      }
+      Object.assign(data, lap())
+      yield* backwardSteps((yield* steps).loss)
+    },
+    { within },
   )
-  const { data, work } = laps
+  const { peak, flops, attention } = lap()
   return {
     data: data.live - before,
-    peak: Math.max(data.peak, work.peak) - before,
-    linear: work.flops - work.attention,
-    attention: work.attention,
+    peak: Math.max(data.peak, peak) - before,
+    linear: flops - attention,
+    attention,
   }
 }
 

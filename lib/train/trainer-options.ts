@@ -8,6 +8,7 @@ import { BatchOrder, type BatchOrderOptions } from './batches.ts'
 import type { LatentSource } from './latent-source.ts'
 import type { Objective } from './objective.ts'
 import type { AdamWOptions } from './optimizer.ts'
+import { type RunSettings, runSettings } from './run.ts'
 import type { SampleGridOptions } from './samples.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 
@@ -49,29 +50,24 @@ export interface ObjectiveOptions {
   syncGroup?: number
   /** Share of the blocks whose activations are computed again in backward, 0 to 1; default as the network says. */
   checkpointRatio?: number
-  /** (Micro-)steps whose gradients make one update, 1. */
-  accumulate?: number
+  /** Micro-steps whose gradients are averaged into one update, 1. */
+  accumulate?: number | undefined
   optimizer?: AdamWOptions
 }
 
-export interface TrainerOptions extends ObjectiveOptions, RateOptions {
+export interface TrainerOptions extends ObjectiveOptions, RateOptions, RunSettings {
   model: VelocityNetwork
   data: LatentSource
   text: ImmediateTextEncoder
   out: string
   /** What is trained; default all of the network. */
   parameters?: ReadonlyMap<string, Tensor>
-  /** Clips that are not trained on; `validate` gives their loss. */
+  /** Clips that are not trained on, whose loss `validateEvery` asks for. */
   validation?: LatentSource
-  validateEvery?: number
   /** Clips of `validation` to use; default all. */
   validationClips?: number
   /** Videos of fixed prompts and seeds, to look at while training. */
   samples?: SampleGridOptions
-  checkpointEvery?: number
-  keepCheckpoints?: number
-  keepBest?: boolean
-  nonFinite?: { policy: 'skip' | 'rollback' | 'fail'; limit?: number }
 }
 
 /** Options as they hold, once they are checked. */
@@ -106,12 +102,8 @@ export function resolveTrainerOptions(o: TrainerOptions): Resolved {
   }
   const { samples } = o
   for (const [what, value] of Object.entries({
-    ...{ accumulate: o.accumulate, maxFrames: o.maxFrames, framesPerUnit: o.framesPerUnit },
-    ...{
-      validateEvery: o.validateEvery,
-      validationClips: o.validationClips,
-      'samples.every': samples?.every,
-    },
+    ...{ maxFrames: o.maxFrames, framesPerUnit: o.framesPerUnit, accumulate: o.accumulate },
+    ...{ validationClips: o.validationClips, 'samples.every': samples?.every },
   })) {
     if (value !== undefined && !whole(value)) throw refused(what, 'an integer from 1', value)
   }
@@ -124,6 +116,7 @@ export function resolveTrainerOptions(o: TrainerOptions): Resolved {
   for (const source of [o.data, ...(o.validation ? [o.validation] : [])])
     checkBuckets(source, o.model, stages)
   ratesOf(o, 'constant')
+  runSettings(o)
   const { imageRatio, images } = o
   // Every group of processes has an order of its own.
   const order = {

@@ -9,7 +9,7 @@ import { type RehearsedBranch, rehearseTraining } from './dry-run.ts'
 import { lossSteps } from './objective.ts'
 import { AdamW, TRAINER_OPTIMIZER } from './optimizer.ts'
 import { planTrainer, type TrainingPlan } from './plan.ts'
-import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
+import { runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { gridPath, sampleGrid } from './samples.ts'
 import { ratesOf } from './schedule.ts'
 import { type Resolved, resolveTrainerOptions, type TrainerOptions } from './trainer-options.ts'
@@ -42,26 +42,20 @@ export class Trainer {
 
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
   async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
-    const { out, steps, validation, samples, ...o } = this.#options
-    const given = <T extends object>(values: T): T =>
-      Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as T
-    const { accumulate, checkpointEvery, keepCheckpoints, keepBest, nonFinite, validateEvery } = o
-    const passedOn = given({ accumulate, checkpointEvery, keepCheckpoints, keepBest, nonFinite })
+    const o = this.#options
+    const { validation, samples } = o
+    const { signal, resume = false } = options
     yield* runTraining({
-      ...{ out, steps, optimizer: this.optimizer, learningRates: ratesOf(this.#options, 'constant') },
-      ...passedOn,
-      prepare: async (step: number, micro?: number) => this.batch(step, micro),
-      forward: (step: number, batch: Batch, micro?: number) => this.forwardSteps(step, batch, micro),
+      ...runSettings(o),
+      ...(validation && o.validateEvery !== undefined ? { validate: () => this.validate() } : {}),
+      ...(samples?.every === undefined
+        ? {}
+        : { sampleEvery: samples.every, sample: (step, dir) => this.sample(step, dir, signal) }),
+      ...{ out: o.out, steps: o.steps, learningRates: ratesOf(o, 'constant'), optimizer: this.optimizer },
+      prepare: async (step, micro) => this.batch(step, micro),
+      forward: (step, batch, micro) => this.forwardSteps(step, batch as Batch, micro),
       saveModel: (dir) => this.save(join(dir, 'diffusion_transformer')),
-      ...(validation && validateEvery ? { validateEvery, validate: () => this.validate() } : {}),
-      ...(samples?.every
-        ? {
-            sampleEvery: samples.every,
-            sample: (step: number, dir: string) => this.sample(step, dir, options.signal),
-          }
-        : {}),
-      resume: options.resume ?? false,
-      signal: options.signal,
+      ...{ resume, signal },
     })
   }
 
@@ -131,8 +125,12 @@ export class Trainer {
    * Bytes and operations of a step, and its seconds where the machine's rates are given (`measureRates`); nothing is
    * computed or allocated.
    */
-  plan(options: { rates?: Rates } = {}): TrainingPlan {
-    return planTrainer({ ...this.#options, ...this.#resolved }, this.optimizer.parameters, options.rates)
+  async plan(options: { rates?: Rates } = {}): Promise<TrainingPlan> {
+    return await planTrainer(
+      { ...this.#options, ...this.#resolved },
+      this.optimizer.parameters,
+      options.rates,
+    )
   }
 
   /**

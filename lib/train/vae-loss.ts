@@ -165,9 +165,10 @@ export class VaeLoss {
   }
 
   /**
-   * L_disc (14) on constants: its gradients are left in the parameters of the discriminator, nothing else is touched.
+   * L_disc (14) on constants: its gradients times `share` are added to those of the discriminator's parameters, nothing
+   * else is touched.
    */
-  *discriminatorSteps({ target, decoded }: Reconstruction): Steps<StepLoss> {
+  *discriminatorSteps({ target, decoded }: Reconstruction, share = 1): Steps<StepLoss> {
     const { discriminator, kind = 'hinge' } = this.options.adversarial as AdversarialOptions
     const judge = function* (video: Tensor): Steps<Tensor> {
       return cast(yield* discriminator.forwardSteps(video), 'f32')
@@ -177,11 +178,12 @@ export class VaeLoss {
     const { outputs } = yield* differentiate(function* () {
       const real = yield* judge(target)
       const fake = yield* judge(decoded)
-      const loss = axpby(mean(wrong(scale(real, -1))), mean(wrong(fake)), 0.5, 0.5)
-      return { loss, discriminatorReal: mean(real), discriminatorFake: mean(fake) }
+      const whole = axpby(mean(wrong(scale(real, -1))), mean(wrong(fake)), 0.5, 0.5)
+      const loss = share === 1 ? whole : scale(whole, share)
+      return { loss, whole, discriminatorReal: mean(real), discriminatorFake: mean(fake) }
     }, [])
-    const { loss, ...metrics } = outputs
-    return { loss, metrics }
+    const { whole, discriminatorReal, discriminatorFake } = outputs
+    return { loss: whole, metrics: { discriminatorReal, discriminatorFake } }
   }
 }
 

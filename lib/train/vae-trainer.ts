@@ -13,7 +13,7 @@ import type { Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import type { ClipBatch, Dataset } from './dataset.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
-import { runTraining, type StepLoss, type TrainEvent } from './run.ts'
+import { type RunSettings, runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 import { type AdversarialOptions, type LastLayer, VaeLoss } from './vae-loss.ts'
 
@@ -31,7 +31,7 @@ export interface VaeCrop {
   until?: number
 }
 
-export interface VaeTrainerOptions extends RateOptions {
+export interface VaeTrainerOptions extends RateOptions, RunSettings {
   model: CausalVideoVAE
   data: Dataset
   out: string
@@ -52,7 +52,6 @@ export interface VaeTrainerOptions extends RateOptions {
     optimizer?: AdamWOptions | undefined
   }
   optimizer?: AdamWOptions
-  checkpointEvery?: number
 }
 
 function activeCrops(crops: readonly VaeCrop[], step: number): VaeCrop[] {
@@ -115,6 +114,7 @@ export class VaeTrainer {
         received: `none at step ${idle}`,
       })
     }
+    runSettings(options)
     this.#options = options
     const { pixelWeight, klWeight, perceptual, adversarial } = options
     this.loss = new VaeLoss({ pixelWeight, klWeight, perceptual, adversarial })
@@ -137,22 +137,22 @@ export class VaeTrainer {
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
   async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
     const o = this.#options
-    const { seed = 0 } = o
+    const { seed = 0, accumulate = 1 } = o
     const generator = new Generator(seed)
     const learningRate = o.adversarial?.learningRate
     const rates = ratesOf({ ...o, ...(learningRate === undefined ? {} : { learningRate }) }, 'cosine')
     const batches = new BatchCursor(o.data, o.batchSize, seed, options.signal)
     try {
       yield* runTraining({
+        ...runSettings(o),
         out: o.out,
         steps: o.steps,
         learningRates: ratesOf(o, 'cosine'),
         optimizer: this.optimizer,
         companions: this.discriminatorOptimizer ? { discriminator: this.discriminatorOptimizer } : undefined,
-        prepare: (step) => batches.at(step),
-        forward: (step, batch) => this.#forward(step, batch as ClipBatch, generator, rates),
+        prepare: (step, micro) => batches.at(step * accumulate + micro),
+        forward: (step, batch, micro) => this.#forward(step, micro, batch as ClipBatch, generator, rates),
         saveModel: (dir) => this.#saveModels(dir),
-        ...(o.checkpointEvery === undefined ? {} : { checkpointEvery: o.checkpointEvery }),
         resume: options.resume ?? false,
         signal: options.signal,
       })
@@ -161,18 +161,26 @@ export class VaeTrainer {
     }
   }
 
-  *#forward(step: number, batch: ClipBatch, generator: Generator, rates: Float64Array): Steps<StepLoss> {
-    const { model, data, crops = [], seed = 0 } = this.#options
+  *#forward(
+    step: number,
+    micro: number,
+    batch: ClipBatch,
+    generator: Generator,
+    rates: Float64Array,
+  ): Steps<StepLoss> {
+    const { model, data, crops = [], seed = 0, accumulate = 1 } = this.#options
+    // Micro-steps go on through clips and draws as steps do.
+    const at = step * accumulate + micro
     const { frames, height, width } = data.options
     const bytes = Tensor.from(batch.frames, [batch.text.length, frames, height, width, 3])
     let x = framesDecode(bytes)
     const active = activeCrops(crops, step)
-    const crop = active[step % active.length]
-    if (crop) x = windows(x, crop, (i) => uniformAt(seed, step * 4096 + i))
+    const crop = active[at % active.length]
+    if (crop) x = windows(x, crop, (i) => uniformAt(seed, at * 4096 + i))
     yield
     const posterior = model.encode(cast(x, model.dtype))
     yield
-    const noise = generator.stream('posterior', step).normal(posterior.mean.shape, { dtype: model.dtype })
+    const noise = generator.stream('posterior', at).normal(posterior.mean.shape, { dtype: model.dtype })
     let lastLayer: LastLayer | undefined
     const decoded = model.decode(samplePosterior(posterior, noise), {
       capture: (name, input) => {
@@ -186,8 +194,8 @@ export class VaeTrainer {
     const vae = yield* this.loss.vaeSteps(step, made)
     if (!this.discriminatorOptimizer || !this.loss.adversarialAt(step)) return vae
     // The VAE's loss was taken from the discriminator as it was before this update.
-    const judged = yield* this.loss.discriminatorSteps(made)
-    this.discriminatorOptimizer.step(rates[step] as number)
+    const judged = yield* this.loss.discriminatorSteps(made, 1 / accumulate)
+    if (micro + 1 === accumulate) this.discriminatorOptimizer.step(rates[step] as number)
     return { loss: vae.loss, metrics: { ...vae.metrics, discriminator: judged.loss, ...judged.metrics } }
   }
 
@@ -246,12 +254,13 @@ class BatchCursor {
     const perEpoch = this.#data.batchCount(this.#batchSize)
     const epoch = Math.floor(step / perEpoch)
     const skip = step % perEpoch
-    if (!this.#stream || this.#next !== step || skip === 0) {
+    if (!this.#stream || this.#next !== step) {
       await this.#stream?.return(undefined)
       this.#stream = this.#data.batches({
         batchSize: this.#batchSize,
         seed: this.#seed,
         epoch,
+        epochs: Number.POSITIVE_INFINITY,
         skip,
         ...(this.#signal ? { signal: this.#signal } : {}),
       })

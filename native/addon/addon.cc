@@ -132,13 +132,13 @@ class Addon : public Napi::Addon<Addon> {
     Engine& engine = Running(info.Env());
     const size_t length = CommandLength();
     if (length == 0 || length >= command_length_) Throw(info.Env(), "ERR_DEVICE", "malformed command");
-    Command command;
+    Command& command = next_;
     command.kind = static_cast<CommandKind>(static_cast<int>(commands_[0]));
     command.job = Job();
     command.words.assign(commands_ + 1, commands_ + length);
     if (command.kind == CommandKind::kLoad) command.file = FileOf(static_cast<int>(commands_[1]));
     if (command.kind == CommandKind::kMap) command.file = FileOf(static_cast<int>(commands_[2]));
-    engine.Submit(std::move(command));
+    engine.Submit(command);
     return Napi::Value();
   }
 
@@ -171,7 +171,7 @@ class Addon : public Napi::Addon<Addon> {
     command.job = Job();
     command.words = {info[0].ToNumber().DoubleValue(), info[1].ToNumber().DoubleValue()};
     command.payload.assign(bytes.data, bytes.data + bytes.size);
-    Running(info.Env()).Submit(std::move(command));
+    Running(info.Env()).Submit(command);
     return info.Env().Undefined();
   }
 
@@ -207,7 +207,7 @@ class Addon : public Napi::Addon<Addon> {
     command.target = bytes.data;
     command.bytes = bytes.size;
     command.done = Settler(info.Env(), std::move(pending));
-    engine.Submit(std::move(command));
+    engine.Submit(command);
     return promise;
   }
 
@@ -219,7 +219,7 @@ class Addon : public Napi::Addon<Addon> {
     command.kind = CommandKind::kFence;
     command.job = Job();
     command.done = Settler(info.Env(), std::move(pending));
-    engine.Submit(std::move(command));
+    engine.Submit(command);
     return promise;
   }
 
@@ -350,7 +350,7 @@ class Addon : public Napi::Addon<Addon> {
       if (error.empty()) job[0] = measure();
       settle(std::move(error));
     };
-    engine.Submit(std::move(command));
+    engine.Submit(command);
     return promise;
   }
 
@@ -387,6 +387,7 @@ class Addon : public Napi::Addon<Addon> {
   Napi::ObjectReference commands_reference_;
   double* commands_ = nullptr;
   size_t command_length_ = 0;
+  Command next_;
   int pending_count_ = 0;
   int next_file_ = 1;
   std::map<int, std::shared_ptr<MappedFile>> files_;

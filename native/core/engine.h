@@ -48,7 +48,8 @@ class Engine {
   Engine(const PfBackendTable* backend, int threads, size_t max_memory);
   ~Engine();  // drops the queue, waits for the running op
 
-  void Submit(Command command);
+  // Takes the command; what is left in its place is an empty one with room for words, to be filled again.
+  void Submit(Command& command);
   // Drops the queued ops of a job, or all; allocations, frees and fences stay, and whoever waits for a
   // dropped op is told.
   void Cancel(std::optional<int> job);
@@ -71,6 +72,7 @@ class Engine {
     bool written = false;  // by an op that succeeded, or from outside
   };
 
+  std::unique_lock<std::mutex> Lock();
   void Loop();
   void Execute(Command& command);
   void Run(const std::vector<double>& words);
@@ -92,8 +94,9 @@ class Engine {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Command> queue_;
+  std::vector<std::vector<double>> spare_;  // words of commands that were executed
   std::atomic<size_t> queued_{0};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   bool sleeping_ = false;
 
   std::mutex profile_mutex_;
