@@ -13,6 +13,7 @@ import {
   resolveSettings,
   wholeNumber,
 } from './settings.ts'
+import { addObjectiveFlags, describeTrainingPlan, objectiveOptions, sayRehearsal } from './train-objective.ts'
 import { type Done, follow } from './train-progress.ts'
 import {
   checkNetwork,
@@ -27,10 +28,11 @@ interface TrainFlags extends CommonOptions {
   config?: string
   task?: string
   dryRun?: boolean
+  plan?: boolean
 }
 
 // Flags that are not settings of a task.
-const OWN = ['config', 'dryRun', 'json', 'progress', 'backend', 'threads']
+const OWN = ['config', 'dryRun', 'plan', 'json', 'progress', 'backend', 'threads']
 
 export function addTrain(program: Command): void {
   const command = program
@@ -43,6 +45,7 @@ export function addTrain(program: Command): void {
     )
     .option('--config <file>', 'settings as JSON; flags and PYRAFLOW_* variables go before it')
     .option('--dry-run', 'print the resolved settings and stop')
+    .option('--plan', 'dit: print what a step takes (memory, operations, time) and stop; no weights are read')
   option(command, '--data <dir>', 'latent cache (dit; see encode), or clips with captions.jsonl (vae)')
   option(command, '--out <dir>', 'folder of the run: checkpoints, metrics.jsonl, the finished model')
   option(command, '--steps <n>', 'optimizer steps', wholeNumber)
@@ -78,7 +81,7 @@ export function addTrain(program: Command): void {
     (text: string, before: string[] | undefined) => [...(before ?? []), text],
   )
   option(command, '--sample-every <n>', 'dit: steps between such videos', wholeNumber)
-  option(command, '--caption-drop <share>', 'dit: share of captions replaced by none', anyNumber)
+  addObjectiveFlags(command)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
   option(command, '--height <px>', 'vae: and this height', wholeNumber)
   option(command, '--frames <n>', 'vae: frames of every clip', wholeNumber)
@@ -106,6 +109,10 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
   )
   if (flags.dryRun) return resultJson(settings)
   await configureEngine(flags)
+  if (flags.plan) {
+    if (settings.task === 'vae') throw new UsageError('--plan is for task dit')
+    return await planDit(settings, flags)
+  }
   const { signal, release } = interruptible()
   try {
     const done =
@@ -177,30 +184,58 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
   }
 }
 
+/** What a step of these settings takes, before any weights are there. */
+async function planDit(s: DitSettings, flags: TrainFlags): Promise<void> {
+  const { makeStages, measureRates, WordEncoder } = await import('../index.ts')
+  const { readConfig } = await import('../io/pretrained.ts')
+  const { networkDefaults } = await import('../models/load-network.ts')
+  const { LatentDataset, planTraining } = await import('../train/index.ts')
+  const data = await LatentDataset.open(s.data)
+  try {
+    const network = s.init ? readConfig(s.init) : (s.network ?? {})
+    const text = s.textEncoder
+      ? WordEncoder.fromPretrained(s.textEncoder)
+      : new WordEncoder(wordsOf(data.captions, { ...networkDefaults(network), ...network }))
+    const { accumulate, optimizer } = trainerOptions(s)
+    const plan = await planTraining({
+      ...objectiveOptions(s),
+      ...defined({ accumulate, optimizer }),
+      ...{ network, dtype: s.dtype, batchSize: s.batchSize, text, rates: await measureRates(s.dtype) },
+      stages: makeStages(defined(s.stages ?? {})),
+      buckets: data.buckets.map(({ shape, indices }) => ({ shape, clips: indices.length })),
+    })
+    if (flags.json) resultJson(plan)
+    else for (const line of describeTrainingPlan(plan)) result(line)
+  } finally {
+    data.dispose()
+  }
+}
+
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
   const { LatentDataset, Trainer } = await import('../train/index.ts')
   const data = await LatentDataset.open(s.data)
+  const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
   const model = s.init
     ? await loadVelocityNetwork(s.init, { dtype: s.dtype, train: true })
     : createVelocityNetwork(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
   const text = s.textEncoder
     ? WordEncoder.fromPretrained(s.textEncoder)
-    : new WordEncoder(wordsOf(data.captions, model.config))
-  const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
-  const { framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio, validateEvery } = s
+    : new WordEncoder(wordsOf([...data.captions, ...(validation?.captions ?? [])], model.config))
+  const { validateEvery, validationClips, samplePrompts: prompts, sampleEvery: every, vae } = s
+  const samples = prompts && { ...defined(s.sampleOptions ?? {}), prompts, every, vae }
   const trainer = new Trainer({
     ...trainerOptions(s),
-    ...defined({ framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio }),
-    ...defined({ validation, validateEvery }),
-    ...(s.samplePrompts ? { samples: { prompts: s.samplePrompts, every: s.sampleEvery, vae: s.vae } } : {}),
+    ...objectiveOptions(s),
+    ...defined({ validation, validateEvery, validationClips, samples }),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,
     text,
   } as ConstructorParameters<typeof Trainer>[0])
   try {
+    if (s.rehearse) sayRehearsal(await trainer.rehearse({ signal }))
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags.progress)
     const folder = join(s.out, 'model')
     await trainer.save(join(folder, 'diffusion_transformer'))

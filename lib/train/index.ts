@@ -25,8 +25,9 @@ export {
 } from './latent-cache.ts'
 export type { LatentBucket, LatentSource } from './latent-source.ts'
 export { LatentDataset } from './latents.ts'
-export { AdamW, type AdamWOptions } from './optimizer.ts'
+export { AdamW, type AdamWOptions, type DecayGroup } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
+export { type PlanTrainingOptions, planTraining, type TrainingPlan } from './plan.ts'
 export {
   bestCheckpoint,
   type Checkpoint,
@@ -36,6 +37,7 @@ export {
   type RunSettings,
   type TrainEvent,
 } from './run.ts'
+export type { SampleGridOptions } from './samples.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
 export {
   CachedTextEncoder,
@@ -43,6 +45,7 @@ export {
   type EncodeTextsOptions,
   encodeTexts,
 } from './text-cache.ts'
-export { Trainer, type TrainerOptions } from './trainer.ts'
+export { type ObjectiveOptions, type RehearsedBranch, Trainer, type TrainerOptions } from './trainer.ts'
 export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'
 export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'
+export type { ValidationLoss } from './validation.ts'
