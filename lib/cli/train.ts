@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { type Command, Option } from 'commander'
 import { z } from 'zod'
 import { nearestName } from '../nn/weights.ts'
+import type { LatentSource } from '../train/latent-source.ts'
 import type { AdamWOptions } from '../train/optimizer.ts'
 import type { TrainEvent } from '../train/run.ts'
 import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
@@ -57,6 +58,8 @@ const ditSettings = z.strictObject({
   task: z.literal('dit').default('dit'),
   ...shared,
   textEncoder: z.string().optional(),
+  /** Folder that `encode --text-encoder` filled: features instead of an encoder. */
+  textCache: z.string().optional(),
   /** Put into the finished model folder, so that `generate` can use it. */
   vae: z.string().optional(),
   stages: z
@@ -162,6 +165,7 @@ export function addTrain(program: Command): void {
     '--text-encoder <dir>',
     'dit: text encoder (default: one made from the words of the captions)',
   )
+  option(command, '--text-cache <dir>', 'dit: text cache that encode made, instead of a text encoder')
   option(command, '--vae <dir>', 'dit: VAE to put into the finished model folder')
   option(command, '--caption-drop <share>', 'dit: share of captions replaced by none', anyNumber)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
@@ -315,14 +319,19 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
-  const { LatentDataset, Trainer } = await import('../train/index.ts')
+  const { CachedTextEncoder, LatentDataset, Trainer } = await import('../train/index.ts')
+  if (s.textCache !== undefined && s.textEncoder !== undefined) {
+    throw new UsageError('give either --text-encoder or --text-cache')
+  }
   const data = await LatentDataset.open(s.data)
   const model = s.init
     ? await loadVelocityNetwork(s.init, { dtype: s.dtype, train: true })
     : createVelocityNetwork(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
-  const text = s.textEncoder
-    ? WordEncoder.fromPretrained(s.textEncoder)
-    : new WordEncoder(wordsOf(data.captions, model.config))
+  const text = s.textCache
+    ? await CachedTextEncoder.open(s.textCache)
+    : s.textEncoder
+      ? WordEncoder.fromPretrained(s.textEncoder)
+      : new WordEncoder(wordsOf(data.captions, model.config))
   const { framesPerUnit, corruptRatio, captionDrop, sampleRatios, posterior, imageRatio } = s
   const trainer = new Trainer({
     ...trainerOptions(s),
@@ -336,13 +345,15 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags)
     const folder = join(s.out, 'model')
     await trainer.save(join(folder, 'diffusion_transformer'))
-    await text.save(join(folder, 'text_encoder'))
+    if (text instanceof WordEncoder) await text.save(join(folder, 'text_encoder'))
+    else say(`pyraflow: ${folder} has no text encoder: copy those that made ${s.textCache} into it`)
     await writePipelineConfig(folder, s, data, trainer.stages.count)
     return { ...done, model: folder }
   } finally {
     trainer.dispose()
     model.dispose()
     data.dispose()
+    if (text instanceof CachedTextEncoder) text.dispose()
   }
 }
 
@@ -371,11 +382,12 @@ function wordsOf(
 async function writePipelineConfig(
   folder: string,
   s: DitSettings,
-  data: { readonly normalisation: object; readonly shape: readonly number[] },
+  data: Pick<LatentSource, 'normalisation' | 'buckets'>,
   stageCount: number,
 ): Promise<void> {
   const { writeFileAtomically } = await import('../io/atomic.ts')
-  const [, frames, height, width] = data.shape as [number, number, number, number]
+  const frames = Math.max(...data.buckets.map(({ shape }) => shape[1] as number))
+  const sizes = new Map(data.buckets.map(({ shape: [, , h, w] }) => [`${w}×${h}`, [w, h] as number[]]))
   const steps = (n: number): number[] => new Array<number>(stageCount).fill(n)
   const config: Record<string, unknown> = {
     normalisation: data.normalisation,
@@ -387,7 +399,7 @@ async function writePipelineConfig(
   if (s.vae) {
     const { CausalVideoVAE } = await import('../index.ts')
     const vae = await CausalVideoVAE.fromPretrained(s.vae)
-    config.sizes = [[width * vae.spatialFactor, height * vae.spatialFactor]]
+    config.sizes = [...sizes.values()].map((size) => size.map((n) => n * vae.spatialFactor))
     config.seconds = ((frames - 1) * vae.temporalFactor) / 24
     vae.dispose()
     cpSync(s.vae, join(folder, 'causal_video_vae'), { recursive: true })
