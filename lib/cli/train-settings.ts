@@ -66,6 +66,8 @@ export const ditSettings = z.strictObject({
   task: z.literal('dit').default('dit'),
   ...shared,
   textEncoder: z.string().optional(),
+  /** Folder that `encode --text-encoder` filled: features instead of an encoder. */
+  textCache: z.string().optional(),
   /** Put into the finished model folder, so that `generate` can use it. */
   vae: z.string().optional(),
   stages: z

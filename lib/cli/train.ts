@@ -1,6 +1,7 @@
 import { cpSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Command, Option } from 'commander'
+import type { LatentSource } from '../train/latent-source.ts'
 import type { AdamWOptions } from '../train/optimizer.ts'
 import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
 import {
@@ -71,6 +72,7 @@ export function addTrain(program: Command): void {
     '--text-encoder <dir>',
     'dit: text encoder (default: one made from the words of the captions)',
   )
+  option(command, '--text-cache <dir>', 'dit: text cache that encode made, instead of a text encoder')
   option(command, '--vae <dir>', 'dit: VAE to put into the finished model folder')
   option(command, '--validation <dir>', 'dit: latent cache of clips that are not trained on')
   option(command, '--validate-every <n>', 'dit: steps between validations', wholeNumber)
@@ -214,15 +216,21 @@ async function planDit(s: DitSettings, flags: TrainFlags): Promise<void> {
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
-  const { LatentDataset, Trainer } = await import('../train/index.ts')
+  const { CachedTextEncoder, LatentDataset, Trainer } = await import('../train/index.ts')
+  if (s.textCache !== undefined && s.textEncoder !== undefined) {
+    throw new UsageError('give either --text-encoder or --text-cache')
+  }
   const data = await LatentDataset.open(s.data)
   const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
   const model = s.init
     ? await loadVelocityNetwork(s.init, { dtype: s.dtype, train: true })
     : createVelocityNetwork(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
-  const text = s.textEncoder
-    ? WordEncoder.fromPretrained(s.textEncoder)
-    : new WordEncoder(wordsOf([...data.captions, ...(validation?.captions ?? [])], model.config))
+  const captions = [...data.captions, ...(validation?.captions ?? [])]
+  const text = s.textCache
+    ? await CachedTextEncoder.open(s.textCache)
+    : s.textEncoder
+      ? WordEncoder.fromPretrained(s.textEncoder)
+      : new WordEncoder(wordsOf(captions, model.config))
   const { validateEvery, validationClips, samplePrompts: prompts, sampleEvery: every, vae } = s
   const samples = prompts && { ...defined(s.sampleOptions ?? {}), prompts, every, vae }
   const trainer = new Trainer({
@@ -239,7 +247,8 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags.progress)
     const folder = join(s.out, 'model')
     await trainer.save(join(folder, 'diffusion_transformer'))
-    await text.save(join(folder, 'text_encoder'))
+    if (text instanceof WordEncoder) await text.save(join(folder, 'text_encoder'))
+    else say(`pyraflow: ${folder} has no text encoder: copy those that made ${s.textCache} into it`)
     await writePipelineConfig(folder, s, data, trainer.stages.count)
     return { ...done, model: folder }
   } finally {
@@ -247,6 +256,7 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     model.dispose()
     data.dispose()
     validation?.dispose()
+    if (text instanceof CachedTextEncoder) text.dispose()
   }
 }
 
@@ -275,11 +285,12 @@ function wordsOf(
 async function writePipelineConfig(
   folder: string,
   s: DitSettings,
-  data: { readonly normalisation: object; readonly shape: readonly number[] },
+  data: Pick<LatentSource, 'normalisation' | 'buckets'>,
   stageCount: number,
 ): Promise<void> {
   const { writeFileAtomically } = await import('../io/atomic.ts')
-  const [, frames, height, width] = data.shape as [number, number, number, number]
+  const frames = Math.max(...data.buckets.map(({ shape }) => shape[1] as number))
+  const sizes = new Map(data.buckets.map(({ shape: [, , h, w] }) => [`${w}×${h}`, [w, h] as number[]]))
   const steps = (n: number): number[] => new Array<number>(stageCount).fill(n)
   const config: Record<string, unknown> = {
     normalisation: data.normalisation,
@@ -291,7 +302,7 @@ async function writePipelineConfig(
   if (s.vae) {
     const { CausalVideoVAE } = await import('../index.ts')
     const vae = await CausalVideoVAE.fromPretrained(s.vae)
-    config.sizes = [[width * vae.spatialFactor, height * vae.spatialFactor]]
+    config.sizes = [...sizes.values()].map((size) => size.map((n) => n * vae.spatialFactor))
     config.seconds = ((frames - 1) * vae.temporalFactor) / 24
     vae.dispose()
     cpSync(s.vae, join(folder, 'causal_video_vae'), { recursive: true })
