@@ -13,6 +13,7 @@ import { describeMachine, slugOf } from './machine.ts'
 import { matmul } from './matmul.ts'
 import { pyramid } from './pyramid.ts'
 import { train } from './train.ts'
+import { trainStep } from './train-step.ts'
 
 // Measures the engine against what the machine can do. Tables go to stderr, JSON where it is asked for.
 const GROUPS: Record<string, Group> = {
@@ -23,6 +24,7 @@ const GROUPS: Record<string, Group> = {
   attention,
   blocks,
   train,
+  'train-step': trainStep,
   generate,
   full,
 }

@@ -14,14 +14,14 @@ export function wordEncoder(): WordEncoder {
   return new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 })
 }
 
-/** A latent cache of `count` 25-frame 128×128 clips of noise, for `use` only. */
+/** A latent cache of `count` clips of noise, by default 25 frames of 128×128, for `use` only. */
 export async function withRandomLatents<T>(
   count: number,
   use: (data: LatentDataset) => Promise<T>,
+  shape: readonly number[] = [16, 4, 16, 16],
 ): Promise<T> {
   const dir = await mkdtemp(join(tmpdir(), 'pyraflow-bench-'))
   try {
-    const shape = [16, 4, 16, 16]
     const size = count * shape.reduce((a, b) => a * b, 1)
     // Between −1 and 1, in bf16: sign and fraction at random, exponent of 1/2 or 1/4.
     const mean = Uint16Array.from({ length: size }, (_, i) => {

@@ -57,6 +57,8 @@ export interface SampleOptions {
   framesPerUnit?: number
   /** Other coefficients of the jumps than the matched ones (spec/method.md §6), to measure what those are good for. */
   jump?: ((matched: JumpCoefficients) => JumpCoefficients) | undefined
+  /** The whole video as one unit without history, for networks trained without the temporal pyramid (§11). */
+  fullSequence?: boolean
   signal?: AbortSignal | undefined
 }
 
@@ -132,7 +134,8 @@ export async function* sampleLatents(
   }
 }
 
-function unitsToMake({ frames, framesPerUnit = 1, given }: SampleOptions): readonly Unit[] {
+function unitsToMake({ frames, framesPerUnit = 1, fullSequence, given }: SampleOptions): readonly Unit[] {
+  if (fullSequence && !given) return [{ index: 0, firstFrame: 0, frames, noiseFrame: 0, given: false }]
   const before = given?.shape[2] ?? 0
   const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= before)
   if (units[0]?.firstFrame === before) return units

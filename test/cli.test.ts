@@ -6,7 +6,7 @@ import { fileURLToPath } from 'node:url'
 import sharp from 'sharp'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { makeProgress } from '../lib/cli/progress.ts'
-import { writePipeline } from './fixtures/tiny.ts'
+import { tinyLatents, tinyVae, writePipeline } from './fixtures/tiny.ts'
 import { goldenFolder } from './golden.ts'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
@@ -114,6 +114,62 @@ describe('settings', () => {
   ])('%o in the file is a usage error', (extra, why) => {
     writeFileSync(config, JSON.stringify({ ...settings, ...extra }))
     const { status, stderr } = run(['train', '--config', config, '--dry-run'])
+    expect(stderr).toMatch(why)
+    expect(status).toBe(2)
+  })
+})
+
+describe('train', () => {
+  const network = {
+    ...{ num_layers: 1, num_single_layers: 1, attention_head_dim: 16, num_attention_heads: 2 },
+    ...{ joint_attention_dim: 12, pooled_projection_dim: 12, axes_dims_rope: [4, 6, 6] },
+  }
+  const config = join(folder, 'objective.json')
+  const settings = {
+    ...{ data: join(folder, 'latents'), validation: join(folder, 'held'), out: join(folder, 'run') },
+    ...{ network, steps: 2, batchSize: 4, accumulate: 1, validateEvery: 1, imageRatio: 0.25 },
+    optimizer: { decayGroups: [{ match: '^norm', weightDecay: 0.1 }] },
+    ...{ samplePrompts: ['a red circle'], sampleEvery: 1, vae: join(folder, 'vae') },
+    sampleOptions: { steps: 1, videoSteps: 1 },
+  }
+  const write = (extra: object = {}): void => writeFileSync(config, JSON.stringify({ ...settings, ...extra }))
+  beforeAll(async () => {
+    for (const name of ['latents', 'held']) (await tinyLatents(join(folder, name), { frames: 3 })).dispose()
+    const vae = tinyVae()
+    await vae.save(join(folder, 'vae'))
+    vae.dispose()
+  })
+
+  it('prints what a step takes before anything is there', () => {
+    write()
+    const json = run(['train', '--config', config, '--plan', '--json', '--accumulate', '2'])
+    expect(json.stderr).toBe('')
+    const { bytes, tokens, flops, seconds } = JSON.parse(json.stdout)
+    expect(bytes.peak).toBeGreaterThan(bytes.weights)
+    expect(tokens.longest).toBeGreaterThan(tokens.shortest)
+    expect(flops.mean).toBeGreaterThan(0)
+    expect(seconds.mean).toBeGreaterThan(0)
+    const text = run(['train', '--config', config, '--plan'])
+    expect(text.stdout).toMatch(/M parameters.*\nmemory: .*\na step: .*\nabout /)
+    expect(readdirSync(folder)).not.toContain('run')
+  })
+
+  it('goes through every branch first when asked to, and then trains', () => {
+    write({ rehearse: true })
+    const { status, stderr, stdout } = run(['train', '--config', config, '--progress', 'none'])
+    expect(status, stderr).toBe(0)
+    for (const branch of ['units', 'first frames', 'without captions', 'validation', 'samples', 'checkpoint'])
+      expect(stderr).toMatch(new RegExp(`rehearsed .*${branch}.* s, `))
+    expect(stdout.trim()).toBe(join(folder, 'run', 'model'))
+  })
+
+  it.each([
+    [{ optimizer: { decayGroups: [{ match: '(', weightDecay: 1 }] } }, /decayGroups/],
+    [{ sampleOptions: { stepps: 1 } }, /did you mean "steps"/],
+    [{ imageRatio: 2 }, /imageRatio/],
+  ])('%o is a usage error', (extra, why) => {
+    write(extra)
+    const { status, stderr } = run(['train', '--config', config])
     expect(stderr).toMatch(why)
     expect(status).toBe(2)
   })

@@ -10,6 +10,7 @@ import {
 } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { monitorEventLoopDelay } from 'node:perf_hooks'
 import { afterAll, describe, expect, test } from 'vitest'
 import { normaliseLatents } from '../lib/flow/normalise.ts'
 import { hasFfmpeg } from '../lib/io/video.ts'
@@ -175,27 +176,26 @@ describe('the latent cache', () => {
     vae.dispose()
   })
 
-  test('never holds up the event loop, and frees all it took', async () => {
+  // Other programs on the machine delay this one too, hence the second and third chance.
+  test('never holds up the event loop, and frees all it took', { retry: 2 }, async () => {
     const side = 256
     const backend = new FakeVideo(side, 9)
     const clip = await backend.decode('0.mp4')
     backend.decode = async () => clip
-    const data = await openDataset(fakeFiles('loop', 3), { width: side, height: side, frames: 9, backend })
+    const data = await openDataset(fakeFiles('loop', 5), { width: side, height: side, frames: 9, backend })
     const vae = tinyVae()
+    await encodeLatents(vae, await openDataset(fakeFiles('warm', 1), small), join(root, 'warm'))
     const before = await live()
-    let [longest, last, going] = [0, performance.now(), true]
-    const turn = (): void => {
-      longest = Math.max(longest, performance.now() - last)
-      last = performance.now()
-      if (going) setTimeout(turn, 0)
-    }
-    turn()
-    await encodeLatents(vae, data, join(root, 'loop'))
-    going = false
-    // 10 ms are promised; a busy machine may take the process away for longer.
-    expect(longest).toBeLessThan(50)
+    const monitor = monitorEventLoopDelay({ resolution: 1 })
+    monitor.enable()
+    await encodeLatents(vae, data, mkdtempSync(join(root, 'loop-')))
+    monitor.disable()
+    const p99 = monitor.percentile(99) / 1e6 - 1
+    console.log(`encoding: event loop p99 ${p99.toFixed(1)} ms over ${monitor.count} samples`)
     expect(await live()).toBe(before)
     vae.dispose()
+    expect(monitor.count).toBeGreaterThan(50)
+    expect(p99).toBeLessThan(10)
   })
 })
 

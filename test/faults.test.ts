@@ -146,10 +146,10 @@ describe('a training run', () => {
         steps: 9,
         learningRates: new Float64Array(9).fill(1e-3),
         optimizer: parts.trainer.optimizer,
-        prepare: async () => parts.trainer.indices(0),
-        *forward(step, indices: number[]) {
+        prepare: async () => parts.trainer.batch(0),
+        *forward(step, batch: ReturnType<typeof parts.trainer.batch>) {
           if (step % 8 > 1 && step % 8 < 6) return { loss: mean(Tensor.full([2], Number.NaN)) }
-          return yield* parts.trainer.forwardSteps(step, indices)
+          return yield* parts.trainer.forwardSteps(step, batch)
         },
         saveModel: async () => undefined,
       } as Parameters<typeof runTraining>[0]),

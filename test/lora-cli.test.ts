@@ -7,7 +7,7 @@ import { latentNormalisation } from '../lib/models/presets.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import type { ImmediateTextEncoder } from '../lib/text/encoder.ts'
-import { FineTune, repeated } from '../lib/train/fine-tune.ts'
+import { FineTune } from '../lib/train/fine-tune.ts'
 import { LatentDataset } from '../lib/train/latents.ts'
 import { CachedTextEncoder, encodeTexts } from '../lib/train/text-cache.ts'
 import { Trainer } from '../lib/train/trainer.ts'
@@ -267,18 +267,5 @@ describe('a fine-tune', () => {
     expect(pipe.source?.variant).toBe('diffusion_transformer_384p')
     expect(pipe.config.normalisation).toEqual(latentNormalisation.flux)
     pipe.dispose()
-  })
-
-  test('sees a small data set several times over', async () => {
-    const cache = await LatentDataset.open(small)
-    const many = repeated(cache, 3)
-    expect(many.length).toBe(3)
-    expect(many.captions).toEqual([cache.captions[0], cache.captions[0], cache.captions[0]])
-    expect([...many.buckets[0]!.indices]).toEqual([0, 1, 2])
-    const [one, three] = [cache.gather([0]), many.gather([2, 0])]
-    const [a, b] = [await one.mean.floats(), await three.mean.floats()]
-    expect(b).toEqual(Float32Array.from([...a, ...a]))
-    for (const t of [one.mean, one.logvar, three.mean, three.logvar]) t.dispose()
-    cache.dispose()
   })
 })

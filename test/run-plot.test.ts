@@ -95,7 +95,7 @@ test('loss.png is the same picture, and both are drawn while the run goes on', a
   writeFileSync(join(out, 'metrics.jsonl'), '{"type":"step","st', { flag: 'a' })
   expect(await plotRun(out, { png: true })).toEqual(['loss.svg', 'loss.png'].map((name) => join(out, name)))
   const { width, height } = await sharp(join(out, 'loss.png')).metadata()
-  expect({ width, height }).toEqual({ width: 900, height: 668 })
+  expect({ width, height }).toEqual({ width: 900, height: 704 })
   const { channels } = await sharp(join(out, 'loss.png')).stats()
   expect(Math.max(...channels.map(({ stdev }) => stdev))).toBeGreaterThan(5)
   expect(readdirSync(out).sort()).toEqual(['loss.png', 'loss.svg', 'metrics.jsonl'])

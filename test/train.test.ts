@@ -236,7 +236,7 @@ describe('training the transformer', () => {
     const lossOf = async (data: LatentDataset, posterior: 'sample' | 'mean'): Promise<number> => {
       const out = join(folder, 'posterior')
       const { trainer, model } = tinyTrainer({ data, out, steps: 1, posterior })
-      const kept = scope(() => keep(trainer.forward(0, trainer.indices(0)).loss))
+      const kept = scope(() => keep(trainer.forward(0, trainer.batch(0)).loss))
       const loss = await kept.item()
       kept.dispose()
       trainer.dispose()
@@ -334,8 +334,7 @@ describe('training the transformer', () => {
     const model = tinyDit({ train: true })
     const wrong: [object, string][] = [
       [{ batchSize: 3 }, 'a multiple of 4 columns'],
-      [{ batchSize: 8 }, 'at most the 4 clips'],
-      [{ sampleRatios: [1, 1] }, 'over 3 stages'],
+      [{ sampleRatios: [1, 1] }, '3 integers from 1'],
       [{ steps: 10, warmupSteps: 20 }, 'warmupSteps'],
     ]
     for (const [options, text] of wrong) {

@@ -389,9 +389,16 @@ describe('training with all terms', () => {
 
   async function run(
     out: string,
-    options: { steps: number; stopAt?: number; resume?: boolean; dtype?: 'f32' | 'bf16'; start?: number },
+    options: {
+      steps: number
+      stopAt?: number
+      resume?: boolean
+      dtype?: 'f32' | 'bf16'
+      start?: number
+      accumulate?: number
+    },
   ) {
-    const { steps, stopAt, resume = false, dtype = 'f32', start = 2 } = options
+    const { steps, stopAt, resume = false, dtype = 'f32', start = 2, accumulate } = options
     const model = tinyVae({ train: true, dtype })
     const discriminator = critic(NARROW, dtype)
     const lpips = Lpips.create(new Generator(6), { dtype })
@@ -401,6 +408,7 @@ describe('training with all terms', () => {
       out: join(folder, out),
       steps,
       batchSize: 1,
+      accumulate,
       seed: 2,
       learningRate: 2e-3,
       warmupSteps: 1,
@@ -429,11 +437,16 @@ describe('training with all terms', () => {
     return { steps: events.flatMap(numbersOf), weights, critics }
   }
 
-  for (const dtype of ['f32', 'bf16'] as const) {
-    it(`continues bit for bit after a resume, discriminator and its optimizer included, in ${dtype}`, async () => {
-      const whole = await run(`whole-${dtype}`, { steps: 6, dtype })
-      const begun = await run(`cut-${dtype}`, { steps: 6, dtype, stopAt: 4 })
-      const rest = await run(`cut-${dtype}`, { steps: 6, dtype, resume: true })
+  for (const [dtype, accumulate] of [
+    ['f32', 1],
+    ['bf16', 1],
+    ['f32', 2],
+  ] as const) {
+    const named = `${dtype}-${accumulate}`
+    it(`continues bit for bit after a resume, discriminator and its optimizer included, in ${dtype} with ${accumulate} micro-steps`, async () => {
+      const whole = await run(`whole-${named}`, { steps: 6, dtype, accumulate })
+      const begun = await run(`cut-${named}`, { steps: 6, dtype, accumulate, stopAt: 4 })
+      const rest = await run(`cut-${named}`, { steps: 6, dtype, accumulate, resume: true })
       expect([...begun.steps, ...rest.steps]).toEqual(whole.steps)
       expect(whole.steps).toHaveLength(6)
       for (const [name, values] of whole.weights) expect(rest.weights.get(name), name).toEqual(values)
@@ -449,9 +462,10 @@ describe('training with all terms', () => {
       ]) {
         expect(Number.isFinite(whole.steps[5]![name]), name).toBe(true)
       }
-      const checkpoint = join(folder, `whole-${dtype}`, 'checkpoint-6')
+      const checkpoint = join(folder, `whole-${named}`, 'checkpoint-6')
       expect(JSON.parse(readFileSync(join(checkpoint, 'state.json'), 'utf8'))).toEqual({
         step: 6,
+        updates: 6,
         companions: { discriminator: 4 },
       })
       const loaded = await PatchDiscriminator.fromPretrained(

@@ -42,7 +42,7 @@ const NETWORK = {
   num_attention_heads: 4,
   joint_attention_dim: 64,
   pooled_projection_dim: 64,
-  axes_dims_rope: [8, 12, 12],
+  axes_dims_rope: [8, 12, 12] as [number, number, number],
 }
 
 export interface Measured {
@@ -81,7 +81,7 @@ export async function trainArm(
   const points: Point[] = []
   let seconds = 0
   try {
-    const { flops } = trainer.plan()
+    const { flops } = await trainer.plan()
     let losses: number[] = []
     for await (const event of trainer.run()) {
       if (event.type !== 'step') continue

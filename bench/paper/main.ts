@@ -12,10 +12,10 @@ import { openWorld } from './world.ts'
 const USAGE = `npm run bench:paper -- --row N [options]
   --row N         one of ${Object.keys(ROWS).join(', ')}; may be given several times
   --seeds N       seeds of every arm, 3
-  --steps N       training steps of arms that begin with nothing, 600
-  --tuned N       training steps of arms that begin with the toy model, 200
-  --samples N     pictures or videos that distances are taken over, 256
-  --scored N      videos that the scorer reads, 48
+  --steps N       training steps of arms that begin with nothing, 400
+  --tuned N       training steps of arms that begin with the toy model, 100
+  --samples N     pictures or videos that distances are taken over, 96
+  --scored N      videos that the scorer reads, 24
   --dir DIR       latents and finished arms, runs/paper: an arm that is there is not trained again
   --out DIR       results, bench/results/paper
   --quick         a few steps that only show that everything runs`
@@ -43,10 +43,10 @@ async function main(): Promise<number> {
     Number(values[name] ?? (quick ? short : real))
   const budget: Budget = {
     seeds: Array.from({ length: of('seeds', 3, 1) }, (_, i) => i),
-    steps: of('steps', 600, 4),
-    tunedSteps: of('tuned', 200, 4),
-    samples: of('samples', 256, 8),
-    scored: of('scored', 48, 2),
+    steps: of('steps', 400, 4),
+    tunedSteps: of('tuned', 100, 4),
+    samples: of('samples', 96, 8),
+    scored: of('scored', 24, 2),
   }
   await mkdir(dir, { recursive: true })
   await mkdir(out, { recursive: true })

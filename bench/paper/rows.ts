@@ -1,6 +1,6 @@
 import { makeStages } from '../../lib/flow/stages.ts'
 import { PyramidFluxTransformer } from '../../lib/models/dit-flux.ts'
-import { asTrained } from '../../lib/train/objective.ts'
+import { asTrained } from '../../lib/train/samples.ts'
 import type { VelocityNetwork } from '../../lib/models/velocity-network.ts'
 import { type Arm, type Measured, trainArm } from './arms.ts'
 import { blockExcess, distance, fineEnergy, frameOf, type Spread, spreadOf } from './metrics.ts'
@@ -46,8 +46,9 @@ export interface Result {
 const pyramid = makeStages()
 const flat = makeStages({ stageRange: [0, 1] })
 
-/** Several points of a run, the last at its end. */
-const points = (steps: number): number[] => [0.25, 0.5, 0.75, 1].map((share) => Math.round(share * steps))
+/** Several points of a run, the last at its end; of runs that begin with a trained model only the end says anything. */
+const pointsOf = ({ tuned }: Arm, steps: number): number[] =>
+  tuned ? [steps] : [0.25, 0.5, 0.75, 1].map((share) => Math.round(share * steps))
 
 async function distanceOf(
   { world, budget }: Context,
@@ -76,7 +77,7 @@ async function run(
   const { world, budget, dir, say } = context
   const all: Measured[] = []
   for (const seed of budget.seeds) {
-    all.push(await trainArm(world, arm, { dir, seed, at: points(steps), say }, measure))
+    all.push(await trainArm(world, arm, { dir, seed, at: pointsOf(arm, steps), say }, measure))
   }
   return all
 }
@@ -223,7 +224,7 @@ async function renoising(context: Context): Promise<Result> {
   const model = await PyramidFluxTransformer.fromPretrained(`${MODEL}/diffusion_transformer`, { dtype: 'bf16' })
   const variants: [string, Sampling['jump']][] = [
     ['corrective, γ = 1/3', undefined],
-    ...[0.25, 0.15, 0.05].map(
+    ...[0.2, 0.1].map(
       (gamma): [string, Sampling['jump']] => [`noise of γ = ${gamma}`, (own) => ({ ...own, gamma })],
     ),
     ['white noise of equal variance', (own) => ({ ...own, gamma: 0 })],

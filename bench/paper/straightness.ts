@@ -21,7 +21,10 @@ export async function straightness(
   const { latents, captions } = unseenLatents(world, count)
   latents.dispose()
   const ends = async (last: number): Promise<{ began: Float32Array; ended: Float32Array }> => {
-    let found = { began: new Float32Array(), ended: new Float32Array() }
+    let found: { began: Float32Array; ended: Float32Array } = {
+      began: new Float32Array(),
+      ended: new Float32Array(),
+    }
     const steps = stages.start.map((_, k) => (k === stages.count - 1 ? last : STEPS))
     const onStage = async (stage: number, began: Tensor, ended: Tensor): Promise<void> => {
       if (stage < stages.count - 1 || found.began.length > 0) return

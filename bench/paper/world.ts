@@ -1,10 +1,9 @@
 import { existsSync } from 'node:fs'
-import { rename } from 'node:fs/promises'
+import { readFile, rename } from 'node:fs/promises'
 import { join } from 'node:path'
 import { caption, FRAMES, makeRng, randomSpec, renderClip, SIZE } from '../../examples/shapes/world.ts'
 import { engine } from '../../lib/engine/engine.ts'
 import type { LatentNormalisation } from '../../lib/flow/normalise.ts'
-import { readJsonObject } from '../../lib/io/pretrained.ts'
 import { CausalVideoVAE } from '../../lib/models/causal-vae.ts'
 import { cast } from '../../lib/ops/cast.ts'
 import { framesDecode } from '../../lib/ops/frames.ts'
@@ -31,9 +30,8 @@ export async function openWorld(
   say: (line: string) => void,
 ): Promise<World> {
   const vae = await CausalVideoVAE.fromPretrained(join(MODEL, 'causal_video_vae'), { dtype: 'bf16' })
-  const { normalisation } = readJsonObject(join(MODEL, 'pyraflow.json')) as {
-    normalisation: LatentNormalisation
-  }
+  const settings = await readFile(join(MODEL, 'pyraflow.json'), 'utf8')
+  const { normalisation } = JSON.parse(settings) as { normalisation: LatentNormalisation }
   const open = async (name: 'train' | 'unseen', seed: number): Promise<LatentDataset> => {
     const folder = join(dir, `${name}-${counts[name]}`)
     if (!existsSync(folder)) {

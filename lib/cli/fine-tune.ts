@@ -1,9 +1,11 @@
 import { existsSync } from 'node:fs'
 import { rm } from 'node:fs/promises'
 import { join } from 'node:path'
+import type { Command } from 'commander'
 import type { TrainerOptions } from '../train/trainer.ts'
 import { type ProgressMode, say, UsageError } from './console.ts'
 import { TEXT_FOLDER } from './encode.ts'
+import { anyNumber, option, wholeNumber } from './settings.ts'
 import { type Done, follow } from './train-progress.ts'
 import type { DitSettings } from './train-settings.ts'
 
@@ -16,16 +18,31 @@ export function goesOn({ init, loraRank, preset }: DitSettings): boolean {
   )
 }
 
+/** Flags of runs that go on from a model folder. */
+export function addFineTuneFlags(command: Command): void {
+  option(command, '--variant <name>', 'dit: folder of the transformer when --init has several')
+  option(command, '--lora-rank <n>', 'dit: train adapters of this rank for the model --init', wholeNumber)
+  option(command, '--lora-alpha <n>', 'dit: their strength is alpha/rank (default: 1)', anyNumber)
+  const names = (text: string): string[] => text.split(',')
+  option(
+    command,
+    '--lora-targets <names>',
+    'dit: ends of names of layers to adapt, e.g. to_q,ff.net.2',
+    names,
+  )
+  option(command, '--preset <name>', 'dit: one-clip: adapters and small steps for a single clip')
+}
+
 /** Trains the transformer of a whole model folder, or adapters for it. */
 export async function fineTune(
   s: DitSettings & { init?: string },
-  options: Omit<TrainerOptions, 'model' | 'data' | 'text' | 'stages' | 'framesPerUnit'>,
+  options: Omit<TrainerOptions, 'model' | 'data' | 'text'>,
   mode: ProgressMode | undefined,
   signal: AbortSignal,
 ): Promise<Done> {
   for (const name of ['stages', 'network'] as const)
     if (s[name]) throw new UsageError(`"${name}" comes from the model folder that --init names`)
-  const { FineTune, guarded, LatentDataset, presets, repeated, Trainer, withNormalisation } = await import(
+  const { FineTune, guarded, LatentDataset, presets, Trainer, withNormalisation } = await import(
     '../train/index.ts'
   )
   const text = await textOf(s)
@@ -46,11 +63,9 @@ export async function fineTune(
   })
   const data = await LatentDataset.open(s.data)
   const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
-  const small = s.preset !== undefined && data.length < batchSize
-  const source = small ? repeated(data, Math.ceil(batchSize / data.length)) : data
   const trainer = new Trainer({
     ...options,
-    ...tune.parts(source, { steps, batchSize, learningRate, seed: s.seed }),
+    ...tune.parts(data, { steps, batchSize, learningRate, seed: s.seed }),
     ...(validation && { validation: withNormalisation(validation, tune.normalisation) }),
   })
   try {
@@ -72,11 +87,11 @@ export async function fineTune(
   }
 }
 
-/** The encoder of `--text-encoder`, else the features that lie beside the latents, else what the model folder has. */
-async function textOf({ textEncoder, data }: DitSettings) {
+/** The encoder or cache that was named, else the features that lie beside the latents, else what the model folder has. */
+async function textOf({ textEncoder, textCache, data }: DitSettings) {
   const { WordEncoder } = await import('../text/word-encoder.ts')
   const { CachedTextEncoder } = await import('../train/text-cache.ts')
-  const cache = join(data, TEXT_FOLDER)
   if (textEncoder !== undefined) return WordEncoder.fromPretrained(textEncoder)
-  return existsSync(cache) ? CachedTextEncoder.open(cache) : undefined
+  const cache = textCache ?? join(data, TEXT_FOLDER)
+  return textCache !== undefined || existsSync(cache) ? CachedTextEncoder.open(cache) : undefined
 }

@@ -10,6 +10,16 @@ const weight = z.number().nonnegative()
 
 const policy = z.enum(['skip', 'rollback', 'fail'])
 
+/** Text as a regular expression. */
+const regular = z.string().transform((text, context) => {
+  try {
+    return new RegExp(text)
+  } catch (error) {
+    context.addIssue(error instanceof Error ? error.message : String(error))
+    return z.NEVER
+  }
+})
+
 const optimizer = z
   .strictObject({
     betas: z.tuple([share, share]).optional(),
@@ -17,6 +27,8 @@ const optimizer = z
     weightDecay: z.number().nonnegative().optional(),
     maxGradNorm: z.number().nonnegative().optional(),
     emaDecay: share.optional(),
+    /** `match` is a regular expression for names. */
+    decayGroups: z.array(z.strictObject({ match: regular, weightDecay: weight })).optional(),
   })
   .optional()
 
@@ -55,6 +67,8 @@ export const ditSettings = z.strictObject({
   task: z.literal('dit').default('dit'),
   ...shared,
   textEncoder: z.string().optional(),
+  /** Folder that `encode --text-encoder` filled: features instead of an encoder. */
+  textCache: z.string().optional(),
   /** Put into the finished model folder, so that `generate` can use it. */
   vae: z.string().optional(),
   stages: z
@@ -71,12 +85,35 @@ export const ditSettings = z.strictObject({
   captionDrop: share.default(0.1),
   posterior: z.enum(['sample', 'mean']).optional(),
   imageRatio: share.optional(),
+  images: z.enum(['buckets', 'frames', 'both']).optional(),
+  temporalPyramid: z.boolean().optional(),
+  causal: z.boolean().optional(),
+  coupledNoise: z.boolean().optional(),
+  maxFrames: positive.optional(),
+  rank: z.int().nonnegative().optional(),
+  syncGroup: positive.optional(),
+  checkpointRatio: share.optional(),
+  /** Go through every branch before the first step. */
+  rehearse: z.boolean().default(false),
   /** Latent cache of clips that are not trained on. */
   validation: z.string().optional(),
   validateEvery: positive.optional(),
+  validationClips: positive.optional(),
   /** Videos to look at while training; they need `vae`. */
   samplePrompts: z.array(z.string()).min(1).optional(),
   sampleEvery: positive.optional(),
+  /** How they are made: the options of `samples` besides prompts, interval and VAE. */
+  sampleOptions: z
+    .strictObject({
+      seed: z.int().nonnegative().optional(),
+      size: z.tuple([positive, positive, positive]).optional(),
+      steps: positive.optional(),
+      videoSteps: positive.optional(),
+      guidanceScale: weight.optional(),
+      videoGuidanceScale: weight.optional(),
+      shownFrames: positive.optional(),
+    })
+    .optional(),
   /** Transformer of the model folder `init`. */
   variant: z.string().optional(),
   /** Train adapters of this rank instead of all weights. */
@@ -162,6 +199,7 @@ export function checkTogether(s: DitSettings): void {
     ['sampleEvery', 'samplePrompts'],
     ['samplePrompts', 'sampleEvery'],
     ['samplePrompts', 'vae'],
+    ['sampleOptions', 'samplePrompts'],
     ['loraAlpha', 'loraRank'],
     ['loraTargets', 'loraRank'],
     ['loraRank', 'init'],

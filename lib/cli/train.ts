@@ -1,10 +1,11 @@
 import { cpSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Command, Option } from 'commander'
+import type { LatentSource } from '../train/latent-source.ts'
 import type { AdamWOptions } from '../train/optimizer.ts'
 import type { TrainerOptions } from '../train/trainer.ts'
 import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
-import { fineTune, goesOn } from './fine-tune.ts'
+import { addFineTuneFlags, fineTune, goesOn } from './fine-tune.ts'
 import {
   anyNumber,
   common,
@@ -15,6 +16,7 @@ import {
   resolveSettings,
   wholeNumber,
 } from './settings.ts'
+import { addObjectiveFlags, describeTrainingPlan, objectiveOptions, sayRehearsal } from './train-objective.ts'
 import { type Done, follow } from './train-progress.ts'
 import {
   checkNetwork,
@@ -29,10 +31,11 @@ interface TrainFlags extends CommonOptions {
   config?: string
   task?: string
   dryRun?: boolean
+  plan?: boolean
 }
 
 // Flags that are not settings of a task.
-const OWN = ['config', 'dryRun', 'json', 'progress', 'backend', 'threads']
+const OWN = ['config', 'dryRun', 'plan', 'json', 'progress', 'backend', 'threads']
 
 export function addTrain(program: Command): void {
   const command = program
@@ -45,6 +48,7 @@ export function addTrain(program: Command): void {
     )
     .option('--config <file>', 'settings as JSON; flags and PYRAFLOW_* variables go before it')
     .option('--dry-run', 'print the resolved settings and stop')
+    .option('--plan', 'dit: print what a step takes (memory, operations, time) and stop; no weights are read')
   option(command, '--data <dir>', 'latent cache (dit; see encode), or clips with captions.jsonl (vae)')
   option(command, '--out <dir>', 'folder of the run: checkpoints, metrics.jsonl, the finished model')
   option(command, '--steps <n>', 'optimizer steps', wholeNumber)
@@ -70,6 +74,7 @@ export function addTrain(program: Command): void {
     '--text-encoder <dir>',
     'dit: text encoder (default: one made from the words of the captions)',
   )
+  option(command, '--text-cache <dir>', 'dit: text cache that encode made, instead of a text encoder')
   option(command, '--vae <dir>', 'dit: VAE to put into the finished model folder')
   option(command, '--validation <dir>', 'dit: latent cache of clips that are not trained on')
   option(command, '--validate-every <n>', 'dit: steps between validations', wholeNumber)
@@ -80,17 +85,8 @@ export function addTrain(program: Command): void {
     (text: string, before: string[] | undefined) => [...(before ?? []), text],
   )
   option(command, '--sample-every <n>', 'dit: steps between such videos', wholeNumber)
-  option(command, '--variant <name>', 'dit: folder of the transformer when --init has several')
-  option(command, '--lora-rank <n>', 'dit: train adapters of this rank for the model --init', wholeNumber)
-  option(command, '--lora-alpha <n>', 'dit: their strength is alpha/rank (default: 1)', anyNumber)
-  option(
-    command,
-    '--lora-targets <names>',
-    'dit: ends of the names of the layers to adapt, e.g. to_q,ff.net.2',
-    (text) => text.split(','),
-  )
-  option(command, '--preset <name>', 'dit: one-clip: adapters and small steps for a single clip')
-  option(command, '--caption-drop <share>', 'dit: share of captions replaced by none', anyNumber)
+  addObjectiveFlags(command)
+  addFineTuneFlags(command)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
   option(command, '--height <px>', 'vae: and this height', wholeNumber)
   option(command, '--frames <n>', 'vae: frames of every clip', wholeNumber)
@@ -122,6 +118,10 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
   )
   if (flags.dryRun) return resultJson(settings)
   await configureEngine(flags)
+  if (flags.plan) {
+    if (settings.task === 'vae') throw new UsageError('--plan is for task dit')
+    return await planDit(settings, flags)
+  }
   const { signal, release } = interruptible()
   try {
     const done =
@@ -193,43 +193,78 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
   }
 }
 
+/** What a step of these settings takes, before any weights are there. */
+async function planDit(s: DitSettings, flags: TrainFlags): Promise<void> {
+  const { makeStages, measureRates, WordEncoder } = await import('../index.ts')
+  const { readConfig } = await import('../io/pretrained.ts')
+  const { networkDefaults } = await import('../models/load-network.ts')
+  const { LatentDataset, planTraining } = await import('../train/index.ts')
+  const data = await LatentDataset.open(s.data)
+  try {
+    const network = s.init ? readConfig(s.init) : (s.network ?? {})
+    const text = s.textEncoder
+      ? WordEncoder.fromPretrained(s.textEncoder)
+      : new WordEncoder(wordsOf(data.captions, { ...networkDefaults(network), ...network }))
+    const { accumulate, optimizer } = trainerOptions(s)
+    const plan = await planTraining({
+      ...objectiveOptions(s),
+      ...defined({ accumulate, optimizer }),
+      ...{ network, dtype: s.dtype, batchSize: s.batchSize, text, rates: await measureRates(s.dtype) },
+      stages: makeStages(defined(s.stages ?? {})),
+      buckets: data.buckets.map(({ shape, indices }) => ({ shape, clips: indices.length })),
+    })
+    if (flags.json) resultJson(plan)
+    else for (const line of describeTrainingPlan(plan)) result(line)
+  } finally {
+    data.dispose()
+  }
+}
+
 /** The options that settings give, whatever the network begins from. */
 function ditOptions(s: DitSettings) {
-  const { corruptRatio, captionDrop, sampleRatios, posterior, imageRatio, validateEvery } = s
+  const { validateEvery, validationClips, samplePrompts: prompts, sampleEvery: every, vae } = s
+  const samples = prompts && { ...defined(s.sampleOptions ?? {}), prompts, every, vae }
   return {
     ...trainerOptions(s),
-    ...defined({ corruptRatio, captionDrop, sampleRatios, posterior, imageRatio, validateEvery }),
-    ...(s.samplePrompts ? { samples: { prompts: s.samplePrompts, every: s.sampleEvery, vae: s.vae } } : {}),
-  } as Omit<TrainerOptions, 'model' | 'data' | 'text' | 'stages' | 'framesPerUnit'>
+    ...objectiveOptions(s),
+    ...defined({ validateEvery, validationClips, samples }),
+  } as Omit<TrainerOptions, 'model' | 'data' | 'text'>
 }
 
 async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal): Promise<Done> {
   if (goesOn(s)) return fineTune(s, ditOptions(s), flags.progress, signal)
   const { makeStages, WordEncoder } = await import('../index.ts')
   const { createVelocityNetwork, loadVelocityNetwork } = await import('../models/load-network.ts')
-  const { LatentDataset, Trainer } = await import('../train/index.ts')
+  const { CachedTextEncoder, LatentDataset, Trainer } = await import('../train/index.ts')
+  if (s.textCache !== undefined && s.textEncoder !== undefined) {
+    throw new UsageError('give either --text-encoder or --text-cache')
+  }
   const data = await LatentDataset.open(s.data)
+  const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
   const model = s.init
     ? await loadVelocityNetwork(s.init, { dtype: s.dtype, train: true })
     : createVelocityNetwork(s.network ?? {}, { seed: s.seed, dtype: s.dtype, train: true })
-  const text = s.textEncoder
-    ? WordEncoder.fromPretrained(s.textEncoder)
-    : new WordEncoder(wordsOf(data.captions, model.config))
-  const validation = s.validation === undefined ? undefined : await LatentDataset.open(s.validation)
-  const { framesPerUnit } = s
+  const captions = [...data.captions, ...(validation?.captions ?? [])]
+  const text = s.textCache
+    ? await CachedTextEncoder.open(s.textCache)
+    : s.textEncoder
+      ? WordEncoder.fromPretrained(s.textEncoder)
+      : new WordEncoder(wordsOf(captions, model.config))
   const trainer = new Trainer({
     ...ditOptions(s),
-    ...defined({ framesPerUnit, validation }),
+    ...defined({ validation }),
     stages: makeStages(defined(s.stages ?? {})),
     model,
     data,
     text,
   } as ConstructorParameters<typeof Trainer>[0])
   try {
+    if (s.rehearse) sayRehearsal(await trainer.rehearse({ signal }))
     const done = await follow(trainer.run({ signal, resume: s.resume }), s, flags.progress)
     const folder = join(s.out, 'model')
     await trainer.save(join(folder, 'diffusion_transformer'))
-    await text.save(join(folder, 'text_encoder'))
+    if (text instanceof WordEncoder) await text.save(join(folder, 'text_encoder'))
+    else say(`pyraflow: ${folder} has no text encoder: copy those that made ${s.textCache} into it`)
     await writePipelineConfig(folder, s, data, trainer.stages.count)
     return { ...done, model: folder }
   } finally {
@@ -237,6 +272,7 @@ async function trainDit(s: DitSettings, flags: TrainFlags, signal: AbortSignal):
     model.dispose()
     data.dispose()
     validation?.dispose()
+    if (text instanceof CachedTextEncoder) text.dispose()
   }
 }
 
@@ -265,11 +301,12 @@ function wordsOf(
 async function writePipelineConfig(
   folder: string,
   s: DitSettings,
-  data: { readonly normalisation: object; readonly shape: readonly number[] },
+  data: Pick<LatentSource, 'normalisation' | 'buckets'>,
   stageCount: number,
 ): Promise<void> {
   const { writeFileAtomically } = await import('../io/atomic.ts')
-  const [, frames, height, width] = data.shape as [number, number, number, number]
+  const frames = Math.max(...data.buckets.map(({ shape }) => shape[1] as number))
+  const sizes = new Map(data.buckets.map(({ shape: [, , h, w] }) => [`${w}×${h}`, [w, h] as number[]]))
   const steps = (n: number): number[] => new Array<number>(stageCount).fill(n)
   const config: Record<string, unknown> = {
     normalisation: data.normalisation,
@@ -281,7 +318,7 @@ async function writePipelineConfig(
   if (s.vae) {
     const { CausalVideoVAE } = await import('../index.ts')
     const vae = await CausalVideoVAE.fromPretrained(s.vae)
-    config.sizes = [[width * vae.spatialFactor, height * vae.spatialFactor]]
+    config.sizes = [...sizes.values()].map((size) => size.map((n) => n * vae.spatialFactor))
     config.seconds = ((frames - 1) * vae.temporalFactor) / 24
     vae.dispose()
     cpSync(s.vae, join(folder, 'causal_video_vae'), { recursive: true })

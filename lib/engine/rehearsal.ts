@@ -10,6 +10,8 @@ export interface Lap {
   readonly live: number
   /** Multiplications and additions of matrix products, convolutions and, as if nothing were masked, attention. */
   readonly flops: number
+  /** Those of them that attention takes. */
+  readonly attention: number
 }
 
 type Size = Pick<Operand, 'dtype' | 'shape'> | null
@@ -28,7 +30,8 @@ const PACKED_HEADS = 48 * 2 ** 20
 const QUERIES = 48
 const KEYS = 64
 
-const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 'conv3d', 'attention'])
+const ATTENTION: ReadonlySet<OpName> = new Set<OpName>(['attention', 'attention_backward'])
+const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 'conv3d', ...ATTENTION])
 
 // ChooseTile of matmul_cpu.cc.
 function tileOf(m: number, n: number, k: number, packed: boolean): [number, number] {
@@ -66,6 +69,13 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
     const head = 2 * length * d * ((b as Operand).dtype === 'bf16' && products ? 2 : 4)
     return Math.min(PACKED_HEADS, batch * heads * head) + threads * 4 * QUERIES * (2 * KEYS + 2 * d)
   }
+  if (op === 'attention_backward') {
+    const [batch, length, heads, d] = (b as Operand).shape as [number, number, number, number]
+    // k, v, q and the output's gradient once by rows and, but for v, once by columns; dq, delta and the log-sum in f32.
+    const head = length * (7 * d * ((b as Operand).dtype === 'bf16' && products ? 2 : 4) + 4 * (d + 2))
+    const tile = 5 * KEYS * QUERIES + 2 * KEYS * d
+    return Math.max(head, Math.min(PACKED_HEADS, batch * heads * head)) + threads * 4 * tile
+  }
   return 0
 }
 
@@ -76,6 +86,8 @@ function flopsOf(op: OpName, inputs: readonly Size[], outputs: readonly Size[]):
   if (op === 'matmul') return 2 * product(a?.shape ?? []) * (outputs[0]?.shape.at(-1) as number)
   if (op === 'conv3d') return (2 * out * product(b?.shape ?? [])) / (b?.shape[0] as number)
   if (op === 'attention') return 4 * product(a?.shape ?? []) * (b?.shape[1] as number)
+  // Five products where forward has two: the weights again, their gradient, and those of q, k and v.
+  if (op === 'attention_backward') return 10 * product(a?.shape ?? []) * (b?.shape[1] as number)
   return 0
 }
 
@@ -90,6 +102,7 @@ class Ledger {
   #live = 0
   #peak = 0
   #flops = 0
+  #attention = 0
   readonly #commands: Float64Array
   readonly #real: NativeBinding
   readonly #machine: Machine
@@ -135,15 +148,18 @@ class Ledger {
     }
     const inputs = Array.from({ length: c[2] as number }, next)
     const outputs = Array.from({ length: c[3] as number }, next)
-    this.#flops += flopsOf(op, inputs, outputs)
+    const flops = flopsOf(op, inputs, outputs)
+    this.#flops += flops
+    if (ATTENTION.has(op)) this.#attention += flops
     this.#peak = Math.max(this.#peak, this.#live + borrowed(op, inputs, outputs, this.#machine))
   }
 
   /** What was taken since the last call. */
   readonly lap = (): Lap => {
-    const lap = { peak: this.#peak, live: this.#live, flops: this.#flops }
+    const lap = { peak: this.#peak, live: this.#live, flops: this.#flops, attention: this.#attention }
     this.#peak = this.#live
     this.#flops = 0
+    this.#attention = 0
     return lap
   }
 

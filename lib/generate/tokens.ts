@@ -1,6 +1,6 @@
 import { guidanceForUnit } from '../flow/guidance.ts'
 import type { Pipeline } from '../pipeline.ts'
-import { frameTokens, historyTokens, planHistory } from '../pyramid/history.ts'
+import { frameTokens, historyTokens, planHistory, visiblePairs } from '../pyramid/history.ts'
 import { unitsForFrames } from '../pyramid/units.ts'
 import type { Recipe } from './recipe.ts'
 
@@ -64,19 +64,6 @@ export function unitTokens(
       }
     }),
   )
-}
-
-// Text sees itself and the first frame, a frame itself, text and what was before (spec/dit-flux.md eq. 9).
-function visiblePairs(text: number, frames: readonly number[], causal: boolean): number {
-  const all = frames.reduce((a, b) => a + b, text)
-  if (!causal) return all * all
-  let seen = text
-  let pairs = text * (text + (frames[0] ?? 0))
-  for (const tokens of frames) {
-    seen += tokens
-    pairs += tokens * seen
-  }
-  return pairs
 }
 
 /** Multiplications and additions of one network call: in the layers' products, and in attention. */

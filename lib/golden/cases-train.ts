@@ -308,6 +308,8 @@ async function updateChecks(
   parameters: ReadonlyMap<string, Tensor>,
   modelDir: string,
 ): Promise<Check[]> {
+  // Cases that go on beyond what the reference implementation recorded have losses alone.
+  if (rows.length === 0) return []
   const initial = openWeights(modelDir)
   const mine: number[] = []
   const recorded: number[] = []

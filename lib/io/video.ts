@@ -20,6 +20,8 @@ export interface DecodeOptions {
   /** With `height`: scale so that the frame covers `width`×`height`, then crop the centre. */
   width?: number
   height?: number
+  /** What {@link VideoBackend.probe} said of the file; it is asked again otherwise. */
+  info?: VideoInfo | undefined
   signal?: AbortSignal | undefined
 }
 
@@ -201,7 +203,7 @@ export function coverSize(
 export async function decodeVideo(path: string, options: DecodeOptions = {}): Promise<DecodedVideo> {
   const { fps, maxFrames, signal } = options
   checkDecodeOptions(options)
-  const info = await probeVideo(path, signal)
+  const info = options.info ?? (await probeVideo(path, signal))
   const width = options.width ?? info.width
   const height = options.height ?? info.height
   const covered = coverSize(info, { width, height })

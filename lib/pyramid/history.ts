@@ -97,6 +97,23 @@ export function frameTokens(height: number, width: number, level: number, stageC
   return Math.floor(size.height / 2) * Math.floor(size.width / 2)
 }
 
+/**
+ * Pairs of tokens of one sequence in which one sees the other: text sees itself and the first frame, a frame itself,
+ * text and what was before (spec/dit-flux.md eq. 9); without causality everything sees everything. `frames` are the
+ * tokens of each frame, oldest first.
+ */
+export function visiblePairs(text: number, frames: readonly number[], causal: boolean): number {
+  const all = frames.reduce((a, b) => a + b, text)
+  if (!causal) return all * all
+  let seen = text
+  let pairs = text * (text + (frames[0] ?? 0))
+  for (const tokens of frames) {
+    seen += tokens
+    pairs += tokens * seen
+  }
+  return pairs
+}
+
 function checkPlace(unit: number, stage: number, stageCount: number): void {
   checkPositive('stageCount', stageCount)
   const ok = Number.isSafeInteger(unit) && unit >= 0 && Number.isSafeInteger(stage) && stage >= 0

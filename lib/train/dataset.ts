@@ -1,6 +1,6 @@
 import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
 import { loadImage } from '../io/image.ts'
-import type { VideoBackend } from '../io/video.ts'
+import type { VideoBackend, VideoInfo } from '../io/video.ts'
 import { videoBackend } from '../io/webcodecs.ts'
 import { shuffle } from '../tensor/shuffle.ts'
 import { ahead, DECODERS } from './ahead.ts'
@@ -37,8 +37,8 @@ export type DatasetOptions = ReadingOptions &
   ((Bucket & { buckets?: undefined }) | { buckets: readonly Bucket[]; width?: undefined })
 
 type Placed =
-  | { item: DatasetItem; index: number; bad?: undefined }
-  | { item?: undefined; index?: undefined; bad: BadItem }
+  | { item: DatasetItem; index: number; info: VideoInfo | undefined; bad?: undefined }
+  | { item?: undefined; bad: BadItem }
 
 /** How opening is run. */
 export interface OpenOptions {
@@ -75,6 +75,7 @@ export class Dataset {
   readonly backend: VideoBackend
   readonly #items: readonly DatasetItem[]
   readonly #bucketOf: Int32Array
+  readonly #infos: readonly (VideoInfo | undefined)[] | undefined
   readonly #bad: BadItems
   readonly #short = new Set<number>()
   readonly #rejected = new Set<number>()
@@ -82,18 +83,20 @@ export class Dataset {
   readonly #decoded = new Map<number, Uint8Array>()
   #decodedBytes = 0
 
-  /** @param bucketOf - bucket of each item; default: all in the first */
+  /** @param known - bucket of each item (default: the first), what its container says, and what was left out */
   constructor(
     items: readonly DatasetItem[],
-    options: DatasetOptions & { backend: VideoBackend; bucketOf?: Int32Array; bad?: BadItems },
+    options: DatasetOptions & { backend: VideoBackend },
+    known: { bucketOf?: Int32Array; infos?: readonly (VideoInfo | undefined)[]; bad?: BadItems } = {},
   ) {
     this.buckets = bucketsOf(options)
     this.fps = options.fps
     this.short = options.short ?? 'reject'
     this.backend = options.backend
     this.#items = items
-    this.#bucketOf = options.bucketOf ?? new Int32Array(items.length)
-    this.#bad = options.bad ?? new BadItems(options.onBad, options.onBadItem)
+    this.#bucketOf = known.bucketOf ?? new Int32Array(items.length)
+    this.#infos = known.infos
+    this.#bad = known.bad ?? new BadItems(options.onBad, options.onBadItem)
     this.#cacheBytes = options.cacheBytes ?? 0
   }
 
@@ -158,7 +161,8 @@ export class Dataset {
     const { width, height, frames: wanted } = this.buckets[this.bucketOf(i)] as Bucket
     if (kind === 'image') return await loadImage(path, { width, height })
     const rate = this.fps === undefined ? {} : { fps: this.fps }
-    const clip = await this.backend.decode(path, { width, height, maxFrames: wanted, ...rate, signal })
+    const options = { width, height, maxFrames: wanted, ...rate, info: this.#infos?.[i], signal }
+    const clip = await this.backend.decode(path, options)
     if (clip.count === wanted) return clip.frames
     if (this.short === 'reject') {
       this.#short.add(i)
@@ -279,12 +283,13 @@ export async function openDataset(path: string, options: DatasetOptions & OpenOp
   const bad = new BadItems(options.onBad, options.onBadItem)
   const items: DatasetItem[] = []
   const bucketOf: number[] = []
+  const infos: (VideoInfo | undefined)[] = []
   const place = async ({ item, place, bad: known }: Listed): Promise<Placed> => {
     if (!item) return { bad: known }
     try {
       const info = buckets.length > 1 ? await clipInfo(item, backend, signal) : undefined
       const placed = placeItem(item, buckets, { fps, short }, info)
-      return 'index' in placed ? { item, index: placed.index } : { bad: { place, ...placed } }
+      return 'index' in placed ? { item, index: placed.index, info } : { bad: { place, ...placed } }
     } catch (error) {
       if (!(error instanceof PyraflowError) || error.code !== 'ERR_IO') throw error
       return { bad: { reason: 'unreadable', place, error } }
@@ -293,16 +298,14 @@ export async function openDataset(path: string, options: DatasetOptions & OpenOp
   const entries = await listDataset(path, limit)
   const one = async (i: number): Promise<Placed> => place(await entries.at(i))
   let done = 0
-  for await (const { item, index, bad: found } of ahead(entries.length, one, {
-    parallel: DECODERS,
-    hold: 2 * DECODERS,
-    signal,
-  })) {
+  const how = { parallel: DECODERS, hold: 2 * DECODERS, signal }
+  for await (const placed of ahead(entries.length, one, how)) {
     throwIfAborted(signal, 'opening the data set')
-    if (found) bad.add(found)
+    if (placed.bad) bad.add(placed.bad)
     else {
-      items.push(item)
-      bucketOf.push(index)
+      items.push(placed.item)
+      bucketOf.push(placed.index)
+      infos.push(placed.info)
     }
     onProgress?.(++done, entries.length)
   }
@@ -314,5 +317,5 @@ export async function openDataset(path: string, options: DatasetOptions & OpenOp
       received,
     })
   }
-  return new Dataset(items, { ...options, backend, bucketOf: Int32Array.from(bucketOf), bad })
+  return new Dataset(items, { ...options, backend }, { bucketOf: Int32Array.from(bucketOf), infos, bad })
 }

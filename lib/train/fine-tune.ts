@@ -155,27 +155,7 @@ function ownText({ dir, published }: ModelFolder): ImmediateTextEncoder {
 
 /** The same latents with other normalisation constants. */
 export function withNormalisation(source: LatentSource, normalisation: LatentNormalisation): LatentSource {
-  return { ...viewOf(source), normalisation }
-}
-
-/** The same clips `times` times over, for batches larger than a very small data set. */
-export function repeated(source: LatentSource, times: number): LatentSource {
+  // Sources may be class instances, whose members spreading would lose.
   const { length, captions, buckets } = source
-  const copies = Array.from({ length: times }, (_, i) => i * length)
-  return {
-    ...viewOf(source),
-    length: length * times,
-    captions: copies.flatMap(() => captions),
-    buckets: buckets.map(({ shape, indices }) => ({
-      shape,
-      indices: Int32Array.from(copies.flatMap((first) => Array.from(indices, (i) => first + i))),
-    })),
-    gather: (indices) => source.gather(indices.map((i) => i % length)),
-  }
-}
-
-// Sources may be class instances, whose members spreading would lose.
-function viewOf(source: LatentSource): LatentSource {
-  const { length, captions, normalisation, buckets } = source
   return { length, captions, normalisation, buckets, gather: (indices) => source.gather(indices) }
 }

@@ -14,7 +14,6 @@ export {
   FineTune,
   type FineTuneOptions,
   type FineTuneParts,
-  repeated,
   withNormalisation,
 } from './fine-tune.ts'
 export { type GuardEvent, type GuardOptions, guarded } from './guard.ts'
@@ -34,8 +33,9 @@ export {
 } from './latent-cache.ts'
 export type { LatentBucket, LatentSource } from './latent-source.ts'
 export { LatentDataset } from './latents.ts'
-export { AdamW, type AdamWOptions } from './optimizer.ts'
+export { AdamW, type AdamWOptions, type DecayGroup } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
+export { type PlanTrainingOptions, planTraining, type TrainingPlan } from './plan.ts'
 export { presets } from './presets.ts'
 export {
   bestCheckpoint,
@@ -46,6 +46,7 @@ export {
   type RunSettings,
   type TrainEvent,
 } from './run.ts'
+export type { SampleGridOptions } from './samples.ts'
 export { learningRates, type ScheduleOptions } from './schedule.ts'
 export {
   CachedTextEncoder,
@@ -53,6 +54,7 @@ export {
   type EncodeTextsOptions,
   encodeTexts,
 } from './text-cache.ts'
-export { Trainer, type TrainerOptions } from './trainer.ts'
+export { type ObjectiveOptions, type RehearsedBranch, Trainer, type TrainerOptions } from './trainer.ts'
 export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'
 export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'
+export type { ValidationLoss } from './validation.ts'

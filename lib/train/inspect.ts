@@ -176,7 +176,7 @@ async function decodeSmall(
   }
   if (item.kind === 'image') return { frames: await loadImage(item.path, size), ...size, count: 1 }
   const rate = fps === undefined ? {} : { fps }
-  return await backend.decode(item.path, { ...size, maxFrames, ...rate, signal })
+  return await backend.decode(item.path, { ...size, maxFrames, ...rate, info, signal })
 }
 
 function barsFinding(place: string, item: DatasetItem, bars: Bars, scale: number): Finding {

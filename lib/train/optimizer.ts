@@ -8,15 +8,118 @@ import { tensorsToWrite } from '../nn/export.ts'
 import { keep } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
+/** Parameters that decay in a way of their own. */
+export interface DecayGroup {
+  /** By name, or by name and shape. */
+  readonly match: RegExp | ((name: string, shape: readonly number[]) => boolean)
+  readonly weightDecay: number
+}
+
 export interface AdamWOptions {
   betas?: readonly [number, number]
   eps?: number
   /** Not applied to biases and one-dimensional parameters. */
   weightDecay?: number
+  /** Exceptions from both; the first that matches decides. They may change when a run is resumed. */
+  decayGroups?: readonly DecayGroup[]
   /** Global gradient norm above which gradients are scaled down; 0 = never. */
   maxGradNorm?: number
   /** Decay of the f32 moving average; 0 = none. Early steps use min(decay, (1 + n)/(10 + n)). */
   emaDecay?: number
+}
+
+/** What trainers of velocity networks ask for unless told otherwise. */
+export const TRAINER_OPTIMIZER: AdamWOptions = { emaDecay: 0.999 }
+
+interface DecayRun {
+  readonly offset: number
+  readonly count: number
+  readonly decay: number
+}
+
+type Parameters = ReadonlyMap<string, Tensor>
+
+const decays = (name: string, { shape }: Tensor): boolean => shape.length > 1 && !name.endsWith('.bias')
+
+// What decays by default, then the rest. Decay groups do not change the order, because saved states have it.
+function flatOrder(parameters: Parameters): {
+  ordered: [string, Tensor][]
+  offsets: Map<string, number>
+  size: number
+} {
+  const ordered = [...parameters].sort((a, b) => Number(decays(...b)) - Number(decays(...a)))
+  const offsets = new Map<string, number>()
+  let size = 0
+  for (const [name, t] of ordered) {
+    offsets.set(name, size)
+    // Every parameter begins on a cache line.
+    size += Math.ceil(t.size / 32) * 32
+  }
+  return { ordered, offsets, size }
+}
+
+// Stretches of the flat order that decay alike: two, unless groups cut them up.
+function decayRuns(
+  ordered: readonly [string, Tensor][],
+  offsets: ReadonlyMap<string, number>,
+  size: number,
+  { weightDecay, decayGroups }: Required<AdamWOptions>,
+): DecayRun[] {
+  const decayOf = (name: string, t: Tensor): number => {
+    const group = decayGroups.find(({ match }) =>
+      typeof match === 'function' ? match(name, t.shape) : name.search(match) >= 0,
+    )
+    return group?.weightDecay ?? (decays(name, t) ? weightDecay : 0)
+  }
+  const runs: { offset: number; count: number; decay: number }[] = []
+  ordered.forEach(([name, t], i) => {
+    const offset = offsets.get(name) as number
+    const next = ordered[i + 1]
+    const end = next ? (offsets.get(next[0]) as number) : size
+    const decay = decayOf(name, t)
+    const last = runs.at(-1)
+    if (last?.decay === decay) last.count = end - last.offset
+    else runs.push({ offset, count: end - offset, decay })
+  })
+  return runs
+}
+
+/** Bytes that an optimizer of such parameters takes, by what they are for. The parameters move into the first of them. */
+export function optimizerBytes(
+  parameters: Parameters,
+  dtype: 'f32' | 'bf16',
+  { emaDecay = 0 }: AdamWOptions,
+): { weights: number; masters: number; gradients: number; moments: number; ema: number } {
+  const { size } = flatOrder(parameters)
+  const wide = 4 * size
+  return {
+    weights: dtype === 'bf16' ? 2 * size : wide,
+    masters: dtype === 'bf16' ? wide : 0,
+    gradients: wide,
+    moments: 2 * wide,
+    ema: emaDecay > 0 ? wide : 0,
+  }
+}
+
+function checkOptions(o: Required<AdamWOptions>): void {
+  const share = (x: number): boolean => x >= 0 && x < 1
+  const size = (x: number): boolean => x >= 0 && Number.isFinite(x)
+  const checks: [string, boolean, string, unknown][] = [
+    ['betas', o.betas.length === 2 && o.betas.every(share), 'two numbers from 0 to below 1', o.betas],
+    ['eps', o.eps > 0, 'a number above 0', o.eps],
+    ['weightDecay', size(o.weightDecay), 'a number from 0', o.weightDecay],
+    ['maxGradNorm', size(o.maxGradNorm), 'a number from 0', o.maxGradNorm],
+    ['emaDecay', share(o.emaDecay), 'a number from 0 to below 1', o.emaDecay],
+    ...o.decayGroups.map(({ weightDecay: w }, i): [string, boolean, string, unknown] => [
+      `decayGroups[${i}].weightDecay`,
+      size(w),
+      'a number from 0',
+      w,
+    ]),
+  ]
+  for (const [what, fine, expected, received] of checks) {
+    if (!fine) throw new PyraflowError('ERR_OPTION', { what, expected, received: String(received) })
+  }
 }
 
 /**
@@ -28,8 +131,8 @@ export class AdamW {
   readonly parameters: ReadonlyMap<string, Tensor>
   readonly size: number
   readonly #options: Required<AdamWOptions>
-  readonly #offsets = new Map<string, number>()
-  readonly #decayed: number
+  readonly #offsets: ReadonlyMap<string, number>
+  readonly #runs: readonly DecayRun[]
   readonly #master: Tensor
   readonly #shadow: Tensor | null
   readonly #grad: Tensor
@@ -45,20 +148,14 @@ export class AdamW {
       weightDecay: options.weightDecay ?? 1e-4,
       maxGradNorm: options.maxGradNorm ?? 1,
       emaDecay: options.emaDecay ?? 0,
+      decayGroups: options.decayGroups ?? [],
     }
+    checkOptions(this.#options)
     this.parameters = parameters
-    const decays = (name: string, t: Tensor): boolean => t.rank > 1 && !name.endsWith('.bias')
-    const ordered = [...parameters].sort((a, b) => Number(decays(...b)) - Number(decays(...a)))
-    let size = 0
-    let decayed = 0
-    for (const [name, t] of ordered) {
-      this.#offsets.set(name, size)
-      // Every parameter begins on a cache line.
-      size += Math.ceil(t.size / 32) * 32
-      if (decays(name, t)) decayed = size
-    }
+    const { ordered, offsets, size } = flatOrder(parameters)
     this.size = size
-    this.#decayed = decayed
+    this.#offsets = offsets
+    this.#runs = decayRuns(ordered, offsets, size, this.#options)
     const flat = (): Tensor => keep(Tensor.zeros([size]))
     this.#master = flat()
     this.#grad = flat()
@@ -67,7 +164,7 @@ export class AdamW {
     const bf16 = ordered.some(([, t]) => t.dtype === 'bf16')
     this.#shadow = bf16 ? keep(Tensor.zeros([size], 'bf16')) : null
     for (const [name, t] of ordered) {
-      const offset = this.#offsets.get(name) as number
+      const offset = offsets.get(name) as number
       if (bf16 && t.dtype !== 'bf16') {
         throw new PyraflowError('ERR_DTYPE', {
           what: `parameter ${name}`,
@@ -115,15 +212,10 @@ export class AdamW {
    * its coefficient leaves the weights as they are.
    */
   step(learningRate: number, clip: Tensor = this.gradNorm()): Tensor {
-    const { betas, eps, weightDecay, emaDecay } = this.#options
+    const { betas, eps, emaDecay } = this.#options
     this.#stepCount++
     const n = this.#stepCount
-    const groups: [number, number, number][] = [
-      [0, this.#decayed, weightDecay],
-      [this.#decayed, this.size - this.#decayed, 0],
-    ]
-    for (const [offset, count, decay] of groups) {
-      if (count === 0) continue
+    for (const { offset, count, decay } of this.#runs) {
       const part = (t: Tensor | null): Tensor | null => t?.view([count], offset) ?? null
       const views = [part(this.#grad), part(this.#master), part(this.#m), part(this.#v), part(this.#shadow)]
       const [g, p, m, v, s] = views as [Tensor, Tensor, Tensor, Tensor, Tensor | null]
@@ -146,16 +238,15 @@ export class AdamW {
   /** Runs `fn` while the model holds its moving average instead of its own weights. */
   async withEma<T>(fn: () => Promise<T>): Promise<T> {
     if (!this.#ema) return await fn()
-    const target = this.#shadow ?? this.#master
-    const saved = keep(Tensor.empty([this.size]))
-    engine.run('cast', [this.#master], [saved], [])
-    engine.run('cast', [this.#ema], [target], [])
+    // In bf16 the model computes with a copy anyway; in f32 its own weights have to wait somewhere.
+    const saved = this.#shadow ? null : keep(Tensor.empty([this.size]))
+    if (saved) engine.run('cast', [this.#master], [saved], [])
+    engine.run('cast', [this.#ema], [this.#shadow ?? this.#master], [])
     try {
       return await fn()
     } finally {
-      if (!this.#shadow) engine.run('cast', [saved], [this.#master], [])
-      else engine.run('cast', [this.#master], [this.#shadow], [])
-      saved.dispose()
+      engine.run('cast', [saved ?? this.#master], [this.#shadow ?? this.#master], [])
+      saved?.dispose()
     }
   }
 

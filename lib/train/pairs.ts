@@ -13,8 +13,10 @@ import { Tensor } from '../tensor/tensor.ts'
 
 /** Every random number of one training step, so that a recorded step can be replayed. */
 export interface PairDraws {
-  /** Full-resolution noise [B, C, T, H, W]. */
+  /** Full-resolution noise [B, C, T, H, W], of both ends of every stage. */
   noise: Tensor
+  /** Another draw for the starts alone: then ends and starts are not coupled, which only ablations want. */
+  startNoise?: Tensor | undefined
   /** Uniform draws of the position in the stage, per column and row. */
   position(column: number): ArrayLike<number>
   /** Uniform draws of the history corruption, per column and row. */
@@ -43,6 +45,21 @@ export interface TrainingPairs {
   timesteps: number[]
   /** Position r per column and row. */
   ratios: number[][]
+}
+
+/** Pairs of several sets of columns, all with as many rows, as those of one network call. */
+export function mergePairs(parts: readonly TrainingPairs[]): TrainingPairs {
+  if (parts.length === 1) return parts[0] as TrainingPairs
+  const rows = parts[0]?.ratios[0]?.length ?? 0
+  const timesteps = Array.from({ length: rows }, (_, b) =>
+    parts.flatMap(({ columns, timesteps: own }) => own.slice(b * columns.length, (b + 1) * columns.length)),
+  )
+  return {
+    columns: parts.flatMap(({ columns }) => columns),
+    targets: parts.flatMap(({ targets }) => targets),
+    timesteps: timesteps.flat(),
+    ratios: parts.flatMap(({ ratios }) => ratios),
+  }
 }
 
 /** Rows c, c + C, c + 2C … of a batch. */
@@ -83,9 +100,12 @@ export function trainingPairs(latents: Tensor, draws: PairDraws, options: PairOp
 
     const steps = stages.count - 1 - k
     const data = latentPyramid(take(x), steps + 1)[0] as Tensor
-    const noise = noisePyramid(take(columnRows(draws.noise, c, count)), steps + 1)[0] as Tensor
+    const noiseOf = (full: Tensor): Tensor =>
+      noisePyramid(take(columnRows(full, c, count)), steps + 1)[0] as Tensor
+    const noise = noiseOf(draws.noise)
+    const first = draws.startNoise ? noiseOf(draws.startNoise) : noise
     const q = coupleCoefficients(stages, k)
-    const begin = k === 0 ? noise : axpby(noise, upsample(downsample(data, 1)), q.startNoise, q.startData) // (14)
+    const begin = k === 0 ? first : axpby(first, upsample(downsample(data, 1)), q.startNoise, q.startData) // (14)
     const end = q.endNoise === 0 ? data : axpby(noise, data, q.endNoise, q.endData) // (15)
 
     const u = draws.position(c)

@@ -2,8 +2,7 @@
 export const presets = {
   /**
    * A model learns the subject or look of one clip: small adapters on the projections of its attentions, a few hundred
-   * small steps, and a guard that ends the run when other clips, or videos of prior prompts, get worse. The clip is
-   * repeated to fill a batch (`repeated`).
+   * small steps, and a guard that ends the run when other clips, or videos of prior prompts, get worse.
    */
   oneClip: {
     lora: { rank: 8 },

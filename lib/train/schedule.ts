@@ -14,7 +14,7 @@ export interface ScheduleOptions {
 /**
  * The learning rate of every optimizer step (spec/training.md §3): constant after a warm-up from 1e-6, or cosine after a
  * warm-up from 0.
- * @throws ERR_OPTION when the warm-up is longer than the run.
+ * @throws ERR_OPTION for rates that are no rates, another kind, no steps, or a warm-up longer than the run.
  */
 export function learningRates(options: ScheduleOptions): Float64Array {
   const {
@@ -24,12 +24,22 @@ export function learningRates(options: ScheduleOptions): Float64Array {
     totalSteps,
     minLearningRate: min = 1e-5,
   } = options
-  if (warmup > totalSteps || warmup < 0) {
-    throw new PyraflowError('ERR_OPTION', {
-      what: 'warmupSteps',
-      expected: `0 to ${totalSteps} (all steps of the run)`,
-      received: String(warmup),
-    })
+  const whole = (n: number): boolean => Number.isSafeInteger(n) && n >= 0
+  const checks: [string, boolean, string, unknown][] = [
+    ['steps', whole(totalSteps), 'a whole number', totalSteps],
+    [
+      'warmupSteps',
+      whole(warmup) && warmup <= totalSteps,
+      `0 to ${totalSteps} (all steps of the run)`,
+      warmup,
+    ],
+    ['learningRate', lr > 0 && Number.isFinite(lr), 'a number above 0', lr],
+    ['schedule', kind === 'constant' || kind === 'cosine', 'constant or cosine', kind],
+    // A constant rate has no end to come to.
+    ['minLearningRate', kind === 'constant' || (min >= 0 && min <= lr), `0 to ${lr} (learningRate)`, min],
+  ]
+  for (const [what, fine, expected, received] of checks) {
+    if (!fine) throw new PyraflowError('ERR_OPTION', { what, expected, received: String(received) })
   }
   const from = kind === 'constant' ? 1e-6 : 0
   const rest = totalSteps - warmup

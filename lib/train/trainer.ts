@@ -1,207 +1,158 @@
 import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
-import { normaliseLatents } from '../flow/normalise.ts'
-import { makeStages, type Stages } from '../flow/stages.ts'
-import { samplePosterior } from '../models/causal-vae.ts'
-import type { VelocityNetwork } from '../models/velocity-network.ts'
-import { concat } from '../ops/copy.ts'
-import { mse } from '../ops/mse.ts'
-import { mean } from '../ops/reduce.ts'
-import { stageLengths } from '../pyramid/lengths.ts'
+import type { Stages } from '../flow/stages.ts'
+import type { Rates } from '../plan-seconds.ts'
 import { Generator } from '../tensor/generator.ts'
-import { shuffle } from '../tensor/shuffle.ts'
 import { drain, type Steps } from '../tensor/tape.ts'
-import type { Tensor } from '../tensor/tensor.ts'
-import type { ImmediateTextEncoder } from '../text/encoder.ts'
-import type { LatentBucket, LatentSource } from './latent-source.ts'
-import { AdamW, type AdamWOptions } from './optimizer.ts'
-import { type PairDraws, trainingPairs } from './pairs.ts'
-import { type RunSettings, runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
-import { type RateOptions, ratesOf } from './schedule.ts'
+import type { Batch } from './batches.ts'
+import { type RehearsedBranch, rehearseTraining } from './dry-run.ts'
+import { lossSteps } from './objective.ts'
+import { AdamW, TRAINER_OPTIMIZER } from './optimizer.ts'
+import { planTrainer, type TrainingPlan } from './plan.ts'
+import { runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
+import { gridPath, sampleGrid } from './samples.ts'
+import { ratesOf } from './schedule.ts'
+import { type Resolved, resolveTrainerOptions, type TrainerOptions } from './trainer-options.ts'
+import { type ValidationLoss, validationLoss } from './validation.ts'
 
-export interface TrainerOptions extends RateOptions, RunSettings {
-  model: VelocityNetwork
-  data: LatentSource
-  text: ImmediateTextEncoder
-  out: string
-  /** Samples a step; a multiple of the columns. */
-  batchSize: number
-  seed?: number
-  stages?: Stages
-  /** Columns per stage, [1, 2, 1] in the published recipe; default 1 each, 2 for the middle of three. */
-  sampleRatios?: readonly number[]
-  framesPerUnit?: number
-  corruptRatio?: number
-  /**
-   * Train on samples of the VAE's posterior, as the published recipe does, or on its means. A posterior that is wide
-   * beside its means buries what can be learnt under noise that cannot.
-   */
-  posterior?: 'sample' | 'mean'
-  /** Share of the steps that train first frames alone, as the still images of the published curriculum do; 0. */
-  imageRatio?: number
-  /** Probability of replacing a caption by the null condition. */
-  captionDrop?: number
-  /** What is trained; default all of the network. */
-  parameters?: ReadonlyMap<string, Tensor>
-  /** Writes what was trained into a folder, given its moving average by name; default: the network as a model folder. */
-  write?: (dir: string, average: ReadonlyMap<string, Tensor>) => Promise<void>
-  optimizer?: AdamWOptions
-}
+export type { RehearsedBranch } from './dry-run.ts'
+export type { ObjectiveOptions, TrainerOptions } from './trainer-options.ts'
 
 /**
- * Trains the DiT autoregressively with the temporal pyramid (spec/training.md §1–3): every batch trains all stages, each
- * column at one of them, with history lengths that balance the packed sequence.
+ * Trains a velocity network (spec/training.md §1–3, §6): every batch trains all stages, each column at one of them, on
+ * the last unit of clips whose lengths balance the packed sequence, or on whole clips, or on images, or on a mix.
  */
 export class Trainer {
   readonly optimizer: AdamW
   readonly stages: Stages
   readonly columns: readonly number[]
   readonly #options: TrainerOptions
+  readonly #resolved: Resolved
 
-  /** @throws ERR_OPTION when batch size and columns do not fit, or for a share outside 0 to 1. */
+  /** @throws ERR_OPTION or ERR_SHAPE when options do not fit each other or the data. */
   constructor(options: TrainerOptions) {
-    this.stages = options.stages ?? makeStages()
-    const ratios =
-      options.sampleRatios ??
-      (this.stages.count === 3 ? [1, 2, 1] : new Array<number>(this.stages.count).fill(1))
-    this.columns = ratios.flatMap((n, k) => new Array<number>(n).fill(k))
-    if (ratios.length !== this.stages.count || options.batchSize % this.columns.length !== 0) {
-      throw new PyraflowError('ERR_OPTION', {
-        what: 'batchSize',
-        expected: `a multiple of ${this.columns.length} columns (sampleRatios [${ratios}] over ${this.stages.count} stages)`,
-        received: String(options.batchSize),
-      })
-    }
-    if (options.data.length < options.batchSize) {
-      throw new PyraflowError('ERR_OPTION', {
-        what: 'batchSize',
-        expected: `at most the ${options.data.length} clips of the data set`,
-        received: String(options.batchSize),
-      })
-    }
-    for (const what of ['captionDrop', 'imageRatio', 'corruptRatio'] as const) {
-      const value = options[what]
-      if (value === undefined || (value >= 0 && value <= 1)) continue
-      throw new PyraflowError('ERR_OPTION', {
-        what,
-        expected: 'a share from 0 to 1',
-        received: String(value),
-      })
-    }
+    const { model, parameters = model.parameters, checkpointRatio } = options
     this.#options = options
-    const { model, parameters = model.parameters } = options
-    this.optimizer = new AdamW(parameters, { emaDecay: 0.999, ...options.optimizer })
+    this.#resolved = resolveTrainerOptions(options)
+    this.stages = this.#resolved.objective.stages
+    this.columns = this.#resolved.columns
+    if (checkpointRatio !== undefined) model.checkpointing = checkpointRatio > 0 && checkpointRatio
+    this.optimizer = new AdamW(parameters, { ...TRAINER_OPTIMIZER, ...options.optimizer })
   }
 
   /** Runs to the last step; resumes from the newest checkpoint in `out` when asked to. */
   async *run(options: { signal?: AbortSignal; resume?: boolean } = {}): AsyncGenerator<TrainEvent> {
     const o = this.#options
-    const { accumulate = 1 } = o
-    // Micro-steps go on through clips and draws as steps do.
-    const at = (step: number, micro: number): number => step * accumulate + micro
+    const { validation, samples } = o
+    const { signal, resume = false } = options
     yield* runTraining({
       ...runSettings(o),
-      out: o.out,
-      steps: o.steps,
-      learningRates: ratesOf(o, 'constant'),
-      optimizer: this.optimizer,
-      prepare: async (step, micro) => this.indices(at(step, micro)),
-      forward: (step, indices, micro) => this.forwardSteps(at(step, micro), indices as number[]),
+      ...(validation && o.validateEvery !== undefined ? { validate: () => this.validate() } : {}),
+      ...(samples?.every === undefined
+        ? {}
+        : { sampleEvery: samples.every, sample: (step, dir) => this.sample(step, dir, signal) }),
+      ...{ out: o.out, steps: o.steps, learningRates: ratesOf(o, 'constant'), optimizer: this.optimizer },
+      prepare: async (step, micro) => this.batch(step, micro),
+      forward: (step, batch, micro) => this.forwardSteps(step, batch as Batch, micro),
       saveModel: (dir) => this.save(o.write ? dir : join(dir, 'diffusion_transformer')),
-      resume: options.resume ?? false,
-      signal: options.signal,
+      ...{ resume, signal },
     })
   }
 
-  /** Clips of a step: epochs of shuffled order laid end to end. */
-  indices(step: number): number[] {
-    const { data, batchSize, seed = 0 } = this.#options
-    const perEpoch = Math.floor(data.length / batchSize)
-    const order = shuffle(data.length, seed + Math.floor(step / perEpoch))
-    const start = (step % perEpoch) * batchSize
-    return Array.from(order.subarray(start, start + batchSize))
+  // Number of a micro-step among all of the run.
+  #number(step: number, micro: number): number {
+    return step * this.#resolved.accumulate + micro
+  }
+
+  /** What a (micro-)step trains on: epochs of shuffled order laid end to end. Steps count from 0. */
+  batch(step: number, micro = 0): Batch {
+    return this.#resolved.batches.at(this.#number(step, micro))
   }
 
   /** Loss of one step; every draw comes from a stream named by the step, so that resuming needs no generator state. */
-  forward(step: number, indices: readonly number[]): StepLoss {
-    return drain(this.forwardSteps(step, indices))
+  forward(step: number, batch: Batch, micro = 0): StepLoss {
+    return drain(this.forwardSteps(step, batch, micro))
   }
 
   /** `forward` that pauses now and then, for `sliced`. */
-  *forwardSteps(step: number, indices: readonly number[]): Steps<StepLoss> {
-    const {
-      model,
-      data,
-      text,
-      seed = 0,
-      framesPerUnit = 1,
-      captionDrop = 0.1,
-      imageRatio = 0,
-    } = this.#options
-    const generator = new Generator(seed).stream('train', step)
-    const posterior = data.gather(indices)
-    const drawn =
-      this.#options.posterior === 'mean'
-        ? posterior.mean
-        : samplePosterior(posterior, generator.stream('posterior').normal(posterior.mean.shape))
-    const latents = normaliseLatents(drawn, data.normalisation)
-
-    const drops = generator.stream('drop').hostUniform(indices.length)
-    const captions = indices.map((i, b) =>
-      (drops[b] as number) <= captionDrop ? '' : (data.captions[i] as string),
-    )
-    const features = text.encode(captions)
-    yield
-    const frames = (data.buckets[0] as LatentBucket).shape[1] as number
-    const still = (generator.stream('still').hostUniform(1)[0] as number) < imageRatio
-    const unitsPerStage = still
-      ? new Array<number>(this.stages.count).fill(1)
-      : stageLengths({
-          maxFrames: frames,
-          framesPerUnit,
-          syncGroup: 1,
-          rank: 0,
-          counter: step + 1,
-          batchUnits: 1 + Math.floor((frames - 1) / framesPerUnit),
-          stageCount: this.stages.count,
-        })
-    const pairs = trainingPairs(latents, this.#draws(generator, latents), {
-      stages: this.stages,
-      columns: this.columns,
-      unitsPerStage,
-      framesPerUnit,
-      corruptRatio: this.#options.corruptRatio ?? 1 / 3,
-    })
-    yield
-    const predictions = yield* model.forwardSteps({
-      columns: pairs.columns,
-      timesteps: pairs.timesteps,
-      text: features.embeds,
-      textMask: features.mask,
-      pooled: features.pooled,
-      roundTimesteps: false,
-    })
-    const losses = predictions.map((v, c) => mse(v, pairs.targets[c] as Tensor))
-    const metrics: Record<string, Tensor> = {}
-    this.columns.forEach((k, c) => {
-      if (this.columns.indexOf(k) === c) metrics[`stage${k}`] = mean(losses[c] as Tensor)
-    })
-    return { loss: mean(losses.length === 1 ? (losses[0] as Tensor) : concat(losses, 0)), metrics }
+  forwardSteps(step: number, batch: Batch, micro = 0): Steps<StepLoss> {
+    const { data, seed = 0, rank = 0 } = this.#options
+    const own = new Generator(seed).stream('train', this.#number(step, micro))
+    return lossSteps(this.#resolved.objective, data, batch, rank === 0 ? own : own.stream('rank', rank))
   }
 
-  #draws(generator: Generator, latents: Tensor): PairDraws {
-    const rows = (latents.shape[0] as number) / this.columns.length
-    return {
-      noise: generator.stream('noise').normal(latents.shape),
-      position: (c) => generator.stream('position', c).hostUniform(rows),
-      corruption: (c) => generator.stream('corruption', c).hostUniform(rows),
-      history: (c, i, shape) => generator.stream('history', c, i).normal(shape),
-    }
+  /**
+   * Loss of the validation clips, in all and by stage, with the moving average of the weights and the same draws every
+   * time. @throws ERR_OPTION without such clips
+   */
+  async validate(): Promise<ValidationLoss> {
+    const { validation, batchSize, validationClips: clips, seed = 0 } = this.#options
+    if (!validation) throw missing('validation', 'a source of clips that are not trained on')
+    const { objective, columns } = this.#resolved
+    return await this.optimizer.withEma(() =>
+      validationLoss(objective, validation, { columns, batchSize, clips, seed }),
+    )
+  }
+
+  /**
+   * Writes a contact sheet of the sample prompts into `dir`, made with the moving average of the weights, and names it.
+   * @throws ERR_OPTION without sample options; ERR_IO; ERR_NUMERICS; ERR_ABORTED
+   */
+  async sample(step: number, dir: string, signal?: AbortSignal): Promise<string[]> {
+    const { samples } = this.#options
+    if (!samples) throw missing('samples', 'prompts and a VAE')
+    const path = await gridPath(dir, step)
+    await this.optimizer.withEma(() =>
+      sampleGrid(
+        this.#resolved.objective,
+        { ...samples, size: samples.size ?? this.#longest() },
+        path,
+        signal,
+      ),
+    )
+    return [path]
+  }
+
+  // Latent frames, height and width of the longest clips, in whole units.
+  #longest(): [number, number, number] {
+    const { maxFrames, framesPerUnit: f } = this.#resolved.objective
+    const shapes = this.#options.data.buckets.map(({ shape }) => shape as [number, number, number, number])
+    const [, frames, height, width] = shapes.reduce((a, b) => (b[1] > a[1] ? b : a))
+    return [1 + Math.floor((Math.min(frames, maxFrames) - 1) / f) * f, height, width]
+  }
+
+  /**
+   * Bytes and operations of a step, and its seconds where the machine's rates are given (`measureRates`); nothing is
+   * computed or allocated.
+   */
+  async plan(options: { rates?: Rates } = {}): Promise<TrainingPlan> {
+    return await planTrainer(
+      { ...this.#options, ...this.#resolved },
+      this.optimizer.parameters,
+      options.rates,
+    )
+  }
+
+  /**
+   * Goes once through everything that training will do: forward and backward at every length of every bucket, as video
+   * and as image, without captions, validation, samples, and a checkpoint written to `out` and read back. Weights,
+   * optimizer and random numbers are afterwards what they were before, bit for bit.
+   *
+   * @throws what any of it throws: ERR_MEMORY, ERR_NUMERICS naming the part, ERR_IO, ERR_ABORTED
+   */
+  async rehearse(options: { signal?: AbortSignal } = {}): Promise<RehearsedBranch[]> {
+    const { validation, samples } = this.#options
+    return await rehearseTraining({
+      ...{ ...this.#options, ...this.#resolved, optimizer: this.optimizer, signal: options.signal },
+      save: (dir) => this.save(dir),
+      validate: validation && (() => this.validate()),
+      sample: samples && ((dir) => this.sample(0, dir, options.signal)),
+    })
   }
 
   /** Writes the moving average of the weights as a diffusers-style folder, or as `write` does it. */
   async save(dir: string, dtype: 'f32' | 'bf16' = 'f32'): Promise<void> {
-    const { model, write } = this.#options
+    const { model, causal, write } = this.#options
     if (write) {
       const average = this.optimizer.emaTensors()
       try {
@@ -210,10 +161,19 @@ export class Trainer {
         for (const t of average.values()) t.dispose()
       }
     }
-    await this.optimizer.saveEma(dir, model.modelConfig(), dtype, model.buffers)
+    const config = {
+      ...model.modelConfig(),
+      ...(causal === undefined ? {} : { use_temporal_causal: causal }),
+    }
+    const trained = new Set(this.optimizer.parameters.values())
+    const frozen = [...model.parameters].filter(([, t]) => !trained.has(t))
+    await this.optimizer.saveEma(dir, config, dtype, new Map([...model.buffers, ...frozen]))
   }
 
   dispose(): void {
     this.optimizer.dispose()
   }
 }
+
+const missing = (what: string, expected: string): PyraflowError =>
+  new PyraflowError('ERR_OPTION', { what, expected, received: 'none', remedy: 'Give it to the trainer.' })

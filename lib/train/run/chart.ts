@@ -31,7 +31,7 @@ const WIDTH = 900
 const LEFT = 70
 const RIGHT = 150
 const TOP = 26
-const BETWEEN = 34
+const BETWEEN = 46
 const COLOURS = ['#2563eb', '#d97706', '#059669', '#db2777', '#7c3aed', '#0891b2', '#65a30d', '#dc2626']
 const GREY = '#6b7280'
 
@@ -91,6 +91,8 @@ function drawChart(chart: Chart, top: number, x: Scale, last: number): string {
     if (series.bins.length === 0) return
     const colour = COLOURS[i % COLOURS.length] as string
     parts.push(drawSeries(series, x, y, colour))
+    // The title says it.
+    if (shown.length === 1) return
     const at = top + 8 + 18 * i
     parts.push(line(WIDTH - RIGHT + 12, at, WIDTH - RIGHT + 32, at, `stroke="${colour}" stroke-width="3"`))
     parts.push(text(WIDTH - RIGHT + 38, at + 4, series.name))
