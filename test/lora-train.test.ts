@@ -8,7 +8,8 @@ import { Lora } from '../lib/lora/lora.ts'
 import { loadVelocityNetwork } from '../lib/models/load-network.ts'
 import type { VelocityNetwork } from '../lib/models/velocity-network.ts'
 import type { LatentDataset } from '../lib/train/latents.ts'
-import type { TrainEvent } from '../lib/train/run.ts'
+import { type GuardEvent, guarded } from '../lib/train/guard.ts'
+import { bestCheckpoint, type TrainEvent } from '../lib/train/run.ts'
 import { Trainer } from '../lib/train/trainer.ts'
 import { live } from './fixtures/memory.ts'
 import { tinyLatents, tinyText, writePipeline } from './fixtures/tiny.ts'
@@ -133,6 +134,34 @@ describe('training adapters', () => {
     expect(statSync(join(dir, 'optimizer.safetensors')).size).toBeLessThan(
       0.5 * statSync(join(weights, 'diffusion_pytorch_model.safetensors')).size,
     )
+  })
+
+  test('can be rehearsed and planned, and end with a checkpoint when other clips get worse', async () => {
+    const others = await tinyLatents(join(folder, 'others'), { count: 3 })
+    const base = await loadVelocityNetwork(weights, { pack: false })
+    const lora = Lora.create(base, { rank: 4 })
+    const trainer = new Trainer({
+      ...{ model: lora.network, parameters: lora.parameters, data, text: tinyText() },
+      write: (dir, tensors) => lora.save(join(dir, 'adapter.safetensors'), { tensors }),
+      // Steps so large that nothing good comes of them.
+      ...{ out: join(folder, 'guard'), steps: 40, batchSize: 4, learningRate: 0.5, warmupSteps: 0 },
+      ...{ validation: others, validateEvery: 2, optimizer: { emaDecay: 0.1 } },
+    })
+    const before = await lora.parameters.get('single_transformer_blocks.0.attn.to_q.lora_A.weight')!.floats()
+    expect((await trainer.rehearse()).length).toBeGreaterThan(3)
+    expect(await lora.parameters.get('single_transformer_blocks.0.attn.to_q.lora_A.weight')!.floats()).toEqual(before)
+    const plan = await trainer.plan()
+    expect(plan.bytes.gradients).toBe(4 * trainer.optimizer.size)
+    const events: { type: string; step: number }[] = []
+    for await (const event of guarded((signal) => trainer.run({ signal }))) events.push(event)
+    const last = events.at(-1) as GuardEvent
+    expect(last.type).toBe('guard')
+    expect(last.step).toBeLessThan(40)
+    expect(last.loss).toBeGreaterThan(last.best.loss)
+    const best = await bestCheckpoint(join(folder, 'guard'))
+    expect(best?.step).toBe(last.best.step)
+    expect(readdirSync(best!.path)).toContain('adapter.safetensors')
+    for (const thing of [trainer, lora, base, others]) thing.dispose()
   })
 
   test('takes less memory than training all weights: no gradients, masters and averages of the base', async () => {
