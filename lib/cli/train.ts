@@ -1,6 +1,8 @@
 import { cpSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Command, Option } from 'commander'
+import { z } from 'zod'
+import { nearestName } from '../nn/weights.ts'
 import type { AdamWOptions } from '../train/optimizer.ts'
 import { type CommonOptions, interruptible, result, resultJson, say, UsageError } from './console.ts'
 import {
@@ -14,14 +16,146 @@ import {
   wholeNumber,
 } from './settings.ts'
 import { type Done, follow } from './train-progress.ts'
-import {
-  checkNetwork,
-  checkTogether,
-  type DitSettings,
-  ditSettings,
-  type VaeSettings,
-  vaeSettings,
-} from './train-settings.ts'
+
+const positive = z.int().positive()
+const share = z.number().min(0).max(1)
+const weight = z.number().nonnegative()
+
+const policy = z.enum(['skip', 'rollback', 'fail'])
+
+const optimizer = z
+  .strictObject({
+    betas: z.tuple([share, share]).optional(),
+    eps: z.number().positive().optional(),
+    weightDecay: z.number().nonnegative().optional(),
+    maxGradNorm: z.number().nonnegative().optional(),
+    emaDecay: share.optional(),
+  })
+  .optional()
+
+const shared = {
+  data: z.string(),
+  out: z.string(),
+  steps: positive,
+  batchSize: positive,
+  seed: z.int().nonnegative().default(0),
+  dtype: z.enum(['f32', 'bf16']).default('bf16'),
+  resume: z.boolean().default(false),
+  /** Folder of weights to begin from. */
+  init: z.string().optional(),
+  /** Fields of config.json for a new network; `_class_name` chooses its family. */
+  network: z.record(z.string(), z.unknown()).optional(),
+  learningRate: z.number().positive().default(1e-4),
+  minLearningRate: z.number().nonnegative().default(1e-5),
+  warmupSteps: z.int().nonnegative().optional(),
+  schedule: z.enum(['constant', 'cosine']).default('constant'),
+  checkpointEvery: positive.optional(),
+  accumulate: positive.optional(),
+  keepCheckpoints: positive.optional(),
+  keepBest: z.boolean().optional(),
+  nonFinite: z
+    .union([
+      policy.transform((name) => ({ policy: name })),
+      z.strictObject({ policy, limit: positive.optional() }),
+    ])
+    .optional(),
+  maxLoss: z.number().positive().optional(),
+  optimizer,
+}
+
+/** Settings of `train` for the velocity network. */
+const ditSettings = z.strictObject({
+  task: z.literal('dit').default('dit'),
+  ...shared,
+  textEncoder: z.string().optional(),
+  /** Put into the finished model folder, so that `generate` can use it. */
+  vae: z.string().optional(),
+  stages: z
+    .strictObject({
+      trainTimesteps: positive.optional(),
+      shift: z.number().positive().optional(),
+      stageRange: z.array(share).min(2).optional(),
+      gamma: z.number().positive().optional(),
+    })
+    .optional(),
+  sampleRatios: z.array(positive).optional(),
+  framesPerUnit: positive.default(1),
+  corruptRatio: share.default(1 / 3),
+  captionDrop: share.default(0.1),
+  posterior: z.enum(['sample', 'mean']).optional(),
+  imageRatio: share.optional(),
+  /** Latent cache of clips that are not trained on. */
+  validation: z.string().optional(),
+  validateEvery: positive.optional(),
+  /** Videos to look at while training; they need `vae`. */
+  samplePrompts: z.array(z.string()).min(1).optional(),
+  sampleEvery: positive.optional(),
+})
+
+/** Settings of `train --task vae`. */
+const vaeSettings = z.strictObject({
+  task: z.literal('vae'),
+  ...shared,
+  width: positive,
+  height: positive,
+  frames: positive,
+  fps: z.number().positive().optional(),
+  crops: z
+    .array(
+      z.strictObject({
+        size: positive,
+        frames: positive,
+        perClip: positive.optional(),
+        from: z.number().int().nonnegative().optional(),
+        until: positive.optional(),
+      }),
+    )
+    .optional(),
+  klWeight: weight.default(1e-6),
+  pixelWeight: weight.default(1),
+  /** Safetensors file of LPIPS; without it there is no perceptual term. */
+  lpips: z.string().optional(),
+  lpipsWeight: weight.default(1),
+  /** Without it there is no adversarial term. */
+  adversarial: z
+    .strictObject({
+      weight: weight.optional(),
+      start: z.int().nonnegative().optional(),
+      kind: z.enum(['hinge', 'vanilla']).optional(),
+      learningRate: z.number().positive().optional(),
+      dims: z.union([z.literal(2), z.literal(3)]).optional(),
+      ndf: positive.optional(),
+      layers: positive.optional(),
+    })
+    .optional(),
+})
+
+type DitSettings = z.output<typeof ditSettings>
+type VaeSettings = z.output<typeof vaeSettings>
+
+/** @throws UsageError naming a field that no network has, and the nearest one that it has. */
+function checkNetwork(network: Record<string, unknown> | undefined, defaults: object): void {
+  const fields = Object.keys(defaults)
+  for (const key of Object.keys(network ?? {})) {
+    if (fields.includes(key) || key === '_class_name') continue
+    throw new UsageError(`unknown setting "network.${key}"; did you mean "${nearestName(key, fields)}"?`)
+  }
+}
+
+/** @throws UsageError for settings of which one means nothing without the other. */
+function checkTogether(s: DitSettings): void {
+  const pairs: [keyof DitSettings, keyof DitSettings][] = [
+    ['validateEvery', 'validation'],
+    ['validation', 'validateEvery'],
+    ['sampleEvery', 'samplePrompts'],
+    ['samplePrompts', 'sampleEvery'],
+    ['samplePrompts', 'vae'],
+  ]
+  for (const [given, missing] of pairs) {
+    if (s[given] !== undefined && s[missing] === undefined)
+      throw new UsageError(`--${kebab(given)} needs --${kebab(missing)}`)
+  }
+}
 
 interface TrainFlags extends CommonOptions {
   config?: string
