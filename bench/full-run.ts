@@ -2,6 +2,7 @@ import { readFileSync, writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { engine } from '../lib/engine/engine.ts'
 import { Pipeline } from '../lib/pipeline.ts'
+import { describeMachine } from './machine.ts'
 
 // One generation with a model folder of full size: how long its phases take and how much memory the process has at most.
 //   node dist/bench/full-run.js --model DIR [--seconds 5] [--steps 1] [--json FILE]
@@ -131,7 +132,9 @@ async function main(): Promise<void> {
     steps: Number(values.steps),
     log: (line) => process.stderr.write(`${line}\n`),
   })
-  if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(run, null, 2)}\n`)
+  if (values.json === undefined) return
+  const machine = await describeMachine()
+  writeFileSync(values.json, `${JSON.stringify({ machine, ...run }, null, 2)}\n`)
 }
 
 if (process.argv[1]?.endsWith('full-run.js')) {

@@ -6,16 +6,17 @@ import { type Bin, drawCharts } from '../../lib/train/run/chart.ts'
 import { describeMachine } from '../machine.ts'
 import type { Spread } from './metrics.ts'
 import { type Budget, type Line, type Result, ROWS } from './rows.ts'
+import { floorOf } from './sampling.ts'
 import { openWorld } from './world.ts'
 
 // The claims of the paper, measured small: node dist/bench/paper/main.js --row 3
 const USAGE = `npm run bench:paper -- --row N [options]
   --row N         one of ${Object.keys(ROWS).join(', ')}; may be given several times
   --seeds N       seeds of every arm, 3
-  --steps N       training steps of arms that begin with nothing, 400
-  --tuned N       training steps of arms that begin with the toy model, 100
-  --samples N     pictures or videos that distances are taken over, 96
-  --scored N      videos that the scorer reads, 24
+  --steps N       training steps of arms that begin with nothing, 200
+  --tuned N       training steps of arms that begin with the toy model, 60
+  --samples N     pictures or videos that distances are taken over, 64
+  --scored N      videos that the scorer reads, 16
   --dir DIR       latents and finished arms, runs/paper: an arm that is there is not trained again
   --out DIR       results, bench/results/paper
   --quick         a few steps that only show that everything runs`
@@ -43,21 +44,23 @@ async function main(): Promise<number> {
     Number(values[name] ?? (quick ? short : real))
   const budget: Budget = {
     seeds: Array.from({ length: of('seeds', 3, 1) }, (_, i) => i),
-    steps: of('steps', 400, 4),
-    tunedSteps: of('tuned', 100, 4),
-    samples: of('samples', 96, 8),
-    scored: of('scored', 24, 2),
+    steps: of('steps', 200, 4),
+    tunedSteps: of('tuned', 60, 4),
+    samples: of('samples', 64, 8),
+    scored: of('scored', 16, 2),
   }
   await mkdir(dir, { recursive: true })
   await mkdir(out, { recursive: true })
   const world = await openWorld(dir, { train: quick ? 80 : 800, unseen: budget.samples }, say)
   try {
+    const floor = await floorOf(world, budget.samples)
+    say(`distance of real clips from other real ones: ${JSON.stringify(floor)}`)
     for (const row of rows) {
       const began = performance.now()
       const result = await (ROWS[row] as (typeof ROWS)[string])({ world, budget, dir, say })
       const seconds = (performance.now() - began) / 1000
       const machine = await describeMachine()
-      const text = JSON.stringify({ ...result, budget, seconds, machine, quick }, null, 2)
+      const text = JSON.stringify({ ...result, floor, budget, seconds, machine, quick }, null, 2)
       await writeFileAtomically(join(out, `row-${row}.json`), `${text}\n`)
       if (result.curves) await writeFileAtomically(join(out, `row-${row}.svg`), plot(result))
       say(`\nRow ${row}: ${result.claim}\n${table(result.lines)}\n${result.verdict}`)

@@ -14,7 +14,8 @@ import { sliced } from '../../lib/tensor/sliced.ts'
 import { noGrad } from '../../lib/tensor/tape.ts'
 import type { Tensor } from '../../lib/tensor/tensor.ts'
 import { disposeFeatures, type TextFeatures } from '../../lib/text/encoder.ts'
-import { joinRows } from './metrics.ts'
+import type { LatentSource } from '../../lib/train/index.ts'
+import { distance, frameOf, joinRows } from './metrics.ts'
 import type { World } from './world.ts'
 
 export interface Sampling {
@@ -79,14 +80,28 @@ function features(world: World, captions: readonly string[]): TextFeatures {
   return made
 }
 
-/** Normalised latents of the first clips that nothing was trained on, and their captions. */
-export function unseenLatents(world: World, count: number): { latents: Tensor; captions: string[] } {
+/** Normalised latents of the first clips of a set, and their captions. */
+function firstClips(set: LatentSource, count: number): { latents: Tensor; captions: string[] } {
   const indices = Array.from({ length: count }, (_, i) => i)
-  const { unseen } = world
   const latents = noGrad(() =>
-    keep(scope(() => normaliseLatents(unseen.gather(indices).mean, unseen.normalisation))),
+    keep(scope(() => normaliseLatents(set.gather(indices).mean, set.normalisation))),
   )
-  return { latents, captions: indices.map((i) => unseen.captions[i] as string) }
+  return { latents, captions: indices.map((i) => set.captions[i] as string) }
+}
+
+/** Normalised latents of the first clips that nothing was trained on, and their captions. */
+export const unseenLatents = (world: World, count: number): ReturnType<typeof firstClips> =>
+  firstClips(world.unseen, count)
+
+/** What real clips have as distance from other real clips: nothing can be better but by memory. */
+export async function floorOf(world: World, count: number): Promise<{ videos: number; stills: number }> {
+  const [a, b] = [firstClips(world.train, count).latents, unseenLatents(world, count).latents]
+  const [p, q] = [frameOf(a, 0), frameOf(b, 0)]
+  try {
+    return { videos: await distance(a, b), stills: await distance(p, q) }
+  } finally {
+    for (const t of [a, b, p, q]) t.dispose()
+  }
 }
 
 /** u8 RGB frames of clip `row`, [T, 128, 128, 3]. */
