@@ -18,15 +18,7 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }))
 // The program runs as users run it: as JavaScript in a process of its own, made from the sources under test.
 beforeAll(() => {
   const tsc = join(root, 'node_modules/typescript/bin/tsc')
-  const args = [
-    '-p',
-    'tsconfig.json',
-    '--noCheck',
-    '--declaration',
-    'false',
-    '--isolatedDeclarations',
-    'false',
-  ]
+  const args = ['-p', 'tsconfig.json', '--noCheck', '--declaration', 'false']
   const made = spawnSync(process.execPath, [tsc, ...args, '--outDir', built], { cwd: root, encoding: 'utf8' })
   if (made.status !== 0) throw new Error(made.stdout)
 }, 120_000)

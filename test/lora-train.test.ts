@@ -7,8 +7,8 @@ import { engine } from '../lib/engine/engine.ts'
 import { Lora } from '../lib/lora/lora.ts'
 import { loadVelocityNetwork } from '../lib/models/load-network.ts'
 import type { VelocityNetwork } from '../lib/models/velocity-network.ts'
-import type { LatentDataset } from '../lib/train/latents.ts'
 import { type GuardEvent, guarded } from '../lib/train/guard.ts'
+import type { LatentDataset } from '../lib/train/latents.ts'
 import { bestCheckpoint, type TrainEvent } from '../lib/train/run.ts'
 import { Trainer } from '../lib/train/trainer.ts'
 import { live } from './fixtures/memory.ts'
@@ -149,7 +149,9 @@ describe('training adapters', () => {
     })
     const before = await lora.parameters.get('single_transformer_blocks.0.attn.to_q.lora_A.weight')!.floats()
     expect((await trainer.rehearse()).length).toBeGreaterThan(3)
-    expect(await lora.parameters.get('single_transformer_blocks.0.attn.to_q.lora_A.weight')!.floats()).toEqual(before)
+    expect(
+      await lora.parameters.get('single_transformer_blocks.0.attn.to_q.lora_A.weight')!.floats(),
+    ).toEqual(before)
     const plan = await trainer.plan()
     expect(plan.bytes.gradients).toBe(4 * trainer.optimizer.size)
     const events: { type: string; step: number }[] = []

@@ -399,7 +399,7 @@ describe('memory and updates', () => {
         const features = tinyText().encode(
           part === 'both' ? captions : captions.slice(4 * part, 4 * part + 4),
         )
-        const found = drain(pairLoss({ model, causal: undefined, stages }, pairs, columns, features)).loss
+        const found = drain(pairLoss({ model, causal: undefined, stages }, { pairs, columns, features })).loss
         backward(found, Tensor.full([1], weight))
         return found
       })

@@ -7,7 +7,8 @@ import { type ObjectiveOptions, Trainer } from '../../lib/train/index.ts'
 import { MODEL, type World } from './world.ts'
 
 /** One way to train, everything else being equal. */
-export interface Arm extends Pick<
+export interface Arm
+  extends Pick<
     ObjectiveOptions,
     | 'stages'
     | 'sampleRatios'

@@ -1,7 +1,7 @@
 import { makeStages } from '../../lib/flow/stages.ts'
 import { PyramidFluxTransformer } from '../../lib/models/dit-flux.ts'
-import { asTrained } from '../../lib/train/samples.ts'
 import type { VelocityNetwork } from '../../lib/models/velocity-network.ts'
+import { asTrained } from '../../lib/train/samples.ts'
 import { type Arm, type Measured, trainArm } from './arms.ts'
 import { blockExcess, distance, fineEnergy, frameOf, type Spread, spreadOf } from './metrics.ts'
 import { prompts, type Sampling, sample, scores, unseenLatents } from './sampling.ts'
@@ -81,6 +81,9 @@ async function run(
   }
   return all
 }
+
+const meanOf = (line: Line | undefined, key: string): number =>
+  (line as Record<string, Spread> | undefined)?.[key]?.mean ?? Number.NaN
 
 const figure = (runs: readonly Measured[], name: string, at = -1): Spread =>
   spreadOf(runs.map(({ points: p }) => p.at(at)?.[name] as number))
@@ -180,7 +183,13 @@ async function temporalPyramid(context: Context): Promise<Result> {
   for (const [arm, how] of arms) {
     const runs = await run(context, arm, budget.steps, async (model) => {
       const network = asTrained(model, arm.causal) as unknown as VelocityNetwork
-      const made = await sample(world, network, asked.map(({ text }) => text), how, 6)
+      const made = await sample(
+        world,
+        network,
+        asked.map(({ text }) => text),
+        how,
+        6,
+      )
       const read = await scores(world, made, asked)
       made.dispose()
       return { distance: await distanceOf(context, network, how), ...read }
@@ -221,12 +230,15 @@ function valueAt({ points: p }: Curve, x: number): number {
 /** Row 3: what enters a stage, on the trained toy model; nothing is trained. */
 async function renoising(context: Context): Promise<Result> {
   const { world, budget, say } = context
-  const model = await PyramidFluxTransformer.fromPretrained(`${MODEL}/diffusion_transformer`, { dtype: 'bf16' })
+  const model = await PyramidFluxTransformer.fromPretrained(`${MODEL}/diffusion_transformer`, {
+    dtype: 'bf16',
+  })
   const variants: [string, Sampling['jump']][] = [
     ['corrective, γ = 1/3', undefined],
-    ...[0.2, 0.1].map(
-      (gamma): [string, Sampling['jump']] => [`noise of γ = ${gamma}`, (own) => ({ ...own, gamma })],
-    ),
+    ...[0.2, 0.1].map((gamma): [string, Sampling['jump']] => [
+      `noise of γ = ${gamma}`,
+      (own) => ({ ...own, gamma }),
+    ]),
     ['white noise of equal variance', (own) => ({ ...own, gamma: 0 })],
     ['no noise, no rescaling', () => ({ alpha: 1, beta: 0, gamma: 0 })],
   ]
@@ -236,7 +248,13 @@ async function renoising(context: Context): Promise<Result> {
   try {
     const [energy, excess] = [await fineEnergy(real.latents), await blockExcess(real.latents)]
     for (const [name, jump] of variants) {
-      const figures: Record<string, number[]> = { distance: [], excess: [], energy: [], shape: [], colour: [] }
+      const figures: Record<string, number[]> = {
+        distance: [],
+        excess: [],
+        energy: [],
+        shape: [],
+        colour: [],
+      }
       for (const seed of budget.seeds) {
         const how = { stages: pyramid, ...video, guidance: 2.5, ...(jump && { jump }) }
         const made = await sample(world, model, real.captions, how, seed)
@@ -244,7 +262,13 @@ async function renoising(context: Context): Promise<Result> {
         figures.excess?.push((await blockExcess(made)) - excess)
         figures.energy?.push((await fineEnergy(made)) / energy)
         made.dispose()
-        const videos = await sample(world, model, asked.map(({ text }) => text), how, seed + 50)
+        const videos = await sample(
+          world,
+          model,
+          asked.map(({ text }) => text),
+          how,
+          seed + 50,
+        )
         const read = await scores(world, videos, asked)
         videos.dispose()
         figures.shape?.push(read.shape)
@@ -265,11 +289,9 @@ async function renoising(context: Context): Promise<Result> {
     real.latents.dispose()
     model.dispose()
   }
-  const mean = (i: number, key: string): number => (lines.at(i)?.[key] as Spread).mean
+  const mean = (i: number, key: string): number => meanOf(lines.at(i), key)
   const blocks = 'excess correlation inside 2×2 blocks'
-  const best = lines.reduce((a, b) =>
-    (a.distance as Spread).mean <= (b.distance as Spread).mean ? a : b,
-  )
+  const best = lines.reduce((a, b) => ((a.distance as Spread).mean <= (b.distance as Spread).mean ? a : b))
   return {
     row: 3,
     claim: 'Corrective renoising is needed at jumps; without it pictures are blurry and blocky.',
@@ -305,7 +327,7 @@ async function coupling(context: Context): Promise<Result> {
       'distance, 8 steps a stage': figure(runs, 'many'),
     })
   }
-  const mean = (i: number, key: string): number => (lines[i]?.[key] as Spread).mean
+  const mean = (i: number, key: string): number => meanOf(lines[i], key)
   const lower = (key: string): boolean => mean(0, key) < mean(1, key)
   const keys = Object.keys(lines[0] ?? {}).filter((key) => key !== 'arm')
   return {
@@ -319,10 +341,7 @@ async function coupling(context: Context): Promise<Result> {
 }
 
 /** Distance of every latent frame of generated videos. */
-async function byFrame(
-  { world, budget }: Context,
-  model: VelocityNetwork,
-): Promise<Record<string, number>> {
+async function byFrame({ world, budget }: Context, model: VelocityNetwork): Promise<Record<string, number>> {
   const real = unseenLatents(world, budget.samples)
   const made = await sample(world, model, real.captions, { stages: pyramid, ...video }, 7)
   const found: Record<string, number> = {}
@@ -352,7 +371,13 @@ async function tunedArms(
     const runs = await run(context, arm, budget.tunedSteps, async (model) => {
       const network = asTrained(model, arm.causal) as unknown as VelocityNetwork
       const how = { stages: pyramid, ...video }
-      const made = await sample(world, network, asked.map(({ text }) => text), how, 8)
+      const made = await sample(
+        world,
+        network,
+        asked.map(({ text }) => text),
+        how,
+        8,
+      )
       const read = await scores(world, made, asked)
       made.dispose()
       const frames = await byFrame(context, network)
@@ -376,10 +401,7 @@ const drift = (line: Line | undefined): Spread => line?.['drift (frame 3 − 1)'
 
 /** Row 5: frames that see no later ones, or all, in autoregressive training. */
 async function causality(context: Context): Promise<Result> {
-  const lines = await tunedArms(context, [
-    { name: 'causal' },
-    { name: 'bidirectional', causal: false },
-  ])
+  const lines = await tunedArms(context, [{ name: 'causal' }, { name: 'bidirectional', causal: false }])
   const [a, b] = [drift(lines[0]), drift(lines[1])]
   return {
     row: 5,
@@ -404,7 +426,8 @@ async function corruption(context: Context): Promise<Result> {
   return {
     row: 6,
     claim: 'History corruption U[0, 1/3] limits the accumulation of errors.',
-    measured: 'The toy model trained on with other upper ends of the noise level of history (1/3 is row 5’s causal arm).',
+    measured:
+      'The toy model trained on with other upper ends of the noise level of history (1/3 is row 5’s causal arm).',
     lines: lines.map((line, i) => ({ ...line, arm: ['0', '1/6', '1/3', '1/2'][i] as string })),
     verdict: `Drift without corruption ${none.mean.toFixed(3)} ± ${none.std.toFixed(3)}, with 1/3 ${own.mean.toFixed(3)} ± ${own.std.toFixed(3)}: ${own.mean + own.std < none.mean - none.std ? 'reproduced' : 'no difference beyond the spread of seeds'}.`,
   }

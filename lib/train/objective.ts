@@ -14,7 +14,7 @@ import type { Tensor } from '../tensor/tensor.ts'
 import type { ImmediateTextEncoder, TextFeatures } from '../text/encoder.ts'
 import type { Batch, BatchPart } from './batches.ts'
 import type { LatentSource } from './latent-source.ts'
-import { mergePairs, type PairDraws, type TrainingPairs, trainingPairs } from './pairs.ts'
+import { mergePairs, type PairDraws, type TrainingPairs, trainingPairsSteps } from './pairs.ts'
 import type { StepLoss } from './run.ts'
 
 /** What turns a batch into a loss; the same for training, validation and plans. */
@@ -67,16 +67,36 @@ export function* lossSteps(
   batch: Batch,
   generator: Generator,
 ): Steps<StepLoss> {
-  const prepared = batch.parts.map((part, i) => {
+  return yield* pairLoss(o, yield* inputSteps(o, source, batch, generator))
+}
+
+/** What the network is called with and compared with. */
+export interface LossInputs {
+  readonly pairs: TrainingPairs
+  /** Stage of each column. */
+  readonly columns: readonly number[]
+  readonly features: TextFeatures
+}
+
+/** The first half of {@link lossSteps}: all that comes before the network. */
+export function* inputSteps(
+  o: Objective,
+  source: LatentSource,
+  batch: Batch,
+  generator: Generator,
+): Steps<LossInputs> {
+  const prepared: TrainingPairs[] = []
+  for (const [i, part] of batch.parts.entries()) {
     // The first part keeps the plain names.
     const own = i === 0 ? generator : generator.stream('part', i)
     const latents = latentsOf(o, source, part, own)
-    const units = unitsOf(o, part, batch.counter)
+    yield
+    const unitsPerStage = unitsOf(o, part, batch.counter)
     const { stages, framesPerUnit, corruptRatio } = o
-    const options = { stages, columns: part.columns, framesPerUnit, corruptRatio, unitsPerStage: units }
-    return trainingPairs(latents, drawsOf(own, latents, batch.rows, o.coupledNoise), options)
-  })
-  yield
+    const options = { stages, columns: part.columns, framesPerUnit, corruptRatio, unitsPerStage }
+    const draws = drawsOf(own, latents, batch.rows, o.coupledNoise)
+    prepared.push(yield* trainingPairsSteps(latents, draws, options))
+  }
   const captions = packed(batch, (part, i) => source.captions[part.indices[i] as number] as string)
   const drops = generator.stream('drop').hostUniform(captions.length)
   const features = o.text.encode(
@@ -84,7 +104,7 @@ export function* lossSteps(
   )
   yield
   const columns = batch.parts.flatMap((part) => part.columns)
-  return yield* pairLoss(o, mergePairs(prepared), columns, features)
+  return { pairs: mergePairs(prepared), columns, features }
 }
 
 /** One value a row of the packed call, row b·C + c being that of sample b of column c. */
@@ -94,12 +114,10 @@ function packed<T>(batch: Batch, value: (part: BatchPart, i: number) => T): T[] 
   ).flat()
 }
 
-/** Network and loss of pairs that are already drawn; `columns` has each column's stage. */
+/** The second half: network and loss. */
 export function* pairLoss(
   { model, causal, stages }: Pick<Objective, 'model' | 'causal' | 'stages'>,
-  pairs: TrainingPairs,
-  columns: readonly number[],
-  features: TextFeatures,
+  { pairs, columns, features }: LossInputs,
 ): Steps<StepLoss> {
   const predictions = yield* model.forwardSteps({
     columns: pairs.columns,

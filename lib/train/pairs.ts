@@ -9,6 +9,7 @@ import { upsample } from '../ops/upsample.ts'
 import { planHistory } from '../pyramid/history.ts'
 import { latentPyramid, noisePyramid } from '../pyramid/latents.ts'
 import { unitsInClip } from '../pyramid/units.ts'
+import { drain, type Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
 /** Every random number of one training step, so that a recorded step can be replayed. */
@@ -77,6 +78,15 @@ export function columnRows(x: Tensor, column: number, count: number): Tensor {
  * @throws ERR_SHAPE when the batch does not divide by the columns.
  */
 export function trainingPairs(latents: Tensor, draws: PairDraws, options: PairOptions): TrainingPairs {
+  return drain(trainingPairsSteps(latents, draws, options))
+}
+
+/** `trainingPairs` that pauses after every column. */
+export function* trainingPairsSteps(
+  latents: Tensor,
+  draws: PairDraws,
+  options: PairOptions,
+): Steps<TrainingPairs> {
   const { stages, columns, unitsPerStage, framesPerUnit: f = 1, corruptRatio = 1 / 3 } = options
   const batch = latents.shape[0] as number
   const frames = latents.shape[2] as number
@@ -90,7 +100,7 @@ export function trainingPairs(latents: Tensor, draws: PairDraws, options: PairOp
   }
   const rows = batch / count
   const result: TrainingPairs = { columns: [], targets: [], timesteps: new Array<number>(batch), ratios: [] }
-  columns.forEach((k, c) => {
+  for (const [c, k] of columns.entries()) {
     const x = columnRows(latents, c, count)
     const units = unitsPerStage ? Math.min(unitsPerStage[k] as number, unitsInClip(frames, f)) : 1
     // The current unit: the whole clip without history, else the last f of frames 0 … (units − 1)·f.
@@ -131,6 +141,7 @@ export function trainingPairs(latents: Tensor, draws: PairDraws, options: PairOp
       }
     }
     result.columns.push([...history, noisy])
-  })
+    yield
+  }
   return result
 }

@@ -12,7 +12,7 @@ import { Tensor } from '../tensor/tensor.ts'
 import type { ImmediateTextEncoder } from '../text/encoder.ts'
 import type { Batch } from './batches.ts'
 import type { LatentBucket, LatentSource } from './latent-source.ts'
-import { framesOf, lossSteps, type Objective, unitsOf } from './objective.ts'
+import { framesOf, inputSteps, type Objective, pairLoss, unitsOf } from './objective.ts'
 import { AdamW, type AdamWOptions, optimizerBytes, TRAINER_OPTIMIZER } from './optimizer.ts'
 import { type ObjectiveOptions, type Resolved, resolveTrainerOptions } from './trainer-options.ts'
 
@@ -176,14 +176,9 @@ async function rehearseStep(
   const data = { live: 0, peak: 0 }
   await sliced(
     function* () {
-      const steps = lossSteps(objective, source, batch, new Generator(0))
-      // Two pauses: after the pairs, and after the text.
-      for (let pause = 0; pause < 2; pause++) {
-        steps.next()
-        yield
-      }
+      const inputs = yield* inputSteps(objective, source, batch, new Generator(0))
       Object.assign(data, lap())
-      yield* backwardSteps((yield* steps).loss)
+      yield* backwardSteps((yield* pairLoss(objective, inputs)).loss)
     },
     { within },
   )
