@@ -21,8 +21,8 @@ import {
   SIZE,
 } from './world.ts'
 
-// Teaches the toy model a colour that it has never seen, from a few clips: an adapter on its attention projections, and
-// the scorer's verdict on the new colour and on the old ones before and after.
+// Teaches the toy model a colour that it has never seen, from a few clips and a few videos of its own: an adapter on the
+// layers that read text, and the scorer's verdict on the new colour and on the old ones before and after.
 const { values: args } = parseArgs({
   options: {
     model: { type: 'string', default: 'examples/shapes/model' },
@@ -30,10 +30,13 @@ const { values: args } = parseArgs({
     colour: { type: 'string', default: 'orange' },
     rgb: { type: 'string', default: '232,132,40' },
     clips: { type: 'string', default: '10' },
-    steps: { type: 'string', default: '300' },
-    rank: { type: 'string', default: '8' },
-    'learning-rate': { type: 'string', default: '1e-3' },
-    targets: { type: 'string' },
+    /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
+    prior: { type: 'string', default: '20' },
+    steps: { type: 'string', default: '500' },
+    rank: { type: 'string', default: '4' },
+    'learning-rate': { type: 'string', default: '1.5e-3' },
+    // A new word is a matter of how text is read.
+    targets: { type: 'string', default: 'context_embedder,text_embedder.linear_1,add_k_proj,add_v_proj' },
     prompts: { type: 'string', default: '24' },
     seed: { type: 'string', default: '1' },
     'skip-before': { type: 'boolean', default: false },
@@ -69,13 +72,14 @@ async function main(): Promise<void> {
   const before = args['skip-before'] ? undefined : await evaluate('before', [])
   const { adapter, ...training } = await train(data)
   const after = await evaluate('after', [{ path: adapter }])
-  const result = { colour: args.colour, clips: data.length, steps, training, before, after }
+  const clips = { new: Number(args.clips), own: Number(args.prior) }
+  const result = { colour: args.colour, clips, steps, training, before, after }
   data.dispose()
   await writeFileAtomically(join(args.out, 'result.json'), `${JSON.stringify(result, null, 2)}\n`)
   console.log(table(result))
 }
 
-/** The few clips of the new colour, as a user would have them: video files and captions. */
+/** The few clips of the new colour, as a user would have them: video files and captions; and beside them the model's own. */
 async function encodeClips(): Promise<LatentDataset> {
   const clips = join(args.out, 'clips')
   await mkdir(clips, { recursive: true })
@@ -90,6 +94,14 @@ async function encodeClips(): Promise<LatentDataset> {
     })
     lines.push(`${JSON.stringify({ video: `${i}.mp4`, text: caption(spec) })}\n`)
   }
+  const pipeline = await Pipeline.load(base, { dtype: 'bf16' })
+  for (let i = 0; i < Number(args.prior); i++) {
+    const prompt = caption(randomSpec(rng, 'train'))
+    const video = `own-${i}.mp4`
+    await pipeline.generate({ prompt, seed: seed + i }).save(join(clips, video))
+    lines.push(`${JSON.stringify({ video, text: prompt })}\n`)
+  }
+  pipeline.dispose()
   await writeFileAtomically(join(clips, 'captions.jsonl'), lines.join(''))
   const videos = await openDataset(clips, { width: SIZE, height: SIZE, frames: FRAMES })
   const vae = await CausalVideoVAE.fromPretrained(join(base, 'causal_video_vae'), { dtype: 'bf16' })
@@ -100,7 +112,7 @@ async function encodeClips(): Promise<LatentDataset> {
 }
 
 async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds: number; adapter: string }> {
-  const targets = args.targets?.split(',')
+  const targets = args.targets.split(',')
   const tune = await FineTune.open(base, { lora: { rank: Number(args.rank), seed, targets } })
   const began = performance.now()
   const cpu = process.cpuUsage()
