@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises'
 import { engine } from './engine/engine.ts'
 import { PyraflowError } from './engine/errors.ts'
 import { type Lap, Rehearsal } from './engine/rehearsal.ts'
@@ -201,17 +202,14 @@ async function rehearsePhases(
     }
     lap()
     const scale = 2 ** (stages.count - 1 - last.stage)
-    const run = within(() => {
-      const began = keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale]))
-      const clips = history.clips(last.unit, last.stage)
-      return own(
-        new StageRun({
-          ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, job: 0 },
-          ...{ unit: last.unit, stage: last.stage, began, clips },
-          ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
-        }),
-      )
-    })
+    const options = within(() => ({
+      ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, job: 0 },
+      ...{ unit: last.unit, stage: last.stage, clips: history.clips(last.unit, last.stage) },
+      ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
+      began: keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale])),
+    }))
+    const run = own(await sliced(() => StageRun.make(options), { grad: false, within }))
+    await setImmediate()
     const latent = own(await sliced(() => run.firstStep(), { grad: false, within }))
     const step = lap()
     const frames = await decode(latent, last.unit === 0)

@@ -11,6 +11,7 @@ import { PromptRows } from './sample/prompt-rows.ts'
 import { type SampledNetwork, StageRun } from './sample/stage-run.ts'
 import type { Generator } from './tensor/generator.ts'
 import { keep, scope } from './tensor/scope.ts'
+import { sliced } from './tensor/sliced.ts'
 import type { Tensor } from './tensor/tensor.ts'
 import type { TextFeatures } from './text/encoder.ts'
 
@@ -107,7 +108,8 @@ export async function* sampleLatents(
         const clips = queued(() => history.clips(unit.index, stage))
         const counts = stageSteps(stages, stage, stepCounts(unit, options)[stage] as number)
         const place = { unit: unit.index, stage, began: latent, clips, prompts, guidance, guided }
-        const run = queued(() => new StageRun({ model, job, signal, ...place, ...counts }))
+        const stageOptions = { model, job, signal, ...place, ...counts }
+        const run = await sliced(() => StageRun.make(stageOptions), { grad: false, job })
         try {
           for (let step = 0; step < run.steps; step++) {
             await run.step(step)

@@ -11,7 +11,7 @@ import { Pipeline } from '../lib/pipeline.ts'
 import type { SampledNetwork } from '../lib/sample/stage-run.ts'
 import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import type { Steps } from '../lib/tensor/tape.ts'
+import { atOnce, type Steps } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { disposeFeatures, type TextEncoder } from '../lib/text/encoder.ts'
 import { live } from './fixtures/memory.ts'
@@ -53,7 +53,7 @@ describe('numbers that are not finite', () => {
       return [y]
     }
     let failed: number | undefined
-    return { latentChannels: 16, forwardSteps, layout: () => undefined } as unknown as SampledNetwork
+    return { latentChannels: 16, forwardSteps, layoutSteps: () => atOnce(() => undefined) } as unknown as SampledNetwork
   }
 
   const run = async (failing: number): Promise<void> => {

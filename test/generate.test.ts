@@ -17,7 +17,7 @@ import { Pipeline } from '../lib/pipeline.ts'
 import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
-import type { Steps } from '../lib/tensor/tape.ts'
+import { atOnce, type Steps } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { runChild } from './fixtures/compiled.ts'
 import { live } from './fixtures/memory.ts'
@@ -315,7 +315,7 @@ describe('the flow', () => {
     return {
       latentChannels: 16,
       forwardSteps,
-      layout: () => undefined,
+      layoutSteps: () => atOnce(() => undefined as never),
     } as unknown as VelocityNetwork
   }
 

@@ -9,12 +9,12 @@ import { cast } from '../ops/cast.ts'
 import { reshape } from '../ops/copy.ts'
 import { unpatchify } from '../ops/patchify.ts'
 import { silu } from '../ops/pointwise.ts'
-import { type Layout, makeLayout } from '../pyramid/layout.ts'
+import { type Layout, layoutSteps } from '../pyramid/layout.ts'
 import { scope } from '../tensor/scope.ts'
 import { checkpoint, drain, needsGrad, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { checkInputs, checkLayout } from './network-inputs.ts'
-import type { NetworkConfig, TransformerInputs, VelocityNetwork } from './velocity-network.ts'
+import type { LayoutInputs, NetworkConfig, TransformerInputs, VelocityNetwork } from './velocity-network.ts'
 
 type Capture = TransformerInputs['capture']
 
@@ -131,9 +131,14 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
   }
 
   /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
-  layout(inputs: Pick<TransformerInputs, 'columns' | 'text' | 'textMask' | 'causal'>): Layout {
+  layout(inputs: LayoutInputs): Layout {
+    return drain(this.layoutSteps(inputs))
+  }
+
+  /** `layout` that pauses now and then, for `sliced`. */
+  layoutSteps(inputs: LayoutInputs): Steps<Layout> {
     const { columns, text, textMask, causal = this.config.use_temporal_causal } = inputs
-    return makeLayout({
+    return layoutSteps({
       columns: columns.map((clips) => ({
         clips: clips.map(({ shape }) => ({ frames: shape[2], height: shape[3], width: shape[4] })),
       })),
@@ -164,7 +169,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
       textWidth: config.joint_attention_dim,
       pooledWidth: config.pooled_projection_dim,
     })
-    const layout = inputs.layout ?? this.layout(inputs)
+    const layout = inputs.layout ?? (yield* this.layoutSteps(inputs))
     checkLayout(inputs, layout)
     yield
     const recording = this.#recording(inputs)

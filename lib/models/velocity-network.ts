@@ -39,6 +39,9 @@ export interface TransformerInputs {
   capture?: ((name: string, tensor: Tensor) => void) | undefined
 }
 
+/** What a token layout depends on. */
+export type LayoutInputs = Pick<TransformerInputs, 'columns' | 'text' | 'textMask' | 'causal'>
+
 /** Fields of config.json that both network families have. */
 export interface NetworkConfig {
   num_layers: number
@@ -64,7 +67,9 @@ export interface VelocityNetwork {
   /** Share of the blocks that are computed again in backward instead of kept (spec/training.md §3), or false. */
   checkpointing: number | false
   /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
-  layout(inputs: Pick<TransformerInputs, 'columns' | 'text' | 'textMask' | 'causal'>): Layout
+  layout(inputs: LayoutInputs): Layout
+  /** `layout` that pauses now and then, for `sliced`. */
+  layoutSteps(inputs: LayoutInputs): Steps<Layout>
   /** A network over the same weights, which stay this one's, whose layers add what adapters say (by layer name). */
   adapted(adapters: ReadonlyMap<string, LowRank>): VelocityNetwork
   /** The velocity of each column's last clip, of that clip's shape. @throws ERR_SHAPE or ERR_DTYPE */

@@ -114,6 +114,18 @@ export interface Layout {
  * `ERR_OPTION` for rotary axes that are odd or neither one nor three.
  */
 export function makeLayout(options: LayoutOptions): Layout {
+  const steps = layoutSteps(options)
+  for (;;) {
+    const { value, done } = steps.next()
+    if (done) return value
+  }
+}
+
+// Tokens between pauses: long histories take tens of milliseconds where memory is slow to come.
+const SLICE = 1024
+
+/** `makeLayout` that pauses now and then, for `sliced`. */
+export function* layoutSteps(options: LayoutOptions): Generator<void, Layout> {
   const { batch, textLength, headAxes, causal } = options
   checkLayout(options)
   const rows = batch * options.columns.length
@@ -127,6 +139,7 @@ export function makeLayout(options: LayoutOptions): Layout {
   const order = new Int32Array(textTokens + latentTokens)
   const ids = new Float32Array(latentTokens * 3)
   const jointCos = new Float32Array((textTokens + latentTokens) * half).fill(1, 0, textTokens * half)
+  yield
   const jointSin = new Float32Array((textTokens + latentTokens) * half)
   const cos = jointCos.subarray(textTokens * half)
   const sin = jointSin.subarray(textTokens * half)
@@ -139,10 +152,14 @@ export function makeLayout(options: LayoutOptions): Layout {
       segment[r * textLength + i] = valid(r, i) ? 2 * r : 2 * r + 1
     }
   }
-  columns.forEach((column, c) => {
+  for (const [c, column] of columns.entries()) {
     const { tokens, rowOffset } = column
     fillPositions(ids, column.clips, headAxes.length)
-    fillRotations(cos, sin, ids, rowOffset, tokens, headAxes)
+    for (let at = 0; at < tokens; at += SLICE) {
+      yield
+      fillRotations(cos, sin, ids, rowOffset + at, Math.min(SLICE, tokens - at), headAxes)
+    }
+    yield
     for (let b = 0; b < batch; b++) {
       const at = rowOffset + b * tokens
       // Every sequence of a column has the same positions; the first is computed and copied.
@@ -156,7 +173,7 @@ export function makeLayout(options: LayoutOptions): Layout {
       segment.fill(2 * r, textTokens + at, textTokens + at + tokens)
       if (causal) for (let i = 0; i < tokens; i++) order[textTokens + at + i] = ids[(at + i) * 3]
     }
-  })
+  }
 
   return Object.freeze({
     latentTokens,

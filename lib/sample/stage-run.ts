@@ -5,14 +5,14 @@ import type { TransformerInputs, VelocityNetwork } from '../models/velocity-netw
 import { concat, slice } from '../ops/copy.ts'
 import { euler } from '../ops/euler.ts'
 import type { Layout } from '../pyramid/layout.ts'
-import { keep, scope } from '../tensor/scope.ts'
+import { keep } from '../tensor/scope.ts'
 import { sliced } from '../tensor/sliced.ts'
 import type { Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { TextFeatures } from '../text/encoder.ts'
 import { FiniteCheck, nonFinite } from './finite.ts'
 
-export type SampledNetwork = Pick<VelocityNetwork, 'latentChannels' | 'layout' | 'forwardSteps'>
+export type SampledNetwork = Pick<VelocityNetwork, 'latentChannels' | 'layoutSteps' | 'forwardSteps'>
 
 type Capture = TransformerInputs['capture']
 
@@ -41,18 +41,27 @@ export class StageRun {
   #latent: Tensor
   #running: { step: number; bad: Promise<string | undefined> } | undefined
 
-  /** Queues what all steps share. */
-  constructor(options: StageRunOptions) {
-    const { model, began, clips, prompts } = options
-    this.began = began
-    this.#latent = began
+  private constructor(options: StageRunOptions, clips: readonly Tensor[], layout: Layout) {
+    this.began = options.began
+    this.#latent = options.began
     this.#options = options
-    this.#clips = scope(() => clips.map((clip) => this.#rows(clip)))
-    this.#clips.forEach(keep)
-    const { embeds: text, mask: textMask } = prompts
-    this.#layout = scope(() =>
-      model.layout({ columns: [[...this.#clips, this.#rows(began)]], text, textMask }),
-    )
+    this.#clips = clips
+    this.#layout = layout
+  }
+
+  /** Queues what all steps share. */
+  static *make(options: StageRunOptions): Steps<StageRun> {
+    const { model, began, prompts, guided } = options
+    const clips = options.clips.map((clip) => keep(twice(clip, guided)))
+    try {
+      const { embeds: text, mask: textMask } = prompts
+      const columns = [[...clips, twice(began, guided)]]
+      const layout = yield* model.layoutSteps({ columns, text, textMask })
+      return new StageRun(options, clips, layout)
+    } catch (error) {
+      for (const clip of [...clips, ...options.clips]) clip.dispose()
+      throw error
+    }
   }
 
   get steps(): number {
@@ -89,7 +98,7 @@ export class StageRun {
   *#euler(x: Tensor, n: number, capture: Capture): Steps<Tensor> {
     const { model, timesteps, sigmas, prompts, guidance, guided } = this.#options
     const [v] = (yield* model.forwardSteps({
-      columns: [[...this.#clips, this.#rows(x)]],
+      columns: [[...this.#clips, twice(x, this.#options.guided)]],
       timesteps: new Array<number>(prompts.mask.length).fill(timesteps[n] as number),
       text: prompts.embeds,
       textMask: prompts.mask,
@@ -101,10 +110,6 @@ export class StageRun {
     if (!guided) return euler(x, v, null, { deltaSigma, guidance: 1 })
     const batch = x.shape[0] as number
     return euler(x, slice(v, 0, batch, batch), slice(v, 0, 0, batch), { deltaSigma, guidance })
-  }
-
-  #rows(x: Tensor): Tensor {
-    return this.#options.guided ? concat([x, x], 0) : x.view(x.shape)
   }
 
   async #queue(x: Tensor, n: number, check: FiniteCheck, everything = false): Promise<Tensor> {
@@ -158,3 +163,6 @@ export class StageRun {
     this.began.dispose()
   }
 }
+
+// Both halves of a guided batch see the same.
+const twice = (x: Tensor, guided: boolean): Tensor => (guided ? concat([x, x], 0) : x.view(x.shape))

@@ -131,7 +131,7 @@ async function sampleFrames(
 export function asTrained(model: SampledNetwork, causal: boolean | undefined): SampledNetwork {
   return {
     latentChannels: model.latentChannels,
-    layout: (inputs) => model.layout({ ...inputs, causal }),
+    layoutSteps: (inputs) => model.layoutSteps({ ...inputs, causal }),
     forwardSteps: (inputs) => model.forwardSteps({ ...inputs, causal }),
   }
 }
