@@ -21,7 +21,7 @@ const settings = z.strictObject({
 type Settings = z.output<typeof settings>
 
 /** Where the text cache lies in the folder of a latent cache. */
-const TEXT_FOLDER = 'text'
+export const TEXT_FOLDER = 'text'
 
 interface EncodeFlags extends CommonOptions {
   config?: string
