@@ -4,7 +4,7 @@ import type { VelocityNetwork } from '../../lib/models/velocity-network.ts'
 import { asTrained } from '../../lib/train/samples.ts'
 import { type Arm, type Measured, trainArm } from './arms.ts'
 import { blockExcess, distance, fineEnergy, frameOf, type Spread, spreadOf } from './metrics.ts'
-import { prompts, type Sampling, sample, scores, unseenLatents } from './sampling.ts'
+import { prompts, type Sampling, sample, scoresOf, unseenLatents } from './sampling.ts'
 import { straightness } from './straightness.ts'
 import { MODEL, type World } from './world.ts'
 
@@ -183,15 +183,7 @@ async function temporalPyramid(context: Context): Promise<Result> {
   for (const [arm, how] of arms) {
     const runs = await run(context, arm, budget.steps, async (model) => {
       const network = asTrained(model, arm.causal) as unknown as VelocityNetwork
-      const made = await sample(
-        world,
-        network,
-        asked.map(({ text }) => text),
-        how,
-        6,
-      )
-      const read = await scores(world, made, asked)
-      made.dispose()
+      const read = await scoresOf(world, network, asked, how, 6)
       return { distance: await distanceOf(context, network, how), ...read }
     })
     curves.push(curve(arm.name, runs, 'flops', 'distance'))
@@ -268,15 +260,7 @@ async function renoising(context: Context): Promise<Result> {
         figures.excess?.push((await blockExcess(made)) - excess)
         figures.energy?.push((await fineEnergy(made)) / energy)
         made.dispose()
-        const videos = await sample(
-          world,
-          model,
-          asked.map(({ text }) => text),
-          how,
-          seed + 50,
-        )
-        const read = await scores(world, videos, asked)
-        videos.dispose()
+        const read = await scoresOf(world, model, asked, how, seed + 50)
         figures.shape?.push(read.shape)
         figures.colour?.push(read.colour)
       }
@@ -377,15 +361,7 @@ async function tunedArms(
     const runs = await run(context, arm, budget.tunedSteps, async (model) => {
       const network = asTrained(model, arm.causal) as unknown as VelocityNetwork
       const how = { stages: pyramid, ...video }
-      const made = await sample(
-        world,
-        network,
-        asked.map(({ text }) => text),
-        how,
-        8,
-      )
-      const read = await scores(world, made, asked)
-      made.dispose()
+      const read = await scoresOf(world, network, asked, how, 8)
       const frames = await byFrame(context, network)
       return { ...frames, drift: (frames.frame3 as number) - (frames.frame1 as number), ...read }
     })
