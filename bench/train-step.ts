@@ -69,9 +69,9 @@ export async function trainStep(effort: Effort): Promise<Unnamed[]> {
         const others = engine.memory().live
         const model = createVelocityNetwork(network, { seed: 1, dtype: 'bf16', train: true })
         const layouts: Layout[] = []
-        const layoutOf = model.layout.bind(model)
-        model.layout = (inputs) => {
-          const layout = layoutOf(inputs)
+        const layoutOf = model.layoutSteps.bind(model)
+        model.layoutSteps = function* (inputs) {
+          const layout = yield* layoutOf(inputs)
           layouts.push(layout)
           return layout
         }

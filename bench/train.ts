@@ -69,9 +69,9 @@ async function measure(effort: Effort, data: LatentDataset, batchSize: number): 
   const model = PyramidFluxTransformer.create(ditConfig, { seed: 1, dtype: 'bf16', train: true })
   // Tokens are what the network is called with: text and latents, history included.
   let tokens = 0
-  const layoutOf = model.layout.bind(model)
-  model.layout = (inputs) => {
-    const layout = layoutOf(inputs)
+  const layoutOf = model.layoutSteps.bind(model)
+  model.layoutSteps = function* (inputs) {
+    const layout = yield* layoutOf(inputs)
     tokens = layout.textTokens + layout.latentTokens
     return layout
   }

@@ -174,8 +174,8 @@ describe('sample grids', () => {
     })
     const frames: number[] = []
     const causal: unknown[] = []
-    const layout = made.model.layout.bind(made.model)
-    made.model.layout = (inputs) => {
+    const layout = made.model.layoutSteps.bind(made.model)
+    made.model.layoutSteps = (inputs) => {
       frames.push(...inputs.columns.flat().map(({ shape }) => shape[2] as number))
       causal.push(inputs.causal)
       return layout(inputs)
