@@ -205,6 +205,11 @@ describe('black bars', () => {
       'a box before a black ground',
       (y: number, x: number) => (Math.abs(y - 30) + Math.abs(x - 40) < 12 ? 200 : 0),
     ],
+    [
+      'a box that moves before a black ground',
+      (y: number, x: number, t: number) =>
+        Math.abs(y - 30) < 12 && Math.abs(x - 20 * t - 10) < 12 ? 200 : 0,
+    ],
     ['a line that is lit in one frame', (y: number, _: number, t: number) => (y > 8 || t === 2 ? 90 : 0)],
     ['a dark line at the edge', (y: number) => (y === 0 ? 0 : 90)],
     ['a night sky over hills', (y: number, x: number) => (y > 20 + (x % 37) ? 90 : 0)],

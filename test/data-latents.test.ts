@@ -200,23 +200,32 @@ describe('the latent cache', () => {
 })
 
 describe('a latent cache of which something is there', () => {
-  test('that was killed at every clip ends with the bytes of one that was not', async () => {
-    const whole = join(root, 'whole')
-    expect(await encode(whole)).toMatchObject({ encoded: 6, reused: 0 })
+  test('that was killed again and again ends with the bytes of one that was not', async () => {
+    const path = fakeFiles('killed', 24)
+    const whole = join(root, 'killed-not')
+    expect(await encode(whole, { path })).toMatchObject({ encoded: 24, reused: 0 })
     const out = join(root, 'killed')
-    let reused = 0
-    for (let kill = 1; kill <= 5; kill++) {
-      const child = startChild('child-encode', [clips, out])
-      await child.line((line) => line === `clip ${kill}`)
+    let done = 0
+    for (let kill = 1; kill <= 6; kill++) {
+      const child = startChild('child-encode', [path, out])
+      await child.line((line) => line === `clip ${done + 1}`)
+      // Not always between two clips: also while one is encoded or written.
+      await new Promise((resolve) => setTimeout(resolve, (kill * 13) % 31))
       child.process.kill('SIGKILL')
       await child.exit
+      done = child.lines.filter((line) => line.startsWith('clip')).length
+      expect(done).toBeLessThan(24)
+      expect(shardsIn(out).filter((name) => name.endsWith('.safetensors')).length).toBeGreaterThanOrEqual(
+        done,
+      )
       expect(existsSync(join(out, 'index.jsonl')), `after ${kill}`).toBe(false)
     }
-    const last = startChild('child-encode', [clips, out])
+    const last = startChild('child-encode', [path, out])
     const finished = await last.line((line) => line.startsWith('finished'))
-    reused = Number(finished.split(' ')[2])
     expect((await last.exit).code).toBe(0)
-    expect(reused).toBeGreaterThanOrEqual(5)
+    const [, encoded, reused] = finished.split(' ').map(Number)
+    expect(reused).toBeGreaterThanOrEqual(done)
+    expect((encoded as number) + (reused as number)).toBe(24)
     expect(contentOf(out)).toEqual(contentOf(whole))
   }, 120_000)
 
@@ -230,10 +239,12 @@ describe('a latent cache of which something is there', () => {
     await expect(aborted).rejects.toMatchObject({ code: 'ERR_ABORTED' })
     expect(existsSync(join(out, 'index.jsonl'))).toBe(false)
     expect(shardsIn(out)).toHaveLength(2)
+    const whole = join(root, 'not-aborted')
+    expect(await encode(whole)).toMatchObject({ encoded: 6, reused: 0 })
     expect(await encode(out)).toMatchObject({ encoded: 4, reused: 2 })
-    expect(contentOf(out)).toEqual(contentOf(join(root, 'whole')))
+    expect(contentOf(out)).toEqual(contentOf(whole))
     expect(await encode(out)).toMatchObject({ encoded: 0, reused: 6 })
-    expect(contentOf(out)).toEqual(contentOf(join(root, 'whole')))
+    expect(contentOf(out)).toEqual(contentOf(whole))
     expect(await live()).toBe(0)
   })
 

@@ -53,7 +53,11 @@ describe('numbers that are not finite', () => {
       return [y]
     }
     let failed: number | undefined
-    return { latentChannels: 16, forwardSteps, layoutSteps: () => atOnce(() => undefined) } as unknown as SampledNetwork
+    return {
+      latentChannels: 16,
+      forwardSteps,
+      layoutSteps: () => atOnce(() => undefined),
+    } as unknown as SampledNetwork
   }
 
   const run = async (failing: number): Promise<void> => {

@@ -234,9 +234,9 @@ describe('a batch of videos and images', () => {
     const made = trainerOf(half)
     const batch = made.trainer.batch(2)
     let tokens = 0
-    const layout = made.model.layout.bind(made.model)
-    made.model.layout = (inputs) => {
-      const found = layout(inputs)
+    const layout = made.model.layoutSteps.bind(made.model)
+    made.model.layoutSteps = function* (inputs) {
+      const found = yield* layout(inputs)
       tokens = found.latentTokens
       return found
     }

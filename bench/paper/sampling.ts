@@ -120,12 +120,16 @@ export async function framesOfRow(world: World, latents: Tensor, row: number): P
 
 export const prompts = (count: number): Prompt[] => makePrompts(count, 900)
 
-/** Shares of videos whose colour, shape and motion the scorer reads as asked for. */
-export async function scores(
+/** Makes the videos of prompts: the shares in which the scorer reads colour, shape and motion as asked for. */
+export async function scoresOf(
   world: World,
-  latents: Tensor,
+  model: VelocityNetwork,
   asked: readonly Prompt[],
+  how: Sampling,
+  seed: number,
 ): Promise<Record<'colour' | 'shape' | 'motion', number>> {
+  const captions = asked.map(({ text }) => text)
+  const latents = await sample(world, model, captions, how, seed)
   const right = { colour: 0, shape: 0, motion: 0 }
   for (const [row, { spec }] of asked.entries()) {
     const frames = await framesOfRow(world, latents, row)
@@ -135,5 +139,6 @@ export async function scores(
       right[name] += Number(found[name] === spec[name]) / asked.length
     }
   }
+  latents.dispose()
   return right
 }

@@ -5,15 +5,29 @@ import type { Bucket } from '../train/buckets.ts'
 import { UsageError } from './console.ts'
 import { anyNumber, option, wholeNumber } from './settings.ts'
 
-const positive = z.int().positive()
-
 /** Settings of everything that reads clips of several sizes. */
-export const dataSettings = {
-  width: positive.optional(),
-  height: positive.optional(),
-  frames: positive.optional(),
+export const dataSettings: {
+  width: z.ZodOptional<z.ZodInt>
+  height: z.ZodOptional<z.ZodInt>
+  frames: z.ZodOptional<z.ZodInt>
+  buckets: z.ZodOptional<
+    z.ZodArray<z.ZodObject<{ width: z.ZodInt; height: z.ZodInt; frames: z.ZodInt }, z.core.$strict>>
+  >
+  fps: z.ZodOptional<z.ZodNumber>
+  short: z.ZodDefault<z.ZodEnum<{ reject: 'reject'; repeat: 'repeat' }>>
+  dtype: z.ZodDefault<z.ZodEnum<{ f32: 'f32'; bf16: 'bf16' }>>
+} = {
+  width: z.int().positive().optional(),
+  height: z.int().positive().optional(),
+  frames: z.int().positive().optional(),
   buckets: z
-    .array(z.strictObject({ width: positive, height: positive, frames: positive }))
+    .array(
+      z.strictObject({
+        width: z.int().positive(),
+        height: z.int().positive(),
+        frames: z.int().positive(),
+      }),
+    )
     .min(1)
     .optional(),
   fps: z.number().positive().optional(),
@@ -62,11 +76,6 @@ export function bucketsIn(s: {
   }
   return [{ width, height, frames }]
 }
-
-/** `fail`, `skip` or a number. */
-export const onBadSetting = z
-  .union([z.enum(['fail', 'skip']), z.strictObject({ limit: z.int().nonnegative() })])
-  .default('fail')
 
 /** `--on-bad 5` as a limit. */
 export function onBadFlag(text: string): OnBad {

@@ -4,14 +4,7 @@ import { z } from 'zod'
 import type { EncodedLatents } from '../train/latent-cache.ts'
 import type { EncodedTexts } from '../train/text-cache.ts'
 import { type CommonOptions, interruptible, paint, result, resultJson, say, UsageError } from './console.ts'
-import {
-  addDataOptions,
-  bucketsIn,
-  dataFlags,
-  dataSettings,
-  onBadFlag,
-  onBadSetting,
-} from './data-settings.ts'
+import { addDataOptions, bucketsIn, dataFlags, dataSettings, onBadFlag } from './data-settings.ts'
 import { makeProgress } from './progress.ts'
 import { anyNumber, common, configureEngine, option, resolveSettings } from './settings.ts'
 
@@ -20,7 +13,9 @@ const settings = z.strictObject({
   out: z.string(),
   textEncoder: z.string().optional(),
   ...dataSettings,
-  onBad: onBadSetting,
+  onBad: z
+    .union([z.enum(['fail', 'skip']), z.strictObject({ limit: z.int().nonnegative() })])
+    .default('fail'),
   maxMemory: z.number().positive().optional(),
 })
 type Settings = z.output<typeof settings>

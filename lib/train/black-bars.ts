@@ -17,40 +17,61 @@ const FRAMES = 8
 
 /**
  * Bars at the sides of u8 RGB frames [count, height, width, 3]: lines that stay black in every frame, up to a straight edge
- * behind which most of a line is lit. Null where there are none, or nothing but black.
+ * behind which most of a line is lit in most frames. Null where there are none, or nothing but black.
  */
 export function findBars(
   frames: Uint8Array,
   { width, height, count }: { width: number; height: number; count: number },
 ): Bars | null {
   const lit = new Uint8Array(width * height)
+  const rows: Lines = []
+  const columns: Lines = []
   const step = Math.max(1, Math.floor(count / FRAMES))
   for (let t = 0; t < count; t += step) {
-    for (let i = 0, at = t * width * height * 3; i < lit.length; i++, at += 3) {
-      const brightest = Math.max(frames[at] as number, frames[at + 1] as number, frames[at + 2] as number)
-      if (brightest > BLACK) lit[i] = 1
+    const [row, column] = [new Uint32Array(height), new Uint32Array(width)]
+    for (let y = 0, at = t * width * height * 3; y < height; y++) {
+      for (let x = 0; x < width; x++, at += 3) {
+        const brightest = Math.max(frames[at] as number, frames[at + 1] as number, frames[at + 2] as number)
+        if (brightest <= BLACK) continue
+        lit[y * width + x] = 1
+        row[y] = (row[y] as number) + 1
+        column[x] = (column[x] as number) + 1
+      }
     }
+    rows.push(row)
+    columns.push(column)
   }
-  const rows = new Float64Array(height)
-  const columns = new Float64Array(width)
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
-      rows[y] = (rows[y] as number) + (lit[y * width + x] as number)
-      columns[x] = (columns[x] as number) + (lit[y * width + x] as number)
-    }
+  const [everRow, everColumn] = [new Uint32Array(height), new Uint32Array(width)]
+  for (let i = 0; i < lit.length; i++) {
+    if (lit[i] === 0) continue
+    const [x, y] = [i % width, Math.floor(i / width)]
+    everRow[y] = (everRow[y] as number) + 1
+    everColumn[x] = (everColumn[x] as number) + 1
   }
-  const [top, bottom] = [bar(rows, columns), bar(rows.slice().reverse(), columns)]
-  const [left, right] = [bar(columns, rows), bar(columns.slice().reverse(), rows)]
+  const [top, bottom] = barsAt(everRow, rows, width)
+  const [left, right] = barsAt(everColumn, columns, height)
   return top + bottom + left + right > 0 ? { top, bottom, left, right } : null
 }
 
-/** Length of the bar that `lines` begin with. A line is only as long as the picture between the bars of the other sides. */
-function bar(lines: Float64Array, across: Float64Array): number {
-  const length = across.reduce((n, lit) => n + (lit > 0 ? 1 : 0), 0)
+/** Lit pixels of each line, frame by frame. */
+type Lines = Uint32Array[]
+
+/**
+ * Lengths of the bars at both ends.
+ *
+ * @param ever - pixels of each line that are lit in any frame
+ * @param length - pixels of a line; bars at the other sides may take some of them
+ */
+function barsAt(ever: Uint32Array, frames: Lines, length: number): [number, number] {
   // One coded pixel in a hundred may be off.
-  const first = lines.findIndex((lit) => lit > length / 100)
-  if (first <= 0 || first < LEAST * lines.length) return 0
-  // The first line may be half bar, half picture.
-  const edge = Math.max(lines[first] as number, lines[first + 1] ?? 0)
-  return edge >= EDGE * length ? first : 0
+  const seen = (lit: number): boolean => lit > length / 100
+  const [first, last] = [ever.findIndex(seen), ever.findLastIndex(seen)]
+  // The first line may be half bar, half picture. What moves before a dark ground fills a line over time, not at once.
+  const straight = (line: number, next: number): boolean => {
+    const full = frames.filter((lit) => Math.max(lit[line] as number, lit[next] ?? 0) >= EDGE * length)
+    return 2 * full.length >= frames.length
+  }
+  const bar = (size: number, line: number, next: number): number =>
+    first >= 0 && size >= LEAST * ever.length && size > 0 && straight(line, next) ? size : 0
+  return [bar(first, first, first + 1), bar(ever.length - 1 - last, last, last - 1)]
 }

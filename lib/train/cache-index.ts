@@ -1,4 +1,4 @@
-import { readFile } from 'node:fs/promises'
+import { readdir, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setImmediate } from 'node:timers/promises'
 import { PyraflowError } from '../engine/errors.ts'
@@ -37,6 +37,10 @@ export async function writeIndex(
     }
   }
   await writeFileAtomic(join(dir, INDEX), chunks(), { signal })
+  // What a process left behind that was killed in this very function.
+  for (const name of await readdir(dir)) {
+    if (name.startsWith(`.${INDEX}.`) && name.endsWith('.tmp')) await rm(join(dir, name), { force: true })
+  }
 }
 
 /**

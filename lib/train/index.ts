@@ -1,3 +1,4 @@
+export { type AheadOptions, ahead } from './ahead.ts'
 export type { BadItem, BadReason, OnBad } from './bad-items.ts'
 export type { Bucket } from './buckets.ts'
 export {
