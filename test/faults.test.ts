@@ -11,6 +11,7 @@ import { Tensor } from '../lib/tensor/tensor.ts'
 import { openDataset } from '../lib/train/dataset.ts'
 import { latestCheckpoint, runTraining, type TrainEvent } from '../lib/train/run.ts'
 import { VaeTrainer } from '../lib/train/vae-trainer.ts'
+import { losses } from './fixtures/events.ts'
 import { mountSmallDisk, remount } from './fixtures/small-disk.ts'
 import { FakeVideo, fakeClips, tinyLatents, tinyTrainer, tinyVae } from './fixtures/tiny.ts'
 
@@ -26,8 +27,6 @@ async function follow(events: AsyncIterable<TrainEvent>, seen: TrainEvent[] = []
   for await (const event of events) seen.push(event)
   return seen
 }
-const losses = (events: readonly TrainEvent[]): number[] =>
-  events.flatMap((e) => (e.type === 'step' ? [e.loss] : []))
 
 const mount = (name: string, size: string): string | undefined => mountSmallDisk(join(folder, name), size)
 

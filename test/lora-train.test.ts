@@ -11,6 +11,7 @@ import { type GuardEvent, guarded } from '../lib/train/guard.ts'
 import type { LatentDataset } from '../lib/train/latents.ts'
 import { bestCheckpoint, type TrainEvent } from '../lib/train/run.ts'
 import { Trainer } from '../lib/train/trainer.ts'
+import { average, collect, losses } from './fixtures/events.ts'
 import { live } from './fixtures/memory.ts'
 import { tinyLatents, tinyText, writePipeline } from './fixtures/tiny.ts'
 
@@ -59,15 +60,6 @@ async function make(
   }
   return { base, lora, trainer, dispose }
 }
-
-async function collect(events: AsyncIterable<TrainEvent>): Promise<TrainEvent[]> {
-  const all: TrainEvent[] = []
-  for await (const event of events) all.push(event)
-  return all
-}
-const losses = (events: readonly TrainEvent[]): number[] =>
-  events.flatMap((event) => (event.type === 'step' ? [event.loss] : []))
-const average = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
 
 describe('training adapters', () => {
   for (const dtype of ['f32', 'bf16'] as const) {

@@ -3,15 +3,11 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, test } from 'vitest'
 import { bestCheckpoint, latestCheckpoint, type TrainEvent } from '../lib/train/run.ts'
+import { collect, losses } from './fixtures/events.ts'
 import { noted, type ToyOptions, ToyRun } from './fixtures/toy-run.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'run-loop-'))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
-
-async function collect(events: AsyncIterable<TrainEvent>, seen: TrainEvent[] = []): Promise<TrainEvent[]> {
-  for await (const event of events) seen.push(event)
-  return seen
-}
 
 interface Ran {
   events: TrainEvent[]
@@ -40,8 +36,6 @@ async function part(options: ToyOptions, leave?: (event: TrainEvent) => boolean)
 
 const of = (events: readonly TrainEvent[], type: TrainEvent['type']): number[] =>
   events.flatMap((event) => (event.type === type ? [event.step] : []))
-const losses = (events: readonly TrainEvent[]): number[] =>
-  events.flatMap((event) => (event.type === 'step' ? [event.loss] : []))
 const folders = (out: string): string[] => readdirSync(out).filter((name) => name.startsWith('checkpoint'))
 
 describe('gradient accumulation', () => {

@@ -10,21 +10,13 @@ import { AdamW } from '../lib/train/optimizer.ts'
 import type { TrainEvent } from '../lib/train/run.ts'
 import { learningRates } from '../lib/train/schedule.ts'
 import { VaeTrainer } from '../lib/train/vae-trainer.ts'
+import { average, collect, losses } from './fixtures/events.ts'
 import { fakeClips, numbers, tinyDit, tinyLatents, tinyText, tinyTrainer, tinyVae } from './fixtures/tiny.ts'
 import { golden, maxAbsolute, relativeL2 } from './golden.ts'
 import { live } from './gradcheck.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'train-'))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
-
-async function collect(events: AsyncIterable<TrainEvent>): Promise<TrainEvent[]> {
-  const all: TrainEvent[] = []
-  for await (const event of events) all.push(event)
-  return all
-}
-const losses = (events: readonly TrainEvent[]): number[] =>
-  events.flatMap((event) => (event.type === 'step' ? [event.loss] : []))
-const average = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
 
 function nearestBf16(x: number): number {
   const word = new Uint32Array(Float32Array.of(x).buffer)

@@ -1,6 +1,6 @@
 import { makeStages } from '../../lib/flow/stages.ts'
 import { PyramidFluxTransformer } from '../../lib/models/dit-flux.ts'
-import type { VelocityNetwork } from '../../lib/models/velocity-network.ts'
+import type { SampledNetwork } from '../../lib/sample/stage-run.ts'
 import { asTrained } from '../../lib/train/samples.ts'
 import { type Arm, type Measured, trainArm } from './arms.ts'
 import { blockExcess, distance, fineEnergy, frameOf, type Spread, spreadOf } from './metrics.ts'
@@ -50,11 +50,7 @@ const flat = makeStages({ stageRange: [0, 1] })
 const pointsOf = ({ tuned }: Arm, steps: number): number[] =>
   tuned ? [steps] : [0.25, 0.5, 0.75, 1].map((share) => Math.round(share * steps))
 
-async function distanceOf(
-  { world, budget }: Context,
-  model: VelocityNetwork,
-  how: Sampling,
-): Promise<number> {
+async function distanceOf({ world, budget }: Context, model: SampledNetwork, how: Sampling): Promise<number> {
   const real = unseenLatents(world, budget.samples)
   const made = await sample(world, model, real.captions, how, 5)
   try {
@@ -182,7 +178,7 @@ async function temporalPyramid(context: Context): Promise<Result> {
   const curves: Curve[] = []
   for (const [arm, how] of arms) {
     const runs = await run(context, arm, budget.steps, async (model) => {
-      const network = asTrained(model, arm.causal) as unknown as VelocityNetwork
+      const network = asTrained(model, arm.causal)
       const read = await scoresOf(world, network, asked, how, 6)
       return { distance: await distanceOf(context, network, how), ...read }
     })
@@ -331,7 +327,7 @@ async function coupling(context: Context): Promise<Result> {
 }
 
 /** Distance of every latent frame of generated videos. */
-async function byFrame({ world, budget }: Context, model: VelocityNetwork): Promise<Record<string, number>> {
+async function byFrame({ world, budget }: Context, model: SampledNetwork): Promise<Record<string, number>> {
   const real = unseenLatents(world, budget.samples)
   const made = await sample(world, model, real.captions, { stages: pyramid, ...video }, 7)
   const found: Record<string, number> = {}
@@ -359,7 +355,7 @@ async function tunedArms(
       ...own,
     }
     const runs = await run(context, arm, budget.tunedSteps, async (model) => {
-      const network = asTrained(model, arm.causal) as unknown as VelocityNetwork
+      const network = asTrained(model, arm.causal)
       const how = { stages: pyramid, ...video }
       const read = await scoresOf(world, network, asked, how, 8)
       const frames = await byFrame(context, network)

@@ -3,10 +3,10 @@ import { scoreClip } from '../../examples/shapes/scorer.ts'
 import type { JumpCoefficients } from '../../lib/flow/jump.ts'
 import { denormaliseLatents, normaliseLatents } from '../../lib/flow/normalise.ts'
 import type { Stages } from '../../lib/flow/stages.ts'
-import type { VelocityNetwork } from '../../lib/models/velocity-network.ts'
 import { cast } from '../../lib/ops/cast.ts'
 import { concat, slice } from '../../lib/ops/copy.ts'
 import { framesEncode } from '../../lib/ops/frames.ts'
+import type { SampledNetwork } from '../../lib/sample/stage-run.ts'
 import { type NoiseSource, sampleLatents, seededNoise } from '../../lib/sample.ts'
 import { Generator } from '../../lib/tensor/generator.ts'
 import { keep, scope } from '../../lib/tensor/scope.ts'
@@ -35,7 +35,7 @@ const ROWS = 32
 /** Normalised latents [N, 16, T, 16, 16] of these captions, a batch at a time; the caller owns them. */
 export async function sample(
   world: World,
-  model: VelocityNetwork,
+  model: SampledNetwork,
   captions: readonly string[],
   o: Sampling,
   seed: number,
@@ -123,7 +123,7 @@ export const prompts = (count: number): Prompt[] => makePrompts(count, 900)
 /** Makes the videos of prompts: the shares in which the scorer reads colour, shape and motion as asked for. */
 export async function scoresOf(
   world: World,
-  model: VelocityNetwork,
+  model: SampledNetwork,
   asked: readonly Prompt[],
   how: Sampling,
   seed: number,

@@ -1,5 +1,5 @@
 import type { Stages } from '../../lib/flow/stages.ts'
-import type { VelocityNetwork } from '../../lib/models/velocity-network.ts'
+import type { SampledNetwork } from '../../lib/sample/stage-run.ts'
 import type { Tensor } from '../../lib/tensor/tensor.ts'
 import { sample, unseenLatents } from './sampling.ts'
 import type { World } from './world.ts'
@@ -14,7 +14,7 @@ const meanSquare = (values: Float32Array): number => values.reduce((n, v) => n +
  */
 export async function straightness(
   world: World,
-  model: VelocityNetwork,
+  model: SampledNetwork,
   count: number,
   stages: Stages,
 ): Promise<number> {

@@ -2,13 +2,9 @@ import { existsSync } from 'node:fs'
 import { readFile, rename } from 'node:fs/promises'
 import { join } from 'node:path'
 import { caption, FRAMES, makeRng, randomSpec, renderClip, SIZE } from '../../examples/shapes/world.ts'
-import { engine } from '../../lib/engine/engine.ts'
 import type { LatentNormalisation } from '../../lib/flow/normalise.ts'
 import { CausalVideoVAE } from '../../lib/models/causal-vae.ts'
-import { cast } from '../../lib/ops/cast.ts'
-import { framesDecode } from '../../lib/ops/frames.ts'
-import { sliced } from '../../lib/tensor/sliced.ts'
-import { Tensor } from '../../lib/tensor/tensor.ts'
+import { encodeClip, latentShape } from '../../lib/train/encode-clip.ts'
 import { LatentDataset, writeLatents } from '../../lib/train/index.ts'
 import { wordEncoder } from '../toy.ts'
 
@@ -56,41 +52,17 @@ async function encodeWorld(
   out: string,
   o: { count: number; seed: number; normalisation: LatentNormalisation },
 ): Promise<void> {
+  const bucket = { width: SIZE, height: SIZE, frames: FRAMES }
+  const shape = latentShape(vae, bucket)
+  const size = shape.reduce((a, b) => a * b, 1)
+  const [mean, logvar] = [new Uint16Array(o.count * size), new Uint16Array(o.count * size)]
   const captions: string[] = []
-  const parts: Record<'mean' | 'logvar', Uint16Array[]> = { mean: [], logvar: [] }
-  let shape: number[] = []
   for (let i = 0; i < o.count; i++) {
     const spec = randomSpec(makeRng(o.seed * 1_000_003 + i), 'train')
-    const frames = renderClip(spec)
-    const posterior = await sliced(
-      function* () {
-        const x = framesDecode(Tensor.from(frames, [1, FRAMES, SIZE, SIZE, 3]))
-        const p = yield* vae.encodeSteps(cast(x, 'bf16'))
-        return { mean: cast(p.mean, 'bf16'), logvar: cast(p.logvar, 'bf16') }
-      },
-      { grad: false },
-    )
-    shape = posterior.mean.shape.slice(1)
-    for (const name of ['mean', 'logvar'] as const) {
-      const t = posterior[name]
-      const bits = new Uint16Array(t.size)
-      await engine.read(t.storage, t.byteOffset, bits)
-      t.dispose()
-      parts[name].push(bits)
-    }
+    const encoded = await encodeClip(vae, renderClip(spec), bucket)
+    mean.set(encoded.mean, i * size)
+    logvar.set(encoded.logvar, i * size)
     captions.push(caption(spec))
   }
-  const joined = (list: Uint16Array[]): Uint16Array => {
-    const all = new Uint16Array(list.reduce((n, x) => n + x.length, 0))
-    let at = 0
-    for (const x of list) {
-      all.set(x, at)
-      at += x.length
-    }
-    return all
-  }
-  await writeLatents(out, {
-    ...{ shape, captions, normalisation: o.normalisation },
-    ...{ mean: joined(parts.mean), logvar: joined(parts.logvar) },
-  })
+  await writeLatents(out, { shape, captions, normalisation: o.normalisation, mean, logvar })
 }

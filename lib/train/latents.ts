@@ -69,16 +69,6 @@ export class LatentDataset implements LatentSource {
     return this.captions.length
   }
 
-  /** [C, T, H, W] of all clips. @throws ERR_OPTION when there are several buckets */
-  get shape(): readonly number[] {
-    if (this.buckets.length === 1) return (this.buckets[0] as LatentBucket).shape
-    throw new PyraflowError('ERR_OPTION', {
-      what: 'latent cache',
-      expected: 'clips of one size',
-      received: `buckets ${this.buckets.map(({ shape }) => `[${shape}]`).join(' ')}`,
-    })
-  }
-
   /** @throws ERR_IO when there is no latent cache in the folder; ERR_CHECKPOINT when it is damaged or of another kind. */
   static async open(dir: string): Promise<LatentDataset> {
     const { header, lines } = await readIndex<LatentIndex, LatentLine>(dir, LATENTS, '`pyraflow encode`')
