@@ -1,6 +1,6 @@
 // Configures and builds the native code with CMake: addon and backends into build/Release, everything else in
 // out/native (not under build/, which node-gyp deletes).
-//   node scripts/build-native.mjs [--tests] [--bundle]
+//   node scripts/build-native.mjs [--tests] [--cuda] [--bundle]
 import { existsSync, readFileSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
@@ -32,7 +32,7 @@ function forgetMovedTree() {
   rmSync(nativeTree, { recursive: true, force: true })
 }
 
-export function buildNative({ tests = false, bundle = false } = {}) {
+export function buildNative({ tests = false, cuda = false, bundle = false } = {}) {
   requireToolchain()
   forgetMovedTree()
   cmake(
@@ -41,6 +41,7 @@ export function buildNative({ tests = false, bundle = false } = {}) {
     `-DNODE_API_HEADERS=${includeFolder('node-api-headers', 'include')}`,
     `-DNODE_ADDON_API=${includeFolder('node-addon-api')}`,
     `-DPF_TESTS=${tests ? 'ON' : 'OFF'}`,
+    `-DPF_CUDA=${cuda ? 'ON' : 'OFF'}`,
     ...(process.env.PYRAFLOW_LEVELS ? [`-DPF_LEVELS=${process.env.PYRAFLOW_LEVELS}`] : []),
     `-DCMAKE_SHARED_LINKER_FLAGS=${bundle ? dnnlNeeds : ''}`,
   )
@@ -51,6 +52,7 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   await main(() =>
     buildNative({
       tests: process.argv.includes('--tests'),
+      cuda: process.argv.includes('--cuda') || process.env.PYRAFLOW_CUDA === '1',
       bundle: process.argv.includes('--bundle') || process.env.PYRAFLOW_BUNDLE === '1',
     }),
   )

@@ -80,7 +80,9 @@ class Addon : public Napi::Addon<Addon> {
     if (engine_) Throw(info.Env(), "ERR_DEVICE", "the engine is already open");
     // Idle OpenMP workers would spin on the core that JavaScript needs. Read by libgomp when it is mapped.
     setenv("GOMP_SPINCOUNT", "20000", 0);
-    const Backend backend = ChooseBackend(LibraryDirectory(), options.Get("backend").ToString());
+    const Napi::Value wanted_device = options.Get("deviceIndex");
+    const int device = wanted_device.IsNumber() ? wanted_device.ToNumber().Int32Value() : 0;
+    const Backend backend = ChooseBackend(LibraryDirectory(), options.Get("backend").ToString(), device);
     if (!backend.table) Throw(info.Env(), "ERR_DEVICE", "no usable backend: " + backend.reason);
     const int threads = options.Get("threads").ToNumber().Int32Value();
     const auto limit = static_cast<size_t>(options.Get("maxMemory").ToNumber().DoubleValue());
@@ -94,7 +96,7 @@ class Addon : public Napi::Addon<Addon> {
     // Hooks run newest first: ours must come after the thread-safe function's own, to run before it.
     napi_add_env_cleanup_hook(info.Env(), &Addon::OnExit, this);
     hooked_ = true;
-    engine_ = std::make_unique<Engine>(backend.table, threads, limit);
+    engine_ = std::make_unique<Engine>(backend.table, threads, device, limit);
     Napi::Object result = Napi::Object::New(info.Env());
     result.Set("backend", backend.table->name);
     result.Set("threads", threads);

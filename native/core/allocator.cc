@@ -14,7 +14,7 @@ size_t Pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugeP
 
 // Large blocks are mappings of their own: what is freed goes back to the system at once and leaves no holes
 // in a heap.
-void* Acquire(size_t bytes) {
+void* AcquireHost(size_t bytes) {
   if (bytes < kHugePage) return std::aligned_alloc(64, bytes);
   const size_t size = Pages(bytes), whole = size + kHugePage;
   void* mapped = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -27,7 +27,7 @@ void* Acquire(size_t bytes) {
   return at;
 }
 
-void Return(void* pointer, size_t bytes) {
+void ReturnHost(void* pointer, size_t bytes) {
   if (bytes < kHugePage)
     std::free(pointer);
   else
@@ -36,6 +36,14 @@ void Return(void* pointer, size_t bytes) {
 }  // namespace
 
 Allocator::~Allocator() { Trim(0); }
+
+void* Allocator::Acquire(size_t bytes) { return memory_ ? memory_->allocate(bytes) : AcquireHost(bytes); }
+void Allocator::Return(void* pointer, size_t bytes) {
+  if (memory_)
+    memory_->release(pointer);
+  else
+    ReturnHost(pointer, bytes);
+}
 
 // Eight classes an octave: at most an eighth is wasted, and shapes that differ slightly share blocks.
 size_t Allocator::Rounded(size_t bytes) {

@@ -6,17 +6,21 @@
 #include <map>
 #include <vector>
 
+#include "core/op.h"
+
 class Allocator {
  public:
-  // limit: most bytes to hold (live and cached); 0 = no limit.
-  explicit Allocator(size_t limit) : limit_(limit) {}
+  // limit: most bytes to hold (live and cached); 0 = no limit. memory: a device's, or nullptr.
+  explicit Allocator(size_t limit, const PfMemory* memory = nullptr) : limit_(limit), memory_(memory) {}
   ~Allocator();
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  // 64-byte aligned, nullptr when the limit or the system says no. Zero bytes give a valid pointer.
+  // At least 64-byte aligned, nullptr when the limit or the system says no. Zero bytes give a valid pointer.
   void* Allocate(size_t bytes);
   void Free(void* pointer, size_t bytes);
+  // Gives back what is kept for reuse beyond this many bytes.
+  void Trim(size_t most);
 
   size_t live() const { return live_; }
   size_t cached() const { return cached_; }
@@ -25,10 +29,12 @@ class Allocator {
 
  private:
   static size_t Rounded(size_t bytes);
-  size_t Room() const;     // bytes that may be kept for reuse
-  void Trim(size_t most);  // gives back what is kept beyond this many bytes
+  size_t Room() const;  // bytes that may be kept for reuse
+  void* Acquire(size_t bytes);
+  void Return(void* pointer, size_t bytes);
 
   const size_t limit_;
+  const PfMemory* const memory_;
   std::map<size_t, std::vector<void*>> cache_;
   std::atomic<size_t> live_{0}, cached_{0}, peak_{0};
 };

@@ -51,7 +51,7 @@ std::vector<CpuLevel> CpuLevels() {
   return levels;
 }
 
-Backend OpenBackend(const std::string& directory, const std::string& name) {
+Backend OpenBackend(const std::string& directory, const std::string& name, int device) {
   Backend backend;
   backend.name = name;
   const std::string path = directory + "/libpyraflow_" + name + ".so";
@@ -71,11 +71,16 @@ Backend OpenBackend(const std::string& directory, const std::string& name) {
     backend.reason = "library was built for another version: rebuild with `npm run build:native`";
   else
     backend.table = table;
+  char text[256] = "";
+  if (backend.table && table->probe && table->probe(device, text) != PF_OK) {
+    backend.table = nullptr;
+    backend.reason = text;
+  }
   return backend;
 }
 
-Backend ChooseBackend(const std::string& directory, const std::string& wanted) {
-  if (wanted == "ref") return OpenBackend(directory, "ref");
+Backend ChooseBackend(const std::string& directory, const std::string& wanted, int device) {
+  if (wanted == "ref" || wanted.rfind("cuda", 0) == 0) return OpenBackend(directory, wanted, device);
   std::string cap = wanted.empty() || wanted.rfind("cpu_", 0) == 0 ? wanted : "cpu_" + wanted;
   const auto levels = CpuLevels();
   int top = static_cast<int>(levels.size()) - 1;
@@ -84,7 +89,7 @@ Backend ChooseBackend(const std::string& directory, const std::string& wanted) {
     if (top < 0) {
       Backend none;
       none.name = wanted;
-      none.reason = "unknown backend '" + wanted + "': use ref, base, avx2, avx512, avx512_bf16 or amx";
+      none.reason = "unknown backend '" + wanted + "': use ref, base, avx2, avx512, avx512_bf16, amx or cuda";
       return none;
     }
   }

@@ -19,9 +19,10 @@ struct CpuLevel {
 };
 std::vector<CpuLevel> CpuLevels();
 
-// Opens <directory>/libpyraflow_<name>.so and checks its table. Never throws.
-Backend OpenBackend(const std::string& directory, const std::string& name);
+// Opens <directory>/libpyraflow_<name>.so, checks its table and asks it whether it can work with this device.
+// Never throws.
+Backend OpenBackend(const std::string& directory, const std::string& name, int device = 0);
 
-// The best usable level that is present; `wanted` ("ref", "cpu_avx2", "avx2" or empty) caps or replaces the
-// choice.
-Backend ChooseBackend(const std::string& directory, const std::string& wanted);
+// The best usable CPU level that is present; `wanted` ("ref", "cpu_avx2", "avx2" or empty) caps or replaces
+// the choice, "cuda" and "cuda_emulated" take that library.
+Backend ChooseBackend(const std::string& directory, const std::string& wanted, int device);

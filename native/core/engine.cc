@@ -64,10 +64,11 @@ double Now() {
 
 }  // namespace
 
-Engine::Engine(const PfBackendTable* backend, int threads, size_t max_memory)
+Engine::Engine(const PfBackendTable* backend, int threads, int device, size_t max_memory)
     : backend_(backend),
       threads_(threads),
-      allocator_(max_memory),
+      device_(device),
+      allocator_(max_memory, backend->memory),
       profile_calls_(PF_OP_COUNT, 0),
       profile_seconds_(PF_OP_COUNT, 0) {
   if (const char* path = std::getenv("PYRAFLOW_TRACE")) trace_ = std::fopen(path, "w");
@@ -83,7 +84,6 @@ Engine::~Engine() {
   }
   wake_.notify_one();
   thread_.join();
-  for (Slot& slot : slots_) Release(slot);
   if (trace_) {
     std::fputs("{}]\n", trace_);
     std::fclose(trace_);
@@ -124,11 +124,17 @@ void Engine::Cancel(std::optional<int> job) {
       command.kind = CommandKind::kDropped;
 }
 
-void Engine::Loop() {
-  // OpenMP belongs to this thread: the team is made here, once, and no other thread ever computes.
+bool Engine::Start() {
+  // OpenMP, or a device's stream, belongs to this thread: no other thread ever computes.
   char error[256] = "";
-  const int32_t status = backend_->init(threads_, error);
+  int32_t status = backend_->init(threads_, error);
+  if (status == PF_OK && backend_->memory) status = backend_->memory->begin(device_, &lent_, error);
   if (status != PF_OK) fatal_ = std::string(CodeOf(status)) + " " + error;
+  return status == PF_OK;
+}
+
+void Engine::Loop() {
+  const bool started = Start();
   Command command;
   for (;;) {
     // Commands come in bursts, and waking a thread takes longer than a small op.
@@ -142,7 +148,7 @@ void Engine::Loop() {
       sleeping_ = true;
       wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
       sleeping_ = false;
-      if (stop_) return;
+      if (stop_) break;
       command = std::move(queue_.front());
       queue_.pop_front();
       queued_ = queue_.size();
@@ -153,6 +159,17 @@ void Engine::Loop() {
     command = Command{};
     command.words = std::move(words);
   }
+  // A device's memory can only be given back by the thread that has its stream.
+  for (Slot& slot : slots_) Release(slot);
+  allocator_.Trim(0);
+  if (started && backend_->memory) backend_->memory->end();
+}
+
+void Engine::FailWith(int32_t status, const char* error) { FailWith(CodeOf(status), error); }
+
+std::string Engine::NoRoom(size_t bytes) const {
+  return "could not allocate " + std::to_string(bytes) + " bytes (" + std::to_string(allocator_.live()) +
+         " are live). Use a smaller size or batch, or raise maxMemory.";
 }
 
 void Engine::FailWith(const std::string& code, const std::string& message) {
@@ -188,9 +205,7 @@ void Engine::Execute(Command& command) {
       if (Failed()) break;  // its users are skipped anyway
       slots_[id].data = allocator_.Allocate(bytes);
       if (!slots_[id].data) {
-        FailWith("ERR_MEMORY", "could not allocate " + std::to_string(bytes) + " bytes (" +
-                                   std::to_string(allocator_.live()) +
-                                   " are live). Use a smaller size or batch, or raise maxMemory.");
+        FailWith("ERR_MEMORY", NoRoom(bytes));
         break;
       }
       slots_[id].bytes = bytes;
@@ -203,53 +218,83 @@ void Engine::Execute(Command& command) {
     case CommandKind::kLoad:
       if (!Failed()) Load(command);
       break;
-    case CommandKind::kMap: {
-      const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[2]),
-                   bytes = static_cast<size_t>(w[3]);
-      if (id >= slots_.size()) slots_.resize(id + 1);
-      if (!command.file || offset + bytes > command.file->size()) {
-        FailWith("ERR_IO", "a mapped tensor lies outside its file");
-        break;
-      }
-      slots_[id].job = job_;
-      slots_[id].data = const_cast<char*>(command.file->data()) + offset;
-      slots_[id].bytes = bytes;
-      slots_[id].file = command.file;
-      slots_[id].written = true;
+    case CommandKind::kMap: Map(command); break;
+    case CommandKind::kWrite:
+      if (!Failed()) Write(command);
       break;
-    }
-    case CommandKind::kWrite: {
-      if (Failed()) break;
-      const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
-      if (id >= slots_.size() || !slots_[id].data || offset + command.payload.size() > slots_[id].bytes) {
-        FailWith("ERR_SHAPE", "write: outside its tensor");
-        break;
-      }
-      memcpy(static_cast<char*>(slots_[id].data) + offset, command.payload.data(), command.payload.size());
-      slots_[id].written = true;
-      break;
-    }
-    case CommandKind::kRead: {
-      const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[1]);
-      // What the reader waits for is the work of whoever made the tensor.
-      if (id < slots_.size()) job_ = slots_[id].job;
-      if (!Failed()) {
-        if (id >= slots_.size() || (!slots_[id].written && command.bytes) ||
-            offset + command.bytes > slots_[id].bytes)
-          FailWith("ERR_SHAPE", "read: outside its tensor, or the tensor was lost to an earlier error");
-        else if (command.bytes)
-          memcpy(command.target, static_cast<const char*>(slots_[id].data) + offset, command.bytes);
-      }
-      command.done(TakeError(job_));
-      break;
-    }
+    case CommandKind::kRead: Read(command); break;
     case CommandKind::kFence: {
       if (trace_) std::fflush(trace_);
+      char error[256];
+      if (backend_->memory && fatal_.empty())
+        if (const int32_t status = backend_->memory->synchronize(error)) FailWith(status, error);
       command.done(TakeError(job_));
       break;
     }
     case CommandKind::kDropped: FailWith("ERR_ABORTED", "work was dropped by engine.cancel()"); break;
   }
+}
+
+void Engine::Map(const Command& command) {
+  const auto& w = command.words;
+  const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[2]),
+               bytes = static_cast<size_t>(w[3]);
+  if (id >= slots_.size()) slots_.resize(id + 1);
+  if (!command.file || offset + bytes > command.file->size())
+    return FailWith("ERR_IO", "a mapped tensor lies outside its file");
+  Slot& slot = slots_[id];
+  slot.job = job_;
+  const char* const source = command.file->data() + offset;
+  if (backend_->memory) {  // a device does not see the file: its bytes are sent once
+    if (Failed()) return;
+    slot.data = allocator_.Allocate(bytes);
+    if (!slot.data) return FailWith("ERR_MEMORY", NoRoom(bytes));
+    slot.allocated = true;
+    slot.bytes = bytes;
+    char error[256];
+    if (const int32_t status = backend_->memory->upload(slot.data, source, bytes, error))
+      return FailWith(status, error);
+  } else {
+    slot.data = const_cast<char*>(source);
+    slot.bytes = bytes;
+    slot.file = command.file;
+  }
+  slot.written = true;
+}
+
+void Engine::Write(const Command& command) {
+  const size_t id = static_cast<size_t>(command.words[0]), offset = static_cast<size_t>(command.words[1]);
+  if (id >= slots_.size() || !slots_[id].data || offset + command.payload.size() > slots_[id].bytes)
+    return FailWith("ERR_SHAPE", "write: outside its tensor");
+  char* const target = static_cast<char*>(slots_[id].data) + offset;
+  char error[256];
+  if (!backend_->memory)
+    memcpy(target, command.payload.data(), command.payload.size());
+  else if (const int32_t status =
+               backend_->memory->upload(target, command.payload.data(), command.payload.size(), error))
+    return FailWith(status, error);
+  slots_[id].written = true;
+}
+
+void Engine::Read(Command& command) {
+  const size_t id = static_cast<size_t>(command.words[0]), offset = static_cast<size_t>(command.words[1]);
+  // What the reader waits for is the work of whoever made the tensor.
+  if (id < slots_.size()) job_ = slots_[id].job;
+  if (!Failed()) {
+    if (id >= slots_.size() || (!slots_[id].written && command.bytes) ||
+        offset + command.bytes > slots_[id].bytes) {
+      FailWith("ERR_SHAPE", "read: outside its tensor, or the tensor was lost to an earlier error");
+    } else if (command.bytes) {
+      const char* const source = static_cast<const char*>(slots_[id].data) + offset;
+      char error[256];
+      if (!backend_->memory)
+        memcpy(command.target, source, command.bytes);
+      else if (const int32_t status =
+                   backend_->memory->download(command.target, source, command.bytes, error))
+        FailWith(status, error);
+    }
+  }
+  command.done(TakeError(job_));
 }
 
 bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view, Slot** slot) {
@@ -300,15 +345,14 @@ void Engine::Run(const std::vector<double>& w) {
   if (!backend_->kernels[op])
     return FailWith("ERR_DEVICE", std::string(kOpNames[op]) + ": not available on " + backend_->name);
 
-  ScratchContext context;
-  context.scratch = Scratch;
-  context.error[0] = 0;
-  context.allocator = &allocator_;
-  PfArgs args{in, out, w.data() + at, n_in, n_out, n_scalars, &context};
+  PfArgs args{in, out, w.data() + at, n_in, n_out, n_scalars, nullptr};
+  std::string error;
   const bool timed = profiling_ || trace_;
   const double begin = timed ? Now() : 0;
-  const int32_t status = backend_->kernels[op](&args);
+  int32_t status = Call(op, &args, &error);
   if (timed) {
+    char text[256];  // what a device still does is not over when the call is
+    if (status == PF_OK && backend_->memory && (status = backend_->memory->synchronize(text))) error = text;
     const double end = Now();
     if (profiling_) {
       std::lock_guard lock(profile_mutex_);
@@ -319,13 +363,26 @@ void Engine::Run(const std::vector<double>& w) {
       std::fprintf(trace_, "{\"name\":\"%s\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":%.1f,\"dur\":%.1f},\n",
                    kOpNames[op], begin * 1e6, (end - begin) * 1e6);
   }
-  for (const auto& [block, bytes] : context.blocks) allocator_.Free(block, bytes);
   for (Slot* slot : to)
     if (slot && status == PF_OK) slot->written = true;
   if (status != PF_OK)
-    FailWith(CodeOf(status),
-             (context.error[0] ? std::string(context.error) : std::string(kOpNames[op]) + " failed") +
-                 " in " + kOpNames[op] + describe());
+    FailWith(CodeOf(status), (error.empty() ? std::string(kOpNames[op]) + " failed" : error) + " in " +
+                                 kOpNames[op] + describe());
+}
+
+int32_t Engine::Call(int op, PfArgs* args, std::string* error) {
+  ScratchContext context;
+  static_cast<PfContext&>(context) = lent_;
+  context.scratch = Scratch;
+  context.error[0] = 0;
+  context.allocator = &allocator_;
+  args->context = &context;
+  int32_t status = backend_->kernels[op](args);
+  if (status == PF_OK && backend_->memory) status = backend_->memory->pace(context.error);
+  // A device may still be reading: whoever gets the block next is queued behind it.
+  for (const auto& [block, bytes] : context.blocks) allocator_.Free(block, bytes);
+  *error = context.error;
+  return status;
 }
 
 void Engine::Load(const Command& command) {
@@ -337,30 +394,45 @@ void Engine::Load(const Command& command) {
   const int32_t from = static_cast<int32_t>(command.words[2]);
   size_t offset = static_cast<size_t>(command.words[1]);
   const int64_t n = PfCount(view), step = 1 << 20;
+  const PfMemory* const memory = backend_->memory;
+  const bool converts = from != view.dtype;
   std::vector<char> buffer;
-  for (int64_t i = 0; i < n; i += step) {
+  char* staged = nullptr;  // a part in the file's type, where the kernel can read it
+  const size_t staged_bytes = std::min(n, step) * PfSize(from);
+  if (memory && converts && n > 0) {
+    staged = static_cast<char*>(allocator_.Allocate(staged_bytes));
+    if (!staged) return FailWith("ERR_MEMORY", NoRoom(staged_bytes));
+  }
+  int32_t status = PF_OK;
+  std::string error;
+  for (int64_t i = 0; i < n && status == PF_OK; i += step) {
     const int64_t count = std::min(step, n - i);
     const size_t bytes = count * PfSize(from);
     char* const target = static_cast<char*>(view.data) + i * PfSize(view.dtype);
     char* read = target;
-    if (from != view.dtype) {
+    if (memory || converts) {
       buffer.resize(bytes);
       read = buffer.data();
     }
-    if (!command.file || !command.file->Read(offset, read, bytes))
-      return FailWith("ERR_IO", "a weight file ended early: it was truncated or replaced while loading");
+    if (!command.file || !command.file->Read(offset, read, bytes)) {
+      status = PF_ERR_IO;
+      error = "a weight file ended early: it was truncated or replaced while loading";
+      break;
+    }
     offset += bytes;
-    if (read == target) continue;
+    if (memory) {
+      char text[256] = "";
+      status = memory->upload(converts ? staged : target, read, bytes, text);
+      error = text;
+      read = staged;
+    }
+    if (!converts || status != PF_OK) continue;
     const PfView source{read, from, 1, {count}}, part{target, view.dtype, 1, {count}};
-    ScratchContext context;
-    context.scratch = Scratch;
-    context.error[0] = 0;
-    context.allocator = &allocator_;
-    const PfArgs args{&source, &part, nullptr, 1, 1, 0, &context};
-    const int32_t status = backend_->kernels[PF_OP_cast](&args);
-    for (const auto& [block, size] : context.blocks) allocator_.Free(block, size);
-    if (status != PF_OK) return FailWith(CodeOf(status), context.error);
+    PfArgs args{&source, &part, nullptr, 1, 1, 0, nullptr};
+    status = Call(PF_OP_cast, &args, &error);
   }
+  if (staged) allocator_.Free(staged, staged_bytes);
+  if (status != PF_OK) return FailWith(CodeOf(status), error);
   if (slot) slot->written = true;
 }
 

@@ -45,7 +45,7 @@ struct Command {
 
 class Engine {
  public:
-  Engine(const PfBackendTable* backend, int threads, size_t max_memory);
+  Engine(const PfBackendTable* backend, int threads, int device, size_t max_memory);
   ~Engine();  // drops the queue, waits for the running op
 
   // Takes the command; what is left in its place is an empty one with room for words, to be filled again.
@@ -77,14 +77,23 @@ class Engine {
   void Execute(Command& command);
   void Run(const std::vector<double>& words);
   void Load(const Command& command);
+  void Map(const Command& command);
+  void Write(const Command& command);
+  void Read(Command& command);
+  bool Start();  // on the engine thread, once
+  // One call of a kernel with scratch memory; the status, and the kernel's sentence in *error.
+  int32_t Call(int op, PfArgs* args, std::string* error);
   bool ReadOperand(const std::vector<double>& words, size_t* at, PfView* view, Slot** slot);
   bool Failed() const { return !fatal_.empty() || (!errors_.empty() && errors_.count(job_)); }
   void FailWith(const std::string& code, const std::string& message);
+  void FailWith(int32_t status, const char* error);
   std::string TakeError(int job);
+  std::string NoRoom(size_t bytes) const;
   void Release(Slot& slot);
 
   const PfBackendTable* const backend_;
-  const int threads_;
+  const int threads_, device_;
+  PfContext lent_{};  // stream and faults of a device backend
   Allocator allocator_;
   std::vector<Slot> slots_;
   int job_ = 0;  // of the command that is being executed

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PF_ABI_VERSION 1
+#define PF_ABI_VERSION 2
 #define PF_MAX_RANK 6
 #define PF_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -34,6 +34,8 @@ struct PfContext {
   // PF_ERR_MEMORY).
   void* (*scratch)(PfContext* self, size_t bytes);
   char error[256];  // filled by a kernel that returns something else than PF_OK
+  void* stream;     // where a device backend queues its kernels; as given by PfMemory::begin
+  void* faults;
 };
 
 struct PfArgs {
@@ -53,6 +55,22 @@ enum PfOp : int32_t {
   PF_OP_COUNT
 };
 
+// Memory of a device, for the engine thread that calls begin first: every other function belongs to that
+// thread's stream and keeps its order. Functions with an error return PF_OK or fill it (256 bytes).
+struct PfMemory {
+  int32_t (*begin)(int32_t device, PfContext* context, char* error);  // fills stream and faults
+  void (*end)();
+  void* (*allocate)(size_t bytes);  // 256-byte aligned; nullptr when there is no room
+  void (*release)(void* pointer);
+  // Returns when `from` may be changed again.
+  int32_t (*upload)(void* to, const void* from, size_t bytes, char* error);
+  int32_t (*download)(void* to, const void* from, size_t bytes, char* error);
+  // Waits for all that is queued; tells of faults that kernels met since the last time.
+  int32_t (*synchronize)(char* error);
+  // Called after every op: waits while too much is in flight, so that cancelling stays quick.
+  int32_t (*pace)(char* error);
+};
+
 struct PfBackendTable {
   uint32_t abi;
   int32_t op_count;
@@ -62,6 +80,10 @@ struct PfBackendTable {
   int32_t (*init)(int32_t threads, char* error);
   // Bytes of the packed form of a matmul weight [n, k]; 0 when the backend has none.
   size_t (*pack_bytes)(int64_t n, int64_t k, int32_t dtype);
+  // nullptr: operands lie in the process's own memory.
+  const PfMemory* memory;
+  // Why this backend cannot work here (256 bytes), or PF_OK; nullptr: it always can.
+  int32_t (*probe)(int32_t device, char* text);
 };
 
 // The one symbol a backend exports.

@@ -1,5 +1,5 @@
-// Runs every op's cases: pf_op_test [--filter name] [--backends dir]. Prints one line per failure and a
-// summary.
+// Runs every op's cases: pf_op_test [--filter name] [--level name] [--backends dir]. Prints one line per
+// failure and a summary.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -34,11 +34,23 @@ const PfBackendTable* g_ref = nullptr;
 std::vector<const PfBackendTable*> g_backends;
 int g_passed = 0, g_failed = 0;
 
+std::map<const PfBackendTable*, PfContext> g_lent;  // stream and faults of device backends
+
 struct Context : PfContext {
+  const PfMemory* memory = nullptr;
   std::vector<std::unique_ptr<char[]>> blocks;
+  std::vector<void*> on_device;
+  ~Context() {
+    for (void* block : on_device) memory->release(block);
+  }
 };
 void* Scratch(PfContext* self, size_t bytes) {
   auto& blocks = static_cast<Context*>(self)->blocks;
+  if (const PfMemory* memory = static_cast<Context*>(self)->memory) {
+    void* block = memory->allocate(bytes ? bytes : 1);
+    if (block) static_cast<Context*>(self)->on_device.push_back(block);
+    return block;
+  }
   blocks.emplace_back(new char[bytes + 64]);
   const auto p = reinterpret_cast<uintptr_t>(blocks.back().get());
   return reinterpret_cast<void*>((p + 63) & ~uintptr_t{63});
@@ -183,9 +195,51 @@ Case& Case::F32Only() {
   return *this;
 }
 
+// Copies of operands, guards included, where a device backend can reach them; back again on Fetch.
+class OnDevice {
+ public:
+  OnDevice(const PfMemory* memory, std::vector<Buffer>& buffers, std::vector<PfView>* views)
+      : memory_(memory) {
+    if (!memory) return;
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      if (!PfPresent((*views)[i])) continue;
+      Buffer& buffer = buffers[i];
+      char* const block = static_cast<char*>(memory->allocate(buffer.bytes.size() + 64));
+      // The same place in a line of 64 bytes, so that alignment is what the case asked for.
+      char* const copy = block + reinterpret_cast<uintptr_t>(buffer.bytes.data()) % 64;
+      copies_.push_back({&buffer, block, copy});
+      (*views)[i].data = copy + (static_cast<char*>(buffer.view.data) - buffer.bytes.data());
+    }
+    Move(true);
+  }
+  ~OnDevice() {
+    for (const Copy& copy : copies_) memory_->release(copy.block);
+  }
+  void Fetch() { Move(false); }
+
+ private:
+  struct Copy {
+    Buffer* buffer;
+    char *block, *data;
+  };
+  void Move(bool up) {
+    char error[256] = "";
+    for (const Copy& copy : copies_) {
+      std::vector<char>& bytes = copy.buffer->bytes;
+      const int32_t status = up ? memory_->upload(copy.data, bytes.data(), bytes.size(), error)
+                                : memory_->download(bytes.data(), copy.data, bytes.size(), error);
+      if (status != PF_OK) std::printf("FAIL transfer: %s\n", error), ++g_failed;
+    }
+  }
+  const PfMemory* memory_;
+  std::vector<Copy> copies_;
+};
+
 static int32_t Call(const PfBackendTable* table, int op, const std::vector<PfView>& in,
                     const std::vector<PfView>& out, const std::vector<double>& scalars, std::string* error) {
   Context context;
+  if (table->memory) static_cast<PfContext&>(context) = g_lent[table];
+  context.memory = table->memory;
   context.scratch = Scratch;
   context.error[0] = 0;
   PfArgs args{in.data(),
@@ -199,7 +253,8 @@ static int32_t Call(const PfBackendTable* table, int op, const std::vector<PfVie
     *error = "no kernel";
     return PF_ERR_DEVICE;
   }
-  const int32_t status = table->kernels[op](&args);
+  int32_t status = table->kernels[op](&args);
+  if (status == PF_OK && table->memory) status = table->memory->synchronize(context.error);
   *error = context.error;
   return status;
 }
@@ -275,7 +330,10 @@ void Case::RunOne(const PfBackendTable* backend, bool bf16, bool unaligned, int3
     std::printf("FAIL %s: %s\n", label.c_str(), why.c_str());
   };
   std::string error;
+  OnDevice device_in(backend->memory, in, &in_v), device_out(backend->memory, out, &out_v);
   const int32_t status = Call(backend, op_index_, in_v, out_v, scalars_, &error);
+  device_in.Fetch();
+  device_out.Fetch();
   if (status != expected) return fail("status " + std::to_string(status) + " " + error);
   if (expected != PF_OK) {
     if (error.empty()) return fail("refused without a message");
@@ -332,9 +390,10 @@ void Case::RunExpecting(int32_t status) {
 }  // namespace op_test
 
 int main(int argc, char** argv) {
-  std::string filter, directory = PF_OUT_DIR;
+  std::string filter, only, directory = PF_OUT_DIR;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (!std::strcmp(argv[i], "--filter")) filter = argv[i + 1];
+    if (!std::strcmp(argv[i], "--level")) only = argv[i + 1];
     if (!std::strcmp(argv[i], "--backends")) directory = argv[i + 1];
   }
   const Backend ref = OpenBackend(directory, "ref");
@@ -345,7 +404,10 @@ int main(int argc, char** argv) {
   for (size_t i = 0; i < levels.size();
        ++i)  // AMX code with its tiles emulated runs where the dot products do
     if (levels[i].name == "cpu_avx512_bf16") levels.push_back({"cpu_amx_emulated", levels[i].unusable});
+  levels.push_back({"cuda", ""});
+  levels.push_back({"cuda_emulated", ""});
   for (const CpuLevel& level : levels) {
+    if (!only.empty() && level.name != only) continue;
     if (!level.unusable.empty()) {
       std::printf("skipped %s: %s\n", level.name.c_str(), level.unusable.c_str());
       continue;
@@ -356,6 +418,9 @@ int main(int argc, char** argv) {
       continue;
     }
     if (backend.table->init(2, error) != PF_OK)
+      return std::fprintf(stderr, "%s: %s\n", level.name.c_str(), error), 1;
+    if (backend.table->memory &&
+        backend.table->memory->begin(0, &op_test::g_lent[backend.table], error) != PF_OK)
       return std::fprintf(stderr, "%s: %s\n", level.name.c_str(), error), 1;
     op_test::g_backends.push_back(backend.table);
   }

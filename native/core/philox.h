@@ -7,11 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__)
-#define PF_HD __host__ __device__
-#else
-#define PF_HD
-#endif
+#include "core/half.h"  // PF_HD
 
 struct ScalarLanes {
   typedef float F;

@@ -26,7 +26,8 @@ int32_t Init(int32_t threads, char* error) {
   return OnednnInit(PF_LEVEL_NAME, error);
 }
 
-const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT, PF_LEVEL_NAME, kKernels, Init, OnednnPackBytes};
+const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT,     PF_LEVEL_NAME, kKernels,
+                               Init,           OnednnPackBytes, nullptr,       nullptr};
 
 }  // namespace
 

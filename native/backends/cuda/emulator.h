@@ -1,0 +1,181 @@
+// What a .cu file needs to be compiled by a C++ compiler and run on the host, thread by thread: so that
+// kernels can be judged by the op cases, under sanitizers and in a debugger, on machines without a GPU. Every
+// CUDA thread of a block is a fiber; blocks run one after the other. It finds wrong arithmetic, wrong
+// indices, barriers that not all threads reach (reported as a stuck kernel), copies that nobody waited for,
+// and, as the order of the threads can be turned round (PYRAFLOW_EMULATOR_ORDER=reverse), most missing
+// barriers. It says nothing about speed.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __constant__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct __align__(8) float2 {
+  float x, y;
+};
+struct __align__(16) float4 {
+  float x, y, z, w;
+};
+struct __align__(8) uint2 {
+  uint32_t x, y;
+};
+struct __align__(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct __align__(16) int4 {
+  int32_t x, y, z, w;
+};
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace emulator {
+
+struct Place {
+  dim3 thread, block, block_dim, grid_dim;
+};
+extern Place place;  // of the fiber that runs
+
+int Linear();                          // index of the thread in its block
+void Wait();                           // lets the other threads run; the caller looks again
+void Progress();                       // something changed that others may wait for
+void BlockBarrier(int id, int count);  // count 0: all threads of the block
+int BlockOr(int value);                // __syncthreads_or
+void* Dynamic();                       // dynamic shared memory of this block
+
+// All threads of a warp that are in the mask give `bytes` (at most 64) and receive those of every lane.
+struct WarpValues {
+  alignas(16) unsigned char of[32][64];
+};
+const WarpValues& WarpExchange(uint32_t mask, const void* value, size_t bytes);
+
+// Asynchronous copies are done when they are waited for, not before: a missing wait reads old bytes.
+void CopyLater(void* to, const void* from, size_t bytes, size_t zeros);
+void CopyCommit();
+void CopyWait(int groups_left);
+
+// Runs every block; false when a kernel got stuck, with the reason in Error().
+bool Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+const char* Error();
+
+template <class T>
+T Shuffle(uint32_t mask, T value, int from) {
+  static_assert(sizeof(T) <= 8);
+  const WarpValues& values = WarpExchange(mask, &value, sizeof(T));
+  T result;
+  memcpy(&result, values.of[from & 31], sizeof(T));
+  return result;
+}
+inline int Lane() { return Linear() & 31; }
+
+}  // namespace emulator
+
+#define threadIdx (emulator::place.thread)
+#define blockIdx (emulator::place.block)
+#define blockDim (emulator::place.block_dim)
+#define gridDim (emulator::place.grid_dim)
+
+static inline void __syncthreads() { emulator::BlockBarrier(0, 0); }
+static inline int __syncthreads_or(int value) { return emulator::BlockOr(value); }
+static inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  const char nothing = 0;
+  emulator::WarpExchange(mask, &nothing, 1);
+}
+static inline void __threadfence() {}
+static inline void __threadfence_block() {}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int lane, int = 32) {
+  return emulator::Shuffle(mask, value, lane);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int = 32) {
+  return emulator::Shuffle(mask, value, emulator::Lane() ^ bits);
+}
+template <class T>
+T __shfl_down_sync(uint32_t mask, T value, int by, int = 32) {
+  return emulator::Shuffle(mask, value,
+                           emulator::Lane() + by < 32 ? emulator::Lane() + by : emulator::Lane());
+}
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int by, int = 32) {
+  return emulator::Shuffle(mask, value, emulator::Lane() >= by ? emulator::Lane() - by : emulator::Lane());
+}
+static inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+  const int32_t mine = predicate != 0;
+  const auto& all = emulator::WarpExchange(mask, &mine, 4);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) {
+    int32_t theirs;
+    memcpy(&theirs, all.of[i], 4);
+    if ((mask >> i & 1) && theirs) bits |= 1u << i;
+  }
+  return bits;
+}
+static inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+static inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at = old + value;
+  return old;
+}
+template <class T>
+T atomicMax(T* at, T value) {
+  const T old = *at;
+  if (value > old) *at = value;
+  return old;
+}
+template <class T>
+T atomicCAS(T* at, T expected, T value) {
+  const T old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+template <class T>
+T atomicExch(T* at, T value) {
+  const T old = *at;
+  *at = value;
+  return old;
+}
+
+#define __expf(x) expf(x)  // glibc declares functions of these names and does not define them
+#define __logf(x) logf(x)
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float __fdividef(float a, float b) { return a / b; }
+static inline float __frcp_rn(float x) { return 1.0f / x; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsqrt_rn(float a) { return sqrtf(a); }
+static inline float __int2float_rn(int a) { return static_cast<float>(a); }
+static inline uint32_t __float_as_uint(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+static inline float __uint_as_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+template <class T>
+static inline T __ldg(const T* at) {
+  return *at;
+}
