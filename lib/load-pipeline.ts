@@ -23,8 +23,8 @@ export interface PipelineOptions {
   dtype?: 'f32' | 'bf16'
   /** Which transformer when there are several: its folder name, e.g. `diffusion_transformer_384p`, or the end of it, `384p`. */
   variant?: string
-  /** Where to compute. `auto` takes the best there is. Default `auto`. */
-  device?: 'auto' | 'cpu'
+  /** Where to compute: `auto` is the best CPU level, or what the engine already runs on. Default `auto`. */
+  device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`
   /**
    * Most bytes that weights and work together may take. Text encoders are kept in memory if that fits, decoding is cut
    * into pieces that fit, and what cannot fit is refused before it begins. Default: no limit, text encoders not kept.
@@ -43,18 +43,41 @@ export interface PipelineOptions {
   signal?: AbortSignal
 }
 
-/** @throws ERR_DEVICE with the reason when the device is not there; ERR_OPTION when there is no such device */
-export function checkDevice(device: string): void {
-  if (device === 'auto' || device === 'cpu') return
-  const backends = engine.info().backends
-  if (!/^cuda(:\d+)?$/.test(device)) {
-    throw new PyraflowError('ERR_OPTION', { what: 'device', expected: 'auto or cpu', received: device })
+/**
+ * Sees to it that the engine computes on this device: `auto` takes what it runs on, or will.
+ * @throws ERR_DEVICE with the reason when the device is not there, or when the engine already runs on another;
+ *   ERR_OPTION when there is no such device
+ */
+export function chooseDevice(device: string): void {
+  if (device === 'auto') return
+  const cuda = /^cuda(:\d+)?$/.test(device)
+  if (!cuda && device !== 'cpu') {
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'device',
+      expected: 'auto, cpu, cuda or cuda:N',
+      received: device,
+    })
   }
-  const reason = backends.find(({ name }) => name.startsWith('cuda'))?.reason
+  if (cuda) needCuda(device)
+  if (!engine.started) engine.configure({ backend: device })
+  const { backend } = engine.device
+  if (backend.startsWith('cuda') === cuda) return
+  throw new PyraflowError('ERR_DEVICE', {
+    what: `device ${device}`,
+    expected: 'the device that the engine already runs on',
+    received: backend,
+    remedy: 'A process, or a worker, has one device: choose it before the first tensor is made.',
+  })
+}
+
+function needCuda(device: string): void {
+  const { backends } = engine.info()
+  const cuda = backends.find(({ name }) => name === 'cuda')
+  if (cuda?.usable) return
   throw new PyraflowError('ERR_DEVICE', {
     what: `device ${device}`,
     expected: 'a CUDA backend',
-    received: reason || `none in this build, which has ${backends.map(({ name }) => name).join(', ')}`,
+    received: cuda?.reason || `none in this build, which has ${backends.map(({ name }) => name).join(', ')}`,
     remedy: "Use device: 'cpu' or 'auto'.",
   })
 }
@@ -63,7 +86,7 @@ export function checkDevice(device: string): void {
 export async function loadParts(dir: string, options: PipelineOptions): Promise<PipelineParts> {
   const { dtype = 'f32', device = 'auto', adapters = [], signal } = options
   checkOptions(options)
-  checkDevice(device)
+  chooseDevice(device)
   const folder = surveyFolder(dir, options)
   await checkHeaders(folder, signal)
   const text = await openText(folder, { ...options, dtype }, await fitsKept(folder, options))

@@ -15,7 +15,7 @@ export function addVerify(program: Command): void {
     .command('verify')
     .description('run recorded reference cases through this engine and compare the numbers')
     .argument('<dir>', 'folder of recorded cases, each a folder with a case.json')
-    .option('--device <name>', 'where to compute: auto, cpu, or a level as for --backend')
+    .option('--device <name>', 'where to compute: auto, cpu, cuda, or a level as for --backend')
     .addOption(
       new Option('--dtype <type>', 'compute type')
         .choices(['f32', 'bf16'])

@@ -26,7 +26,10 @@ export interface Operand {
 
 /** The environment variables PYRAFLOW_BACKEND and PYRAFLOW_THREADS win over these: whoever runs a program may cap it. */
 export interface EngineOptions {
-  /** `auto`, `cpu`, or a capped level: `base`, `avx2`, `avx512`, `avx512_bf16`, `amx`, `ref`. */
+  /**
+   * `auto`, `cpu`, or a capped level: `base`, `avx2`, `avx512`, `avx512_bf16`, `amx`, `ref`; or an NVIDIA GPU: `cuda`,
+   * `cuda:1`. `auto` is the best CPU level (docs/cuda.md says why not a GPU).
+   */
   backend?: string
   /** Compute threads; default: all available. */
   threads?: number
@@ -88,9 +91,11 @@ export class Engine {
         received: String(threads),
       })
     }
+    const [, name = asked, index = '0'] = /^(.+):(\d+)$/.exec(asked) ?? []
     this.#opened = wrap(() =>
       addon.open({
-        backend: asked === 'auto' || asked === 'cpu' ? '' : asked,
+        backend: name === 'auto' || name === 'cpu' ? '' : name,
+        deviceIndex: Number(index),
         threads,
         maxMemory: this.#options.maxMemory ?? 0,
         commands: this.#commands,
@@ -101,6 +106,11 @@ export class Engine {
     process.once('exit', () => addon.close())
     this.#native = addon
     return addon
+  }
+
+  /** Whether the engine runs, so that its device is chosen. */
+  get started(): boolean {
+    return this.#native !== undefined
   }
 
   /** The backend in use, e.g. `cpu_avx512`, and its thread count. Starts the engine. */

@@ -7,10 +7,13 @@ import { PyraflowError } from './errors.ts'
 /** What the addon exports; the names are checked against it when it loads. */
 export interface NativeBinding {
   /** Opens a backend and starts the engine thread. `commands` is the buffer that `submit` reads. */
-  open(options: { backend: string; threads: number; maxMemory: number; commands: Float64Array }): {
+  open(options: {
     backend: string
+    deviceIndex: number
     threads: number
-  }
+    maxMemory: number
+    commands: Float64Array
+  }): { backend: string; threads: number }
   close(): void
   /** Queues the command that stands in the shared buffer. */
   submit(): void

@@ -244,7 +244,7 @@ export class CausalVideoVAE {
   }
 
   #bytes(network: VaeNetwork, clip: Omit<PlannedClip, 'widened'>): number {
-    const widened = this.dtype === 'bf16' && !/bf16|amx/.test(engine.device.backend)
+    const widened = this.dtype === 'bf16' && !/bf16|amx|cuda/.test(engine.device.backend)
     return estimateElements(network, { ...clip, widened }) * DTYPES[this.dtype].bytes
   }
 

@@ -80,8 +80,7 @@ class Addon : public Napi::Addon<Addon> {
     if (engine_) Throw(info.Env(), "ERR_DEVICE", "the engine is already open");
     // Idle OpenMP workers would spin on the core that JavaScript needs. Read by libgomp when it is mapped.
     setenv("GOMP_SPINCOUNT", "20000", 0);
-    const Napi::Value wanted_device = options.Get("deviceIndex");
-    const int device = wanted_device.IsNumber() ? wanted_device.ToNumber().Int32Value() : 0;
+    const int device = options.Get("deviceIndex").ToNumber().Int32Value();
     const Backend backend = ChooseBackend(LibraryDirectory(), options.Get("backend").ToString(), device);
     if (!backend.table) Throw(info.Env(), "ERR_DEVICE", "no usable backend: " + backend.reason);
     const int threads = options.Get("threads").ToNumber().Int32Value();

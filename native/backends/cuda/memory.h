@@ -7,6 +7,8 @@
 
 extern const PfMemory kDeviceMemory;
 int32_t DeviceProbe(int32_t device, char* text);
+// The stream of the calling engine thread.
+void* CurrentStream();
 
 // A kernel that meets a value it cannot work with (an index outside its table) writes here, once, and goes on
 // with something harmless; the next wait for the device fails with the fault's text.

@@ -165,3 +165,5 @@ int32_t DeviceProbe(int32_t index, char* text) {
   snprintf(text, 256, "%.80s", properties.name);
   return PF_OK;
 }
+
+void* CurrentStream() { return device.stream; }

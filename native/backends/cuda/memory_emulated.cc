@@ -25,3 +25,4 @@ int32_t Pace(char*) { return PF_OK; }
 
 const PfMemory kDeviceMemory = {Begin, End, Allocate, free, Transfer, Transfer, Synchronize, Pace};
 int32_t DeviceProbe(int32_t, char*) { return PF_OK; }
+void* CurrentStream() { return nullptr; }
