@@ -1,0 +1,52 @@
+// Reads what ptxas said of every kernel of the last CUDA build: registers, shared memory, spills.
+//   node scripts/cuda-report.mjs [--json FILE]
+// Exits with 1 when an attention kernel spills registers: those loops have no time for local memory.
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { nativeTree } from './build-native.mjs'
+import { main, Remedy, run } from './toolchain.mjs'
+
+/** The kernels in one report of `nvcc -Xptxas=-v`. */
+export function kernelsIn(text, file) {
+  const kernels = []
+  for (const line of text.split('\n')) {
+    const entry = /Compiling entry function '(\S+)' for 'sm_(\w+)'/.exec(line)
+    if (entry) kernels.push({ file, kernel: entry[1], arch: entry[2], registers: 0, shared: 0, spill: 0 })
+    const last = kernels.at(-1)
+    if (!last) continue
+    const spill = /(\d+) bytes spill stores/.exec(line)
+    if (spill) last.spill = Number(spill[1])
+    const used = /Used (\d+) registers/.exec(line)
+    if (used) last.registers = Number(used[1])
+    const shared = /(\d+) bytes smem/.exec(line)
+    if (shared) last.shared = Number(shared[1])
+  }
+  return kernels
+}
+
+function demangled(kernels) {
+  const { status, stdout } = run('c++filt', ['-p', ...kernels.map(({ kernel }) => kernel)])
+  const names = status === 0 ? stdout.trim().split('\n') : []
+  return kernels.map((k, i) => ({ ...k, kernel: (names[i] ?? k.kernel).replaceAll('(anonymous namespace)::', '') }))
+}
+
+await main(() => {
+  const folder = join(nativeTree, 'cuda')
+  if (!existsSync(folder)) throw new Remedy('There is no CUDA build; run: node scripts/build-native.mjs --cuda')
+  const kernels = demangled(
+    readdirSync(folder)
+      .filter((name) => name.endsWith('.o.txt'))
+      .flatMap((name) => kernelsIn(readFileSync(join(folder, name), 'utf8'), name.replace('.o.txt', ''))),
+  )
+  const at = process.argv.indexOf('--json')
+  if (at > 0) writeFileSync(process.argv[at + 1], `${JSON.stringify(kernels, null, 1)}\n`)
+  const spilling = kernels.filter(({ spill }) => spill > 0)
+  for (const { file, kernel, arch, registers, spill } of spilling)
+    console.error(`cuda: ${file} sm_${arch} ${kernel}: ${registers} registers, ${spill} bytes spilled`)
+  const most = kernels.reduce((a, b) => (b.registers > a.registers ? b : a), { registers: 0 })
+  console.error(
+    `cuda: ${kernels.length} kernels, at most ${most.registers} registers (${most.kernel}), ${spilling.length} with spills`,
+  )
+  if (spilling.some(({ file }) => file.startsWith('attention')))
+    throw new Remedy('An attention kernel spills registers: use smaller tiles or fewer live values.')
+})

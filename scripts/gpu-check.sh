@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one go: builds the CUDA backend for the card at hand, runs the op cases on
+# it, and, where Node and the built package are there, the recorded cases, one generation loop and the benches. Needs
+# nvcc and g++; neither cmake nor oneDNN. Results: bench/results/<card>.json, and out/gpu/ for the rest.
+#   scripts/gpu-check.sh [--sanitize]      --sanitize: also compute-sanitizer on the op cases (slow)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+node=${NODE:-node}
+out=out/gpu
+mkdir -p "$out/objects" build/Release
+failed=0
+step() { printf '\n== %s\n' "$*" >&2; }
+must() { "$@" || { echo "FAILED: $*" >&2; failed=1; }; }
+
+step 'card'
+nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader || exit 1
+card=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-')
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d .)
+[ "$arch" = 90 ] && arch=90a
+
+step "build for sm_$arch"
+folders=$(sed -n 's/^PF_OP(\([a-z0-9_]*\),.*/\1/p' native/ops.def | uniq)
+cuda="native/backends/cuda/table.cc native/backends/cuda/memory_cuda.cc native/backends/cuda/bench_cuda.cu native/backends/cuda/cublaslt.cc"
+ref="native/backends/ref/table.cc" tests="native/core/op_test_main.cc native/core/backend.cc"
+for folder in $folders; do
+  cuda+=" native/ops/$folder/${folder}_cuda.cu"
+  ref+=" native/ops/$folder/${folder}_ref.cc"
+  tests+=" native/ops/$folder/${folder}_test.cc"
+done
+gxx="g++ -std=gnu++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Inative"
+compile() {
+  local object="$out/objects/$(basename "$1").o"
+  case $1 in
+    *backends/cuda* | *_cuda.cu) set -- nvcc -std=c++20 -O3 -arch=sm_$arch -Inative -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off \
+      -Xptxas=-v '-DPF_LEVEL_NAME="cuda"' -MD -MF "$object.d" -c "$1" -o "$object" ;;
+    *) set -- $gxx "-DPF_OUT_DIR=\"build/Release\"" -c "$1" -o "$object" ;;
+  esac
+  "$@" >"$object.txt" 2>&1 || { cat "$object.txt" >&2; return 1; }
+}
+export -f compile
+export out arch gxx
+printf '%s\n' $cuda $tests | xargs -P "$(nproc)" -I{} bash -c 'compile {}' || exit 1
+objects() { for source in "$@"; do printf '%s ' "$out/objects/$(basename "$source").o"; done; }
+# The linker replaces a library that may be in use by writing a new file.
+rm -f build/Release/libpyraflow_cuda.so
+nvcc -shared -cudart static -o build/Release/libpyraflow_cuda.so $(objects $cuda) -ldl || exit 1
+$gxx -shared -o build/Release/libpyraflow_ref.so $ref || exit 1
+$gxx -o "$out/pf_op_test" $(objects $tests) -ldl || exit 1
+
+step 'op cases'
+must "$out/pf_op_test" --level cuda
+PYRAFLOW_CUDA_ATTENTION=mma must "$out/pf_op_test" --level cuda --filter attention
+if [ "${1:-}" = --sanitize ]; then
+  for tool in memcheck racecheck synccheck; do
+    step "compute-sanitizer $tool"
+    must compute-sanitizer --tool "$tool" --error-exitcode 1 "$out/pf_op_test" --level cuda >"$out/$tool.txt" 2>&1
+    tail -3 "$out/$tool.txt"
+  done
+fi
+
+if ! command -v "$node" >/dev/null || [ ! -f dist/lib/cli/main.js ]; then
+  echo 'no Node or no built package here: recorded cases and benches are left out' >&2
+  exit $failed
+fi
+step 'recorded cases'
+cli="dist/lib/cli/main.js"
+"$node" $cli info
+must "$node" $cli verify test/golden --device cuda --json "$out/verify-f32.json"
+must "$node" $cli verify test/golden --device cuda --dtype bf16 --json "$out/verify-bf16.json"
+
+step 'benches'
+must "$node" dist/bench/main.js --device cuda --json "bench/results/$card.json"
+exit $failed
