@@ -5,8 +5,7 @@
 // Outputs are at least 2 inputs apart, so each input row feeds at most one output row: both directions are
 // gathers.
 #pragma once
-#include <math.h>
-
+#include "core/half.h"  // PF_HD
 #include "ops/pointwise/shape_text.h"
 
 struct DownsampleParams {
@@ -18,8 +17,8 @@ struct DownTap {
   int64_t first, second;
   double t;
 };
-static inline DownTap DownTapOf(int64_t i, int64_t n) {
-  const double source = fmax((i + 0.5) * n / static_cast<double>(n / 2) - 0.5, 0);
+PF_HD static inline DownTap DownTapOf(int64_t i, int64_t n) {
+  const double at = (i + 0.5) * n / static_cast<double>(n / 2) - 0.5, source = at > 0 ? at : 0;
   const int64_t first = static_cast<int64_t>(source) < n - 1 ? static_cast<int64_t>(source) : n - 1;
   return {first, first + 1 < n ? first + 1 : first, source - first};
 }
