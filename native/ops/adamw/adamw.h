@@ -22,3 +22,31 @@ static inline int32_t CheckAdamw(const PfArgs* a) {
     return Fail(a, PF_ERR_SHAPE, "adamw: expected clip [2], received %s", ShapeText(a->in[1]).text);
   return PF_OK;
 }
+
+// The small differences 1 - beta and 1 - lr wd are taken in double, before they are rounded once.
+struct AdamwCoefficients {
+  float beta1, beta2, rest1, rest2, keep, step, scale2, eps;
+};
+static inline AdamwCoefficients MakeAdamwCoefficients(const AdamwParams& p) {
+  return {static_cast<float>(p.beta1),
+          static_cast<float>(p.beta2),
+          static_cast<float>(1 - p.beta1),
+          static_cast<float>(1 - p.beta2),
+          static_cast<float>(1 - p.lr * p.weight_decay),
+          static_cast<float>(p.lr / p.bias_correction1),
+          static_cast<float>(1 / p.bias_correction2),
+          static_cast<float>(p.eps)};
+}
+
+// What the kernels ask beyond the shapes; the reference also takes f64.
+static inline int32_t NeedAdamwTypes(const PfArgs* a) {
+  for (int i = 0; i < 4; ++i) {
+    const PfView& view = i < 3 ? a->out[i] : a->in[0];
+    if (view.dtype != PF_F32)
+      return Fail(a, PF_ERR_DTYPE, "adamw: expected grad, param, m and v f32, received dtype %d", view.dtype);
+  }
+  if (a->n_in > 1 && PfPresent(a->in[1]) && a->in[1].dtype != PF_F32)
+    return Fail(a, PF_ERR_DTYPE, "adamw: expected clip f32");
+  if (a->n_out > 3) return NeedFloat(a, "adamw", "shadow", a->out[3]);
+  return PF_OK;
+}

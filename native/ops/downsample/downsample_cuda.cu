@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kElementThreads)
 }  // namespace
 
 int32_t pf_cuda_downsample(const PfArgs* a) {
-  Planes p;
+  Planes p = {};
   const PfView &x = a->in[0], &y = a->out[0];
   PF_TRY(MakePlanes(a, "downsample", x, y, &p));
   PF_TRY(NeedFloat(a, "downsample", "x", x));
@@ -56,7 +56,7 @@ int32_t pf_cuda_downsample(const PfArgs* a) {
 }
 
 int32_t pf_cuda_downsample_backward(const PfArgs* a) {
-  Planes p;
+  Planes p = {};
   const PfView &dy = a->in[0], &dx = a->out[0];
   PF_TRY(MakePlanes(a, "downsample_backward", dx, dy, &p));
   PF_TRY(NeedFloat(a, "downsample_backward", "dy", dy));

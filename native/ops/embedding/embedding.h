@@ -24,11 +24,17 @@ static inline int32_t EmbeddingFold(const PfArgs* a, const char* op, const PfVie
     return Fail(a, PF_ERR_SHAPE,
                 "%s: expected [N, d] = %lld elements beside idx [N] and the table, received %lld", op,
                 static_cast<long long>(s->rows * s->d), static_cast<long long>(PfCount(y)));
+  return PF_OK;
+}
+
+// The values of idx: for backends whose operands the host can read.
+static inline int32_t EmbeddingCheckIndices(const PfArgs* a, const char* op, const PfView& idx,
+                                            const EmbeddingShape& s) {
   const int32_t* index = PfData<int32_t>(idx);
-  for (int64_t n = 0; n < s->rows; ++n)
-    if (index[n] < 0 || index[n] >= s->vocabulary)
+  for (int64_t n = 0; n < s.rows; ++n)
+    if (index[n] < 0 || index[n] >= s.vocabulary)
       return Fail(a, PF_ERR_SHAPE, "%s: expected idx below %lld, received idx[%lld] = %d", op,
-                  static_cast<long long>(s->vocabulary), static_cast<long long>(n), index[n]);
+                  static_cast<long long>(s.vocabulary), static_cast<long long>(n), index[n]);
   return PF_OK;
 }
 

@@ -5,6 +5,7 @@ int32_t pf_cpu_embedding(const PfArgs* a) {
   const char* op = "embedding";
   EmbeddingShape s;
   if (int32_t e = EmbeddingCheck(a, &s)) return e;
+  if (int32_t e = EmbeddingCheckIndices(a, "embedding", a->in[1], s)) return e;
   const PfView &table = a->in[0], &y = a->out[0];
   if (!PfIsFloat(table) || !PfIsFloat(y))
     return Fail(a, PF_ERR_DTYPE, "%s: expected table and y as f32 or bf16", op);
@@ -29,6 +30,7 @@ int32_t pf_cpu_embedding_backward(const PfArgs* a) {
   const char* op = "embedding_backward";
   EmbeddingShape s;
   if (int32_t e = EmbeddingBackwardCheck(a, &s)) return e;
+  if (int32_t e = EmbeddingCheckIndices(a, "embedding_backward", a->in[0], s)) return e;
   if (!PfIsFloat(a->in[1])) return Fail(a, PF_ERR_DTYPE, "%s: expected dy as f32 or bf16", op);
   if (a->out[0].dtype != PF_F32) return Fail(a, PF_ERR_DTYPE, "%s: expected dtable as f32", op);
   const int32_t* index = PfData<int32_t>(a->in[0]);

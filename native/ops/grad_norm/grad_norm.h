@@ -4,16 +4,18 @@
 #pragma once
 #include <math.h>
 
+#include "core/half.h"  // PF_HD
 #include "ops/pointwise/shape_text.h"
 
 struct GradNormParams {
   double max_norm;
 };
 
-static inline double ClipCoefficient(double norm, double max_norm) {
-  if (!isfinite(norm)) return NAN;
+PF_HD static inline double ClipCoefficient(double norm, double max_norm) {
+  if (!(norm - norm == 0)) return NAN;
   if (max_norm <= 0) return 1;
-  return fmin(1, max_norm / (norm + 1e-6));
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient < 1 ? coefficient : 1;
 }
 
 static inline int32_t CheckGradNorm(const PfArgs* a) {

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) PatchKernel(PatchCall call) {
 
 template <bool kToRows>
 int32_t Run(const PfArgs* a, const char* op, const PfView& latent, const PfView& rows) {
-  PatchCall call;
+  PatchCall call = {};
   PF_TRY(MakePatches(a, op, latent, rows, &call.p));
   PF_TRY(NeedFloat(a, op, "x", a->in[0]));
   PF_TRY(NeedFloat(a, op, "y", a->out[0]));
