@@ -1,11 +1,9 @@
 // Any dtype through double, one element at a time: for the reference kernels and for files being loaded.
 #pragma once
-#include <math.h>
-
 #include "core/half.h"
 #include "core/op.h"
 
-static inline double Get(const PfView& v, int64_t i) {
+PF_HD static inline double Get(const PfView& v, int64_t i) {
   const char* p = static_cast<const char*>(v.data) + i * PfSize(v.dtype);
   switch (v.dtype) {
     case PF_F64: {
@@ -43,7 +41,7 @@ static inline double Get(const PfView& v, int64_t i) {
 }
 
 // Integers truncate and saturate, NaN becomes 0: what the cast op promises.
-static inline void Set(const PfView& v, int64_t i, double x) {
+PF_HD static inline void Set(const PfView& v, int64_t i, double x) {
   char* p = static_cast<char*>(v.data) + i * PfSize(v.dtype);
   switch (v.dtype) {
     case PF_F64: memcpy(p, &x, 8); break;
@@ -71,10 +69,10 @@ static inline void Set(const PfView& v, int64_t i, double x) {
       break;
     }
     case PF_I64: {
-      int64_t y = x != x ? 0 : static_cast<int64_t>(x);
+      int64_t y = x != x ? 0 : x <= -0x1p63 ? INT64_MIN : x >= 0x1p63 ? INT64_MAX : static_cast<int64_t>(x);
       memcpy(p, &y, 8);
       break;
     }
-    default: *reinterpret_cast<uint8_t*>(p) = x != x ? 0 : static_cast<uint8_t>(fmin(fmax(x, 0), 255)); break;
+    default: *reinterpret_cast<uint8_t*>(p) = x > 0 ? static_cast<uint8_t>(x < 255 ? x : 255) : 0; break;
   }
 }

@@ -43,7 +43,7 @@ PF_HD inline Bf16 FromFloat<Bf16>(float x) {
   return ToBf16(x);
 }
 
-static inline float HalfToFloat(uint16_t h) {
+PF_HD static inline float HalfToFloat(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   uint32_t exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff, u;
   if (exponent == 0x1f) {
@@ -62,7 +62,7 @@ static inline float HalfToFloat(uint16_t h) {
   return f;
 }
 
-static inline uint16_t FloatToHalf(float x) {
+PF_HD static inline uint16_t FloatToHalf(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);
   const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000);

@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core/half.h"  // PF_HD
+
 #define PF_ABI_VERSION 2
 #define PF_MAX_RANK 6
 #define PF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -96,7 +98,7 @@ static inline int64_t PfCount(const PfView& v) {
   for (int i = 0; i < v.rank; ++i) n *= v.dims[i];
   return n;
 }
-static inline size_t PfSize(int32_t dtype) {
+PF_HD static inline size_t PfSize(int32_t dtype) {
   switch (dtype) {
     case PF_F64:
     case PF_I64: return 8;

@@ -21,7 +21,7 @@ static inline SumShape MakeSumShape(int64_t outer, int64_t count, int64_t inner,
   return s;
 }
 
-// term(flat index of [outer, count, inner]) is a double; put(flat index of [outer, chunks, inner], sum).
+// term(outer, row, column) is a double; put(flat index of [outer, chunks, inner], sum).
 template <class Term, class Put>
 __global__ void __launch_bounds__(kSumThreads) SumKernel(SumShape s, Term term, Put put) {
   __shared__ double partial[kSumThreads];
@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(kSumThreads) SumKernel(SumShape s, Term term, 
   const int64_t end = s.count < (part + 1) * s.chunk ? s.count : (part + 1) * s.chunk;
   double sum = 0;
   if (lane < lanes && column < s.inner) {
-    const int64_t base = outer * s.count * s.inner + column;
 #pragma unroll 8
-    for (int64_t row = part * s.chunk + lane; row < end; row += lanes) sum += term(base + row * s.inner);
+    for (int64_t row = part * s.chunk + lane; row < end; row += lanes) sum += term(outer, row, column);
   }
   partial[threadIdx.x] = sum;
   __syncthreads();
@@ -47,7 +46,10 @@ __global__ void __launch_bounds__(kSumThreads) SumKernel(SumShape s, Term term, 
 
 struct StoredTerm {
   const double* from;
-  __device__ double operator()(int64_t i) const { return from[i]; }
+  int64_t count, inner;
+  __device__ double operator()(int64_t outer, int64_t row, int64_t column) const {
+    return from[(outer * count + row) * inner + column];
+  }
 };
 struct StorePartial {
   double* to;
@@ -67,5 +69,5 @@ int32_t Sums(const PfArgs* a, int64_t outer, int64_t count, int64_t inner, Term 
   auto* const partial = static_cast<double*>(DeviceScratch(a, outer * first.chunks * inner * sizeof(double)));
   if (!partial) return Fail(a, PF_ERR_MEMORY, "no scratch memory for a sum of %lld rows", (long long)count);
   PF_TRY(run(first, term, StorePartial{partial}));
-  return run(MakeSumShape(outer, first.chunks, inner, true), StoredTerm{partial}, put);
+  return run(MakeSumShape(outer, first.chunks, inner, true), StoredTerm{partial, first.chunks, inner}, put);
 }

@@ -8,8 +8,6 @@ int32_t pf_ref_cast(const PfArgs* a) {
     const size_t size = PfSize(x.dtype);
     if (x.dtype == y.dtype)  // i64 does not fit a double
       memcpy(static_cast<char*>(y.data) + i * size, static_cast<const char*>(x.data) + i * size, size);
-    else if (y.dtype == PF_I64 && fabs(Get(x, i)) >= 0x1p63)
-      static_cast<int64_t*>(y.data)[i] = Get(x, i) < 0 ? INT64_MIN : INT64_MAX;
     else
       Set(y, i, Get(x, i));
   }

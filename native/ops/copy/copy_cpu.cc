@@ -11,46 +11,6 @@ void FillWith(const PfView& y, T value) {
   });
 }
 
-// y's dims after neighbours that are also neighbours in x are joined and dims of one are dropped.
-struct Layout {
-  int rank = 0;
-  int64_t dims[PF_MAX_RANK], x[PF_MAX_RANK], y[PF_MAX_RANK];  // strides in elements
-};
-
-Layout Collapse(const PfView& y, const int64_t* strides) {
-  Layout l;
-  for (int j = 0; j < y.rank; ++j) {
-    if (y.dims[j] == 1) continue;
-    if (l.rank && l.x[l.rank - 1] == strides[j] * y.dims[j]) {
-      l.dims[l.rank - 1] *= y.dims[j];
-      l.x[l.rank - 1] = strides[j];
-      continue;
-    }
-    l.dims[l.rank] = y.dims[j];
-    l.x[l.rank++] = strides[j];
-  }
-  int64_t stride = 1;
-  for (int j = l.rank - 1; j >= 0; --j) l.y[j] = stride, stride *= l.dims[j];
-  return l;
-}
-
-struct Offsets {
-  int64_t x, y;
-};
-Offsets OffsetsOf(const Layout& l, int64_t index) {
-  Offsets o{0, 0};
-  for (int j = l.rank - 1; j >= 0; --j) {
-    const int64_t i = index % l.dims[j];
-    index /= l.dims[j];
-    o.x += i * l.x[j];
-    o.y += i * l.y[j];
-  }
-  return o;
-}
-void Remove(Layout& l, int j) {
-  for (--l.rank; j < l.rank; ++j) l.dims[j] = l.dims[j + 1], l.x[j] = l.x[j + 1], l.y[j] = l.y[j + 1];
-}
-
 // y[j] = x[j * step]; the common steps are spelled out so that the compiler can load vectors and shuffle.
 template <class T>
 void Gather(const T* __restrict x, int64_t step, T* __restrict y, int64_t n) {

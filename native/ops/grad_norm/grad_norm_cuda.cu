@@ -5,7 +5,7 @@ namespace {
 
 struct Square {
   FloatArray g;
-  __device__ double operator()(int64_t i) const {
+  __device__ double operator()(int64_t, int64_t i, int64_t) const {
     const double x = ReadOne(g, i);
     return x * x;
   }

@@ -5,7 +5,9 @@ namespace {
 
 struct SquaredError {
   FloatArray pred, target;
-  __device__ double operator()(int64_t i) const {
+  int64_t n;
+  __device__ double operator()(int64_t sample, int64_t k, int64_t) const {
+    const int64_t i = sample * n + k;
     const double d = ReadOne(pred, i) - ReadOne(target, i);
     return d * d;
   }
@@ -38,7 +40,7 @@ int32_t pf_cuda_mse(const PfArgs* a) {
   PF_TRY(CheckMse(a, "mse", loss));
   PF_TRY(NeedTypes(a, "mse", "loss", loss));
   const int64_t n = PfProduct(pred, 1, pred.rank);
-  return Sums(a, pred.dims[0], n, 1, SquaredError{ArrayOf(pred), ArrayOf(target)},
+  return Sums(a, pred.dims[0], n, 1, SquaredError{ArrayOf(pred), ArrayOf(target), n},
               PutMean{PfData<float>(loss), static_cast<double>(n)});
 }
 

@@ -173,6 +173,7 @@ int32_t pf_cpu_axpby(const PfArgs* args) {
 
 int32_t pf_cpu_gated_add(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add"));
+  PF_TRY(CheckGatedRows(a, "gated_add"));
   const PfView &x = a->in[0], &y = a->in[1], &gate = a->in[2], &out = a->out[0];
   PF_TRY(NeedFloat(a, "gated_add", "x", x));
   PF_TRY(NeedFloat(a, "gated_add", "y", y));
@@ -196,6 +197,7 @@ int32_t pf_cpu_gated_add(const PfArgs* a) {
 
 int32_t pf_cpu_gated_add_backward(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add_backward"));
+  PF_TRY(CheckGatedRows(a, "gated_add_backward"));
   const PfView &dout = a->in[0], &y = a->in[1], &gate = a->in[2], &dy = a->out[0], &dgate = a->out[1];
   PF_TRY(NeedFloat(a, "gated_add_backward", "dout", dout));
   PF_TRY(NeedFloat(a, "gated_add_backward", "y", y));

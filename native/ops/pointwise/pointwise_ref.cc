@@ -90,6 +90,7 @@ int32_t pf_ref_axpby(const PfArgs* a) {
 
 int32_t pf_ref_gated_add(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add"));
+  PF_TRY(CheckGatedRows(a, "gated_add"));
   const int64_t d = a->in[2].dims[1];
   for (int64_t i = 0; i < PfCount(a->in[0]); ++i) {
     const double gate = Get(a->in[2], static_cast<int64_t>(Get(a->in[3], i / d)) * d + i % d);
@@ -100,6 +101,7 @@ int32_t pf_ref_gated_add(const PfArgs* a) {
 
 int32_t pf_ref_gated_add_backward(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add_backward"));
+  PF_TRY(CheckGatedRows(a, "gated_add_backward"));
   const int64_t d = a->in[2].dims[1], n = PfCount(a->in[3]);
   if (PfPresent(a->out[0]))
     for (int64_t i = 0; i < n * d; ++i)

@@ -5,7 +5,10 @@ namespace {
 
 struct Term {
   FloatArray x;
-  __device__ double operator()(int64_t i) const { return ReadOne(x, i); }
+  int64_t count, inner;
+  __device__ double operator()(int64_t outer, int64_t row, int64_t column) const {
+    return ReadOne(x, (outer * count + row) * inner + column);
+  }
 };
 struct Put {
   FloatArray y;
@@ -24,6 +27,7 @@ int32_t pf_cuda_sum(const PfArgs* a) {
   PF_TRY(NeedFloat(a, "sum", "x", x));
   PF_TRY(NeedFloat(a, "sum", "y", y));
   const SumParams& p = PfParams<SumParams>(a);
-  return Sums(a, static_cast<int64_t>(p.outer), static_cast<int64_t>(p.count), static_cast<int64_t>(p.inner),
-              Term{ArrayOf(x)}, Put{ArrayOf(y), p.scale, p.accumulate != 0});
+  const int64_t count = static_cast<int64_t>(p.count), inner = static_cast<int64_t>(p.inner);
+  return Sums(a, static_cast<int64_t>(p.outer), count, inner, Term{ArrayOf(x), count, inner},
+              Put{ArrayOf(y), p.scale, p.accumulate != 0});
 }
