@@ -425,7 +425,7 @@ int32_t LaunchGemm(const PfArgs* args, const GemmArgs<A, B, Rows>& p, const Gemm
                     : LaunchCore<Small>(args, p, plan.splits, batch);
 }
 
-// y = end(the parts of every entry, added in order).
+// y = end(the parts of every entry, added in order); y may be the one part there is.
 template <class Rows>
 __global__ void __launch_bounds__(kElementThreads)
     SumPartsKernel(const float* parts, int splits, int64_t rows, int m, int n, FastDiv per_row, Rows to,
@@ -454,12 +454,21 @@ __global__ void __launch_bounds__(kElementThreads)
   FinishColumns(end, entry * m + to(in_entry), column, n, bias, sum);
 }
 
+template <class Rows>
+int32_t SumParts(const PfArgs* args, const float* parts, int splits, int64_t rows, int m, int n,
+                 const Rows& to, const Epilogue& end) {
+  const int64_t per_row = CeilDiv(n, 8);
+  const dim3 grid(static_cast<unsigned>(CeilDiv(rows * per_row, kElementThreads)));
+  return Launch(args, &SumPartsKernel<Rows>, grid, kElementThreads, 0, parts, splits, rows, m, n,
+                FastDiv(per_row), to, end);
+}
+
 // p with all its parts summed.
 template <class T, class A, class B, class Rows>
 int32_t RunGemm(const PfArgs* args, const char* op, GemmArgs<A, B, Rows> p, int64_t batch) {
   const GemmPlan plan = PlanGemm<T>(p.m, p.n, p.k, batch);
   if (plan.splits == 1) return LaunchGemm<T>(args, p, plan, batch);
-  const int64_t rows = batch * p.m, per_row = CeilDiv(p.n, 8);
+  const int64_t rows = batch * p.m;
   float* const parts = static_cast<float*>(DeviceScratch(args, rows * p.n * plan.splits * sizeof(float)));
   if (parts == nullptr) return Fail(args, PF_ERR_MEMORY, "%s: no memory for partial sums", op);
   const Rows to = p.rows;
@@ -467,9 +476,7 @@ int32_t RunGemm(const PfArgs* args, const char* op, GemmArgs<A, B, Rows> p, int6
   p.rows = Rows{};
   p.end = EpilogueTo({parts, PF_F32}, p.n);
   PF_TRY(LaunchGemm<T>(args, p, plan, batch));
-  const dim3 grid(static_cast<unsigned>(CeilDiv(rows * per_row, kElementThreads)));
-  return Launch(args, &SumPartsKernel<Rows>, grid, kElementThreads, 0, parts, plan.splits, rows, p.m, p.n,
-                FastDiv(per_row), to, end);
+  return SumParts(args, parts, plan.splits, rows, p.m, p.n, to, end);
 }
 
 // A matrix as kernels want it: of type T, its lines aligned and a multiple of a chunk long, zeros at the end.

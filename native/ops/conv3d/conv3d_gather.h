@@ -36,8 +36,9 @@ struct Geometry {
   __device__ __forceinline__ bool Inside(int axis, int at) const {
     return static_cast<unsigned>(at) < static_cast<unsigned>(source[axis]);
   }
-  __device__ __forceinline__ int64_t Offset(int b, int t, int h, int w) const {
-    return (((static_cast<int64_t>(b) * source[0] + t) * source[1] + h) * source[2] + w) * channels;
+  // Number of a position of the source; there are fewer than 2^30.
+  __device__ __forceinline__ int Number(int b, int t, int h, int w) const {
+    return ((b * source[0] + t) * source[1] + h) * source[2] + w;
   }
 };
 
@@ -61,7 +62,7 @@ struct ConvSource {
 #pragma unroll
           for (int axis = 0; axis < 3; ++axis)
             at_[i][axis] = at[1 + axis] * s.geometry.scale[axis] + s.geometry.shift[axis];
-          offset_[i] = s.geometry.Offset(at[0], at_[i][0], at_[i][1], at_[i][2]);
+          number_[i] = s.geometry.Number(at[0], at_[i][0], at_[i][1], at_[i][2]);
           if (position >= s.rows) at_[i][0] = -(1 << 30);  // outside, whatever the tap
         }
       } else {
@@ -77,12 +78,12 @@ struct ConvSource {
         k += S::Chunk() * kChunk<T>;
         int tap[3];
         const int channel = g.Tap(k, tap);
-        const T* const from = g.data + g.Offset(0, tap[0], tap[1], tap[2]) + channel;
+        const int number = g.Number(0, tap[0], tap[1], tap[2]);
 #pragma unroll
         for (int i = 0; i < S::kCount; ++i) {
           const bool present = k < s_.k && g.Inside(0, at_[i][0] + tap[0]) &&
                                g.Inside(1, at_[i][1] + tap[1]) && g.Inside(2, at_[i][2] + tap[2]);
-          CopyAsync16(tile + to_ + i * S::kStepBytes, from + offset_[i], present);
+          Copy(tile, i, number_[i] + number, channel, present);
         }
       } else {
         k += S::Line();
@@ -96,8 +97,7 @@ struct ConvSource {
             at[1 + axis] = at[1 + axis] * g.scale[axis] + g.shift[axis] + tap_[axis];
           const bool present =
               position < s_.k && g.Inside(0, at[1]) && g.Inside(1, at[2]) && g.Inside(2, at[3]);
-          CopyAsync16(tile + to_ + i * S::kStepBytes,
-                      g.data + g.Offset(at[0], at[1], at[2], at[3]) + channel_, present);
+          Copy(tile, i, g.Number(at[0], at[1], at[2], at[3]), channel_, present);
         }
       }
     }
@@ -105,9 +105,13 @@ struct ConvSource {
    private:
     using S = Share<T, kRows, kThreads, kAlongK>;
     static constexpr int kKept = kAlongK ? S::kCount : 1;
-    const ConvSource& s_;  // a kernel parameter: read from constant memory
-    int64_t offset_[kKept];
-    int at_[kKept][3];  // of the source, where tap (0, 0, 0) meets the position
+    __device__ __forceinline__ void Copy(unsigned char* tile, int i, int number, int channel,
+                                         bool present) const {
+      const T* const from = s_.geometry.data + static_cast<int64_t>(number) * s_.geometry.channels + channel;
+      CopyAsync16(tile + to_ + i * S::kStepBytes, from, present);
+    }
+    const ConvSource& s_;               // a kernel parameter: read from constant memory
+    int at_[kKept][3], number_[kKept];  // of the source, where tap (0, 0, 0) meets the position
     int to_, tap_[3], channel_;
   };
 };
