@@ -36,6 +36,7 @@ static inline int32_t GetConv3dShape(const PfArgs* a, const char* op, const PfVi
                 "%s: channels or batch differ: x [%lld, .., %lld], w [%lld, %lld, ..], y [%lld, .., %lld]",
                 op, (long long)x.dims[0], (long long)x.dims[4], (long long)w.dims[0], (long long)w.dims[1],
                 (long long)y.dims[0], (long long)y.dims[4]);
+  if (s->c_in < 1 || s->c_out < 1) return Fail(a, PF_ERR_SHAPE, "%s: there are no channels", op);
   for (int i = 0; i < 3; ++i) {
     s->in[i] = x.dims[1 + i];
     s->out[i] = y.dims[1 + i];
@@ -59,4 +60,16 @@ static inline int32_t GetConv3dShape(const PfArgs* a, const char* op, const PfVi
     return Fail(a, PF_ERR_SHAPE, "%s: expected bias [%lld], received %lld values", op, (long long)s->c_out,
                 (long long)PfCount(*bias));
   return PF_OK;
+}
+
+static inline int32_t CheckConv3dFloats(const PfArgs* a, const char* op, const PfView& x, const PfView& y) {
+  if (PfIsFloat(x) && PfIsFloat(y)) return PF_OK;
+  return Fail(a, PF_ERR_DTYPE, "%s: operands are f32 or bf16, received dtypes %d and %d", op, x.dtype,
+              y.dtype);
+}
+// A gradient that is summed up is f32.
+static inline int32_t CheckConv3dGradients(const PfArgs* a, const char* op, const PfView& dw,
+                                           const PfView& dbias) {
+  if (dw.dtype == PF_F32 && (!PfPresent(dbias) || dbias.dtype == PF_F32)) return PF_OK;
+  return Fail(a, PF_ERR_DTYPE, "%s: dw and dbias are f32", op);
 }

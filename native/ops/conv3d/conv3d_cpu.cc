@@ -199,12 +199,6 @@ int32_t Map(const PfArgs* a, const char* op, const Conv3dShape& s, bool data, co
   return status;
 }
 
-int32_t CheckFloats(const PfArgs* a, const char* op, const PfView& x, const PfView& y) {
-  if (PfIsFloat(x) && PfIsFloat(y)) return PF_OK;
-  return Fail(a, PF_ERR_DTYPE, "%s: operands are f32 or bf16, received dtypes %d and %d", op, x.dtype,
-              y.dtype);
-}
-
 // to[i] (=|+=) from[i] + from[i + stride] + ..., always in this order.
 void SumParts(const float* from, int64_t parts, int64_t stride, int64_t n, bool accumulate, float* to) {
   constexpr int64_t kChunk = 4096;
@@ -226,8 +220,8 @@ int32_t pf_cpu_conv3d(const PfArgs* a) {
   const PfView &x = a->in[0], &w = a->in[1], &bias = a->in[2], &y = a->out[0];
   Conv3dShape s{};
   int32_t status = GetConv3dShape(a, "conv3d", x, w, y, &bias, &s);
-  if (status == PF_OK) status = CheckFloats(a, "conv3d", x, y);
-  if (status == PF_OK) status = CheckFloats(a, "conv3d", w, PfPresent(bias) ? bias : w);
+  if (status == PF_OK) status = CheckConv3dFloats(a, "conv3d", x, y);
+  if (status == PF_OK) status = CheckConv3dFloats(a, "conv3d", w, PfPresent(bias) ? bias : w);
   if (status != PF_OK || s.batch == 0) return status;
   return Map(a, "conv3d", s, false, x, w, &bias, y);
 }
@@ -236,8 +230,8 @@ int32_t pf_cpu_conv3d_backward_data(const PfArgs* a) {
   const PfView &dy = a->in[0], &w = a->in[1], &dx = a->out[0];
   Conv3dShape s{};
   int32_t status = GetConv3dShape(a, "conv3d_backward_data", dx, w, dy, nullptr, &s);
-  if (status == PF_OK) status = CheckFloats(a, "conv3d_backward_data", dx, dy);
-  if (status == PF_OK) status = CheckFloats(a, "conv3d_backward_data", w, w);
+  if (status == PF_OK) status = CheckConv3dFloats(a, "conv3d_backward_data", dx, dy);
+  if (status == PF_OK) status = CheckConv3dFloats(a, "conv3d_backward_data", w, w);
   if (status != PF_OK || s.batch == 0) return status;
   return Map(a, "conv3d_backward_data", s, true, dy, w, nullptr, dx);
 }
@@ -250,10 +244,9 @@ int32_t pf_cpu_conv3d_backward_weights(const PfArgs* a) {
   const PfView &x = a->in[0], &dy = a->in[1], &dw = a->out[0], &db = a->out[1];
   Conv3dShape s{};
   int32_t status = GetConv3dShape(a, op, x, dw, dy, &db, &s);
-  if (status == PF_OK) status = CheckFloats(a, op, x, dy);
+  if (status == PF_OK) status = CheckConv3dFloats(a, op, x, dy);
+  if (status == PF_OK) status = CheckConv3dGradients(a, op, dw, db);
   if (status != PF_OK) return status;
-  if (dw.dtype != PF_F32 || (PfPresent(db) && db.dtype != PF_F32))
-    return Fail(a, PF_ERR_DTYPE, "%s: dw and dbias are f32", op);
   const bool accumulate = PfParams<Conv3dParams>(a).accumulate != 0;
   if (s.batch == 0) {
     if (!accumulate) memset(dw.data, 0, PfCount(dw) * 4);

@@ -69,6 +69,11 @@ PF_CASES(conv3d) {
       {1, 2, 9, 8, 4, 6, {1, 4, 2}, {1, 2, 1}, {0, 1, 1}},
       {3, 2, 6, 6, 17, 33, {2, 3, 3}, {1, 1, 1}, {1, 1, 1}},
       {2, 2, 16, 16, 32, 32, {3, 3, 3}, {1, 1, 1}, {2, 1, 1}},
+      // Enough of both sides for the largest tiles.
+      {1, 2, 16, 24, 8, 72, {2, 3, 3}, {1, 1, 1}, {1, 1, 1}},
+      {1, 2, 16, 24, 72, 8, {2, 3, 3}, {1, 1, 1}, {1, 1, 1}},
+      // Strides that skip inputs: some have no gradient.
+      {1, 5, 7, 9, 6, 10, {1, 2, 2}, {2, 3, 3}, {0, 1, 1}},
   };
   bool bias = true;
   for (const Shape& s : shapes) AllThree(test, s, bias), bias = !bias;

@@ -72,3 +72,13 @@ static inline int32_t GetMatmulShape(const PfArgs* args, MatmulShape* s) {
     return Fail(args, PF_ERR_OPTION, "matmul: accumulate takes no bias, activation or residual");
   return CheckEpilogue(args, "matmul", args->in[2], args->in[3], y, s->n, p.activation);
 }
+
+// A packed weight is bytes, everything else f32 or bf16.
+static inline int32_t CheckMatmulFloats(const PfArgs* args, const char* op, bool packed) {
+  for (int i = 0; i < 5; ++i) {
+    const PfView& v = i < 4 ? args->in[i] : args->out[0];
+    if (PfPresent(v) && !PfIsFloat(v) && !(packed && i == 1))
+      return Fail(args, PF_ERR_DTYPE, "%s: operands are f32 or bf16, received dtype %d", op, v.dtype);
+  }
+  return PF_OK;
+}

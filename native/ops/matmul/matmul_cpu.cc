@@ -161,23 +161,13 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
   return status;
 }
 
-int32_t CheckFloats(const PfArgs* args, const char* op, const int* which, int count) {
-  for (int i = 0; i < count; ++i) {
-    const PfView& v = which[i] < 0 ? args->out[0] : args->in[which[i]];
-    if (PfPresent(v) && !PfIsFloat(v))
-      return Fail(args, PF_ERR_DTYPE, "%s: operands are f32 or bf16, received dtype %d", op, v.dtype);
-  }
-  return PF_OK;
-}
-
 }  // namespace
 
 int32_t pf_cpu_matmul(const PfArgs* args) {
   MatmulShape s{};
   int32_t status = GetMatmulShape(args, &s);
   if (status != PF_OK) return status;
-  const int floats[] = {0, 1, 2, 3, -1};
-  status = CheckFloats(args, "matmul", floats, 5);
+  status = CheckMatmulFloats(args, "matmul", false);
   if (status != PF_OK) return status;
   const PfView &a = args->in[0], &b = args->in[1], &bias = args->in[2], &residual = args->in[3],
                &y = args->out[0];
@@ -228,8 +218,7 @@ int32_t pf_cpu_matmul_packed(const PfArgs* args) {
   const PfView &x = args->in[0], &blob = args->in[1], &bias = args->in[2], &residual = args->in[3],
                &y = args->out[0];
   const MatmulPackedParams& params = PfParams<MatmulPackedParams>(args);
-  const int floats[] = {0, 2, 3, -1};
-  int32_t status = CheckFloats(args, "matmul_packed", floats, 4);
+  int32_t status = CheckMatmulFloats(args, "matmul_packed", true);
   if (status != PF_OK) return status;
   OnednnPacked w;
   status = OnednnOpenPacked(blob.data, PfCount(blob), &w, args->context->error);

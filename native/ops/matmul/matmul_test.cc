@@ -76,11 +76,13 @@ PF_CASES(matmul) {
     Product(test, 0, 33, 65, 17, trans);
     Product(test, 3, 5, 7, 9, trans);
     Product(test, 2, 20, 24, 40, trans, true);
+    Product(test, 3, 20, 24, 300, trans);  // long and narrow: its sums may be cut
   }
   Product(test, 0, 300, 530, 64, 0);
   Product(test, 0, 300, 530, 64, 3);
   Product(test, 0, 260, 520, 270, 2);
   Product(test, 0, 70, 270, 700, 1);
+  Product(test, 2, 140, 200, 40, 0);
 
   for (int activation = 0; activation < 3; ++activation)
     for (int which = 0; which < 4; ++which) {
@@ -89,6 +91,15 @@ PF_CASES(matmul) {
       which & 2 ? c.In({2, 19, 70}) : c.Missing();
       c.Out({2, 19, 70}).Scalars({0, 1, activation + 0.0, 0}).Tolerance(2e-6, 5e-3).Run();
     }
+  test.Case("matmul")
+      .In({2, 19, 300})
+      .In({70, 300}, 0.1)
+      .In({70})
+      .In({2, 19, 70})
+      .Out({2, 19, 70})
+      .Scalars({0, 1, 1, 0})
+      .Tolerance(2e-6, 5e-3)
+      .Run();
   for (int trans = 0; trans < 4; ++trans)
     test.Case("matmul")
         .In({trans & 1 ? 40 : 24, trans & 1 ? 24 : 40})
@@ -100,15 +111,16 @@ PF_CASES(matmul) {
         .Tolerance(2e-6, 5e-3)
         .Run();
   // f32 results of bf16 operands: a weight gradient.
-  test.Case("matmul")
-      .In({90, 24})
-      .In({90, 31})
-      .Missing()
-      .Missing()
-      .InOutF32({24, 31})
-      .Scalars({1, 0, 0, 1})
-      .Tolerance(2e-6, 2e-6)
-      .Run();
+  for (int64_t tokens : {90, 400})
+    test.Case("matmul")
+        .In({tokens, 24})
+        .In({tokens, 31})
+        .Missing()
+        .Missing()
+        .InOutF32({24, 31})
+        .Scalars({1, 0, 0, 1})
+        .Tolerance(2e-6, 2e-6)
+        .Run();
   test.Case("matmul")
       .In({90, 24})
       .InF32({24, 31})
