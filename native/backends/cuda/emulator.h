@@ -158,6 +158,7 @@ T atomicExch(T* at, T value) {
 
 #define __expf(x) expf(x)  // glibc declares functions of these names and does not define them
 #define __logf(x) logf(x)
+static inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __frcp_rn(float x) { return 1.0f / x; }

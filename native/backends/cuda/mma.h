@@ -44,6 +44,12 @@ __device__ __forceinline__ void CopyAsync16(void* to, const void* from, bool pre
                "r"(present ? 16 : 0)
                : "memory");
 }
+// 4 bytes, for what no alignment is known of.
+__device__ __forceinline__ void CopyAsync4(void* to, const void* from, bool present) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(to)), "l"(from),
+               "r"(present ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `kLeft` of this thread's groups are under way; other threads' copies need __syncthreads as
 // well.
@@ -114,6 +120,9 @@ static inline void LdMatrixTransposed(uint32_t (&r)[4], const void* row) { Emula
 
 static inline void CopyAsync16(void* to, const void* from, bool present) {
   emulator::CopyLater(to, from, present ? 16 : 0, present ? 0 : 16);
+}
+static inline void CopyAsync4(void* to, const void* from, bool present) {
+  emulator::CopyLater(to, from, present ? 4 : 0, present ? 0 : 4);
 }
 static inline void CopyAsyncCommit() { emulator::CopyCommit(); }
 template <int kLeft>

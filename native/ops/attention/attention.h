@@ -13,6 +13,7 @@
 //   scale sum ds k_j
 #pragma once
 #include "core/check.h"
+#include "core/half.h"
 
 struct AttentionParams {
   double scale;
@@ -27,6 +28,20 @@ struct AttentionShape {
   int64_t batch = 0, lq = 0, lk = 0, heads = 0, d = 0;
   bool masked = false;
 };
+
+// The least and greatest mask values of a block of tokens, and what follows for a tile of two blocks.
+struct alignas(16) MaskBounds {
+  int32_t segment_min, segment_max, order_min, order_max;
+};
+enum Visibility { kNothing, kSome, kAll };
+
+PF_HD static inline Visibility See(const MaskBounds& queries, const MaskBounds& keys) {
+  if (queries.segment_max < keys.segment_min || queries.segment_min > keys.segment_max ||
+      queries.order_max < keys.order_min)
+    return kNothing;
+  const bool one_segment = queries.segment_min == queries.segment_max && keys.segment_min == keys.segment_max;
+  return one_segment && queries.order_min >= keys.order_max ? kAll : kSome;
+}
 
 static inline int32_t AttentionFold(const PfArgs* a, const char* op, AttentionShape* s) {
   const PfView &q = a->in[0], &k = a->in[1], &v = a->in[2], &segment = a->in[3], &order = a->in[4];
@@ -114,4 +129,30 @@ static inline int32_t AttentionBackwardCheck(const PfArgs* a, AttentionShape* s)
       !PfSameDims(a->out[2], a->in[1]))
     return Fail(a, PF_ERR_SHAPE, "%s: expected dq, dk, dv with the shapes of q, k, v", op);
   return PF_OK;
+}
+
+// What the kernels take, which is less than what the reference does.
+static inline int32_t AttentionRefuse(const PfArgs* a, const char* op, int f32_input, int f32_output) {
+  for (int i = 0; i < a->n_in; ++i) {
+    const PfView& v = a->in[i];
+    if (i == 3 || i == 4 || !PfPresent(v)) continue;
+    if (!PfIsFloat(v) || (i == f32_input && v.dtype != PF_F32))
+      return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
+  }
+  for (int i = 0; i < a->n_out; ++i) {
+    const PfView& v = a->out[i];
+    if (PfPresent(v) && (!PfIsFloat(v) || (i == f32_output && v.dtype != PF_F32)))
+      return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
+  }
+  return PF_OK;
+}
+static inline int32_t AttentionRefuseForward(const PfArgs* a) {
+  if (int32_t e = AttentionRefuse(a, "attention", -1, 1)) return e;
+  for (int i = 7; i < 9; ++i)
+    if (PfPresent(AttentionInput(a, i)) && AttentionInput(a, i).dtype != PF_F32)
+      return Fail(a, PF_ERR_DTYPE, "attention: expected cos and sin as f32");
+  return PF_OK;
+}
+static inline int32_t AttentionRefuseBackward(const PfArgs* a) {
+  return AttentionRefuse(a, "attention_backward", 6, -1);
 }

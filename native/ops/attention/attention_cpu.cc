@@ -17,10 +17,7 @@ inline bool InPairs(const PfArgs* a) {
 int32_t pf_cpu_attention(const PfArgs* a) {
   AttentionShape s;
   if (int32_t e = AttentionCheck(a, &s)) return e;
-  if (int32_t e = AttentionRefuse(a, "attention", -1, 1)) return e;
-  for (int i = 7; i < 9; ++i)
-    if (PfPresent(AttentionInput(a, i)) && AttentionInput(a, i).dtype != PF_F32)
-      return Fail(a, PF_ERR_DTYPE, "attention: expected cos and sin as f32");
+  if (int32_t e = AttentionRefuseForward(a)) return e;
   const Layout* layouts = MakeLayouts(a, s);
   if (!layouts) return NoMemory(a, "attention");
   return InPairs(a) ? RunForward<Bf16>(a, s, layouts) : RunForward<float>(a, s, layouts);
@@ -29,7 +26,7 @@ int32_t pf_cpu_attention(const PfArgs* a) {
 int32_t pf_cpu_attention_backward(const PfArgs* a) {
   AttentionShape s;
   if (int32_t e = AttentionBackwardCheck(a, &s)) return e;
-  if (int32_t e = AttentionRefuse(a, "attention_backward", 6, -1)) return e;
+  if (int32_t e = AttentionRefuseBackward(a)) return e;
   const Layout* layouts = MakeLayouts(a, s);
   if (!layouts) return NoMemory(a, "attention_backward");
   return InPairs(a) && a->in[7].dtype == PF_BF16 ? RunBackward<Bf16>(a, s, layouts)

@@ -19,11 +19,10 @@ constexpr int64_t kQueryBlock = 48, kQueryMultiple = kLanes, kKeyMultiple = 2;
 constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kShortestBlock = 16;
 
-struct Block {
+struct Block : MaskBounds {
   int64_t start, count;
   int64_t padded;  // count rounded up to kQueryMultiple or kKeyMultiple
   int64_t at;      // where the block begins when blocks of padded length are laid end to end
-  int32_t segment_min, segment_max, order_min, order_max;
 };
 
 struct Span {  // query blocks [q0, q1) and key blocks [k0, k1) that no other block sees or is seen by
@@ -41,15 +40,6 @@ struct Layout {
   int64_t span_count;
 };
 
-enum Visibility { kNothing, kSome, kAll };
-
-inline Visibility See(const Block& q, const Block& k) {
-  if (q.segment_max < k.segment_min || q.segment_min > k.segment_max || q.order_max < k.order_min)
-    return kNothing;
-  const bool one_segment = q.segment_min == q.segment_max && k.segment_min == k.segment_max;
-  return one_segment && q.order_min >= k.order_max ? kAll : kSome;
-}
-
 // Cuts tokens into blocks. A change of segment ends a block that is not too short, so that packed sequences
 // fall into tiles which are wholly visible or wholly skipped.
 int64_t CutBlocks(const int32_t* segment, const int32_t* order, int64_t length, int64_t longest,
@@ -57,7 +47,7 @@ int64_t CutBlocks(const int32_t* segment, const int32_t* order, int64_t length, 
   int64_t n = 0, at = 0;
   for (int64_t i = 0; i < length; ++n) {
     const int32_t s0 = segment ? segment[i] : 0, o0 = order ? order[i] : 0;
-    Block b{i, 0, 0, at, s0, s0, o0, o0};
+    Block b{{s0, s0, o0, o0}, i, 0, 0, at};
     for (; i < length && b.count < longest; ++i, ++b.count) {
       if (!segment) continue;
       if (b.count >= kShortestBlock && segment[i] != segment[i - 1]) break;
@@ -226,21 +216,6 @@ inline Vi LoadI(const int32_t* p) {
 inline Vf WhereSeen(const Layout& l, int64_t query, int32_t segment, int32_t order, Vf v, Vf other) {
   const Vi seen = (LoadI(l.query_segment + query) == segment) & (LoadI(l.query_order + query) >= order);
   return seen ? v : other;
-}
-
-inline int32_t AttentionRefuse(const PfArgs* a, const char* op, int f32_input, int f32_output) {
-  for (int i = 0; i < a->n_in; ++i) {
-    const PfView& v = a->in[i];
-    if (i == 3 || i == 4 || !PfPresent(v)) continue;
-    if (!PfIsFloat(v) || (i == f32_input && v.dtype != PF_F32))
-      return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
-  }
-  for (int i = 0; i < a->n_out; ++i) {
-    const PfView& v = a->out[i];
-    if (PfPresent(v) && (!PfIsFloat(v) || (i == f32_output && v.dtype != PF_F32)))
-      return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
-  }
-  return PF_OK;
 }
 
 }  // namespace

@@ -1,0 +1,52 @@
+#include <initializer_list>
+
+#include "ops/attention/attention_mma_backward.cuh"
+#include "ops/attention/attention_simt.cuh"
+
+namespace {
+
+bool AllBf16(const PfArgs* a, std::initializer_list<int> inputs) {
+  for (int i : inputs)
+    if (a->in[i].dtype != PF_BF16) return false;
+  return true;
+}
+
+void MakeTurns(const PfArgs* a, const AttentionShape& s, RowTurn turns[2]) {
+  const AttentionNormParams& params = PfParams<AttentionNormParams>(a);
+  for (int i = 0; i < 2; ++i) {
+    const PfView weight = AttentionInput(a, 5 + i);
+    const bool two = PfPresent(weight) && PfCount(weight) == 2 * s.d;
+    turns[i] = {ArrayOf(weight),
+                PfData<float>(AttentionInput(a, 7)),
+                PfData<float>(AttentionInput(a, 8)),
+                s.lq,
+                two ? static_cast<int64_t>(params.split) : s.lq,
+                static_cast<float>(params.eps)};
+  }
+}
+
+}  // namespace
+
+int32_t pf_cuda_attention(const PfArgs* a) {
+  AttentionShape s;
+  PF_TRY(AttentionCheck(a, &s));
+  PF_TRY(AttentionRefuseForward(a));
+  RowTurn turns[2];
+  const bool turned = AttentionTurns(a);
+  if (turned) MakeTurns(a, s, turns);
+  Mask mask;
+  PF_TRY(MakeMask(a, s, &mask));
+  const RowTurn* turn = turned ? turns : nullptr;
+  return AllBf16(a, {0, 1, 2}) && s.d <= kMostForwardMma ? ForwardMma(a, s, turn, mask)
+                                                         : ForwardSimt(a, s, turn, mask);
+}
+
+int32_t pf_cuda_attention_backward(const PfArgs* a) {
+  AttentionShape s;
+  PF_TRY(AttentionBackwardCheck(a, &s));
+  PF_TRY(AttentionRefuseBackward(a));
+  Mask mask;
+  PF_TRY(MakeMask(a, s, &mask));
+  return AllBf16(a, {0, 1, 2, 7}) && s.d <= kMostBackwardMma ? BackwardMma(a, s, mask)
+                                                             : BackwardSimt(a, s, mask);
+}
