@@ -16,6 +16,8 @@ import {
   engineSeconds,
   interleave,
   median,
+  onGpu,
+  productLibrary,
   type Required,
   type Unnamed,
 } from './harness.ts'
@@ -87,7 +89,7 @@ const shortened = (effort: Effort): Effort => ({
   rounds: effort.quick ? 1 : Math.min(5, effort.rounds),
 })
 
-/** oneDNN's rate on the square projection of the published width. */
+/** The library's rate on the square projection of the published width. */
 const product = (effort: Effort, dtype: DType): Promise<number> =>
   bareMatmul(2048, effort.quick ? 256 : 1920, 1920, dtype, effort.seconds)
 
@@ -104,7 +106,7 @@ async function measure(
       async () => (1e-9 * flops) / (await engineSeconds(op, count)),
       () => product(effort, problem.dtype),
     )
-    const against = `oneDNN matrix product, ${problem.dtype}`
+    const against = `${productLibrary()} matrix product, ${problem.dtype}`
     return { name, value: ours, unit: 'GFLOP/s', ratio, against, ...(required && { required }) }
   })
 }
@@ -116,7 +118,7 @@ async function ceilings(effort: Effort): Promise<Unnamed[]> {
     if (bare === undefined) continue
     const value = await product(effort, dtype)
     const against = `${dtype === 'bf16' ? 'bf16 dot products' : 'multiply-adds'} out of registers`
-    const name = `oneDNN matrix product 2048×1920×1920, ${dtype}`
+    const name = `${productLibrary()} matrix product 2048×1920×1920, ${dtype}`
     rows.push({ name, value, unit: 'GFLOP/s', ratio: value / bare, against })
   }
   return rows
@@ -171,9 +173,13 @@ async function capped(effort: Effort): Promise<Unnamed[]> {
 }
 
 /** Levels that multiply bf16 pairs: below them bf16 is only a storage type. */
-const fastBf16 = (): boolean => /bf16|amx/.test(engine.device.backend)
+const fastBf16 = (): boolean => /bf16|amx|cuda/.test(engine.device.backend)
 
 async function againstPeer(effort: Effort): Promise<Unnamed[]> {
+  if (onGpu()) {
+    process.stderr.write('  no comparison with onnxruntime, which is a peer of the CPU levels\n')
+    return []
+  }
   const ort = findOnnxRuntime()
   if (!ort) {
     process.stderr.write(`  no comparison with onnxruntime, which is not installed: ${INSTALL}\n`)

@@ -70,7 +70,13 @@ export async function ceiling(kind: Ceiling, ...job: number[]): Promise<number> 
   return numbers[0] as number
 }
 
-/** GFLOP/s of oneDNN alone: one primitive for x[m, k]·w[n, k]ᵀ, weights in the layout it likes best. */
+/** Whether the engine computes on a GPU: then its ceilings are those of the device. */
+export const onGpu = (): boolean => engine.device.backend.startsWith('cuda')
+
+/** Whose matrix products are the ceiling. */
+export const productLibrary = (): string => (onGpu() ? 'cuBLASLt' : 'oneDNN')
+
+/** GFLOP/s of oneDNN or cuBLASLt alone: one primitive for x[m, k]·w[n, k]ᵀ, weights in the layout it likes best. */
 export function bareMatmul(m: number, n: number, k: number, dtype: DType, seconds: number): Promise<number> {
   return ceiling('matmul', m, n, k, DTYPES[dtype].code, seconds)
 }

@@ -11,6 +11,7 @@ import {
   type Effort,
   engineSeconds,
   interleave,
+  onGpu,
   type Required,
   type Unnamed,
 } from './harness.ts'
@@ -31,10 +32,10 @@ interface Case {
 /** The other kernels that only move memory, on more of it than the caches hold, against a copy of as many bytes. */
 export async function kernels(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
-  const required: Required = { of: 'ratio', atLeast: 0.6 }
+  const required: Required = { of: 'ratio', atLeast: onGpu() ? 0.85 : 0.6 }
   for (const make of [normModulateCase, ropeCase, groupNormCase, adamwCase]) {
     for (const dtype of make === adamwCase ? (['f32'] as const) : (['f32', 'bf16'] as const)) {
-      const { name, moved, op, owned } = make(dtype, effort.quick ? 256 : 8192)
+      const { name, moved, op, owned } = make(dtype, effort.quick ? 256 : onGpu() ? 65_536 : 8192)
       const count = effort.quick ? 1 : await countFor(op, effort.seconds)
       const { ours, ratio } = await interleave(
         effort,

@@ -7,6 +7,8 @@ export interface Machine {
   cpu: string
   cores: number
   memoryBytes: number
+  /** The GPU, where one is used. */
+  device: string | null
   /** The backend in use, which names the instruction level. */
   backend: string
   threads: number
@@ -24,6 +26,7 @@ export async function describeMachine(): Promise<Machine> {
     cpu: cpus()[0]?.model.trim() ?? 'unknown',
     cores: availableParallelism(),
     memoryBytes: totalmem(),
+    device: engine.info().backends.find(({ name }) => name === backend)?.detail || null,
     backend,
     threads,
     node: process.version,
@@ -33,10 +36,10 @@ export async function describeMachine(): Promise<Machine> {
 }
 
 /** File name of a machine's results, e.g. `amd-epyc-2-cores`. */
-export function slugOf({ cpu, cores }: Machine): string {
-  const name = cpu
+export function slugOf({ cpu, cores, device }: Machine): string {
+  const name = (device?.split(',')[0] ?? cpu)
     .toLowerCase()
     .replace(/\((r|tm)\)/g, '')
     .replace(/[^a-z0-9]+/g, '-')
-  return `${name}-${cores}-cores`.replace(/-+/g, '-').replace(/^-/, '')
+  return (device ? name : `${name}-${cores}-cores`).replace(/-+/g, '-').replace(/^-/, '')
 }

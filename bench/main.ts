@@ -33,6 +33,7 @@ const USAGE = `npm run bench -- [options]
   --filter NAME   only the groups whose name contains NAME (${Object.keys(GROUPS).join(', ')})
   --json FILE     write machine and rows as JSON; - is stdout
   --quick         short runs that only show that everything works; the figures mean nothing
+  --device NAME   cuda, cuda:N or a CPU level, as PYRAFLOW_BACKEND
   --save          write the JSON to bench/results/<cpu>.json`
 
 function say(text: string): void {
@@ -77,7 +78,7 @@ function table(rows: readonly Row[]): string {
 }
 
 async function run(): Promise<number> {
-  let args: { filter?: string; json?: string; quick?: boolean; save?: boolean; help?: boolean }
+  let args: { filter?: string; json?: string; quick?: boolean; save?: boolean; help?: boolean; device?: string }
   try {
     args = parseArgs({
       options: {
@@ -86,6 +87,7 @@ async function run(): Promise<number> {
         quick: { type: 'boolean' },
         save: { type: 'boolean' },
         help: { type: 'boolean' },
+        device: { type: 'string' },
       },
     }).values
   } catch (error) {
@@ -97,6 +99,7 @@ async function run(): Promise<number> {
     return 0
   }
   const { filter = '', quick = false } = args
+  if (args.device !== undefined) process.env.PYRAFLOW_BACKEND = args.device
   const chosen = Object.entries(GROUPS).filter(([name]) => name.includes(filter))
   if (chosen.length === 0 || (args.save && (quick || filter !== ''))) {
     say(
@@ -109,8 +112,8 @@ async function run(): Promise<number> {
   }
 
   const machine = await describeMachine()
-  const { cpu, cores, backend, threads, node, onednn } = machine
-  say(`${cpu}, ${cores} cores; ${backend}, ${threads} threads; Node ${node}; oneDNN ${onednn ?? 'unknown'}`)
+  const { cpu, cores, backend, threads, node, onednn, device } = machine
+  say(`${device ?? cpu}, ${cores} cores; ${backend}, ${threads} threads; Node ${node}; oneDNN ${onednn ?? 'not used'}`)
   const rows: Row[] = []
   for (const [group, measure] of chosen) {
     const begin = performance.now()

@@ -6,6 +6,7 @@ import {
   type Effort,
   engineSeconds,
   interleave,
+  productLibrary,
   type Required,
   type Unnamed,
 } from './harness.ts'
@@ -16,7 +17,7 @@ const SHAPES: [number, number, number, Required | undefined][] = [
   [2048, 1920, 1920, undefined],
 ]
 
-/** `linear` with packed weights through the public API against oneDNN called in a bare loop. */
+/** `linear` with packed weights through the public API against oneDNN, or cuBLASLt, called in a bare loop. */
 export async function matmul(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
   for (const [m, k, n, required] of SHAPES) {
@@ -38,7 +39,7 @@ export async function matmul(effort: Effort): Promise<Unnamed[]> {
         value: ours,
         unit: 'GFLOP/s',
         ratio,
-        against: 'oneDNN in a bare loop',
+        against: `${productLibrary()} in a bare loop`,
         ...(required && { required }),
       })
       x.dispose()

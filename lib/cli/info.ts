@@ -11,7 +11,7 @@ interface Info {
   memory: { totalBytes: number; freeBytes: number }
   /** Null when the addon could not be loaded. */
   device: { backend: string; threads: number } | null
-  backends: { name: string; usable: boolean; reason: string }[]
+  backends: { name: string; usable: boolean; reason: string; detail: string }[]
   ffmpeg: { found: boolean; command: string }
   problem?: string
 }
@@ -60,14 +60,15 @@ function describe(info: Info): string[] {
     `cpu       ${cpu.model}, ${cpu.cores} cores`,
     `memory    ${gib(memory.totalBytes)}, ${gib(memory.freeBytes)} free`,
     device ? `device    ${device.backend}, ${device.threads} threads` : `device    none: ${info.problem}`,
-    ...info.backends.map(({ name, usable, reason }) => {
+    ...info.backends.map(({ name, usable, reason, detail }) => {
       const chosen = device?.backend === name
       const state = chosen
         ? 'in use'
         : usable
           ? `usable, not used because ${device?.backend} was chosen`
           : 'not usable'
-      return `          ${name}: ${state}${reason ? ` (${reason})` : ''}`
+      const about = reason || detail
+      return `          ${name}: ${state}${about ? ` (${about})` : ''}`
     }),
     `ffmpeg    ${info.ffmpeg.found ? info.ffmpeg.command : 'not found: mp4 needs it; .webp, .gif and .png work without'}`,
   ]

@@ -33,7 +33,8 @@ export interface NativeBinding {
   profile(enabled: boolean): void
   profileRead(): { calls: Float64Array; seconds: Float64Array }
   info(): {
-    backends: { name: string; usable: boolean; reason: string }[]
+    /** `reason`: why not; `detail`: on which device. */
+    backends: { name: string; usable: boolean; reason: string; detail: string }[]
     cores: number
   }
   /**

@@ -29,6 +29,7 @@ const TILE = { rows: 256, columns: 512, packed: 256 } as const
 const PACKED_HEADS = 48 * 2 ** 20
 const QUERIES = 48
 const KEYS = 64
+const CUBLAS_WORKSPACE = 32 * 2 ** 20
 
 const ATTENTION: ReadonlySet<OpName> = new Set<OpName>(['attention', 'attention_backward'])
 const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 'conv3d', ...ATTENTION])
@@ -79,6 +80,18 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
   return 0
 }
 
+// What kernels of a GPU borrow (native/backends/cuda): partial sums, which only short products have, are left out.
+function borrowedOnDevice(op: OpName, inputs: readonly Size[]): number {
+  const [a, b] = inputs
+  if (op === 'matmul' || op === 'matmul_packed') return CUBLAS_WORKSPACE
+  // The weight with its taps outermost.
+  if (op === 'conv3d') return bytesOf(b ?? null)
+  // q and k once more when they are normalised or turned on the way.
+  if (op === 'attention') return inputs.slice(5).some((x) => x) ? bytesOf(a ?? null) + bytesOf(b ?? null) : 0
+  if (op === 'attention_backward') return 2 * bytesOf(inputs[6] ?? null)
+  return 0
+}
+
 function flopsOf(op: OpName, inputs: readonly Size[], outputs: readonly Size[]): number {
   const [a, b] = inputs
   const out = product(outputs[0]?.shape ?? [0])
@@ -95,6 +108,8 @@ interface Machine {
   readonly threads: number
   /** Whether bf16 is multiplied as it is. */
   readonly products: boolean
+  /** Whether it is a GPU. */
+  readonly device: boolean
 }
 
 // Stands in for the addon: commands move counters, and nothing is allocated or computed.
@@ -151,7 +166,10 @@ class Ledger {
     const flops = flopsOf(op, inputs, outputs)
     this.#flops += flops
     if (ATTENTION.has(op)) this.#attention += flops
-    this.#peak = Math.max(this.#peak, this.#live + borrowed(op, inputs, outputs, this.#machine))
+    const extra = this.#machine.device
+      ? borrowedOnDevice(op, inputs)
+      : borrowed(op, inputs, outputs, this.#machine)
+    this.#peak = Math.max(this.#peak, this.#live + extra)
   }
 
   /** What was taken since the last call. */
@@ -183,7 +201,8 @@ export class Rehearsal {
   constructor(engine: Engine) {
     const { backend, threads } = engine.device
     const { real, commands } = engine.parts
-    const ledger = new Ledger(real, commands, { threads, products: /bf16|amx/.test(backend) })
+    const device = backend.startsWith('cuda')
+    const ledger = new Ledger(real, commands, { threads, products: /bf16|amx/.test(backend), device })
     this.lap = ledger.lap
     this.#engine = engine
     this.#standIn = { binding: ledger as unknown as NativeBinding, freeIds: [], nextId: 0 }

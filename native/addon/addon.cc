@@ -360,11 +360,12 @@ class Addon : public Napi::Addon<Addon> {
     const std::string directory = LibraryDirectory();
     Napi::Array backends = Napi::Array::New(env);
     uint32_t n = 0;
-    const auto add = [&](const std::string& name, const std::string& reason) {
+    const auto add = [&](const std::string& name, const std::string& reason, const std::string& detail = "") {
       Napi::Object row = Napi::Object::New(env);
       row.Set("name", name);
       row.Set("usable", reason.empty());
       row.Set("reason", reason);
+      row.Set("detail", detail);
       backends.Set(n++, row);
     };
     for (const CpuLevel& level : CpuLevels()) {
@@ -372,9 +373,9 @@ class Addon : public Napi::Addon<Addon> {
       const bool installed = access(library.c_str(), R_OK) == 0;
       add(level.name, !level.unusable.empty() ? level.unusable : installed ? "" : "library is not installed");
     }
-    const std::string cuda = directory + "/libpyraflow_cuda.so";
-    add("cuda",
-        access(cuda.c_str(), R_OK) == 0 ? OpenBackend(directory, "cuda").reason : "library is not installed");
+    const bool installed = access((directory + "/libpyraflow_cuda.so").c_str(), R_OK) == 0;
+    const Backend cuda = installed ? OpenBackend(directory, "cuda") : Backend{};
+    add("cuda", installed ? cuda.reason : "library is not installed", cuda.detail);
     Napi::Object result = Napi::Object::New(env);
     result.Set("backends", backends);
     result.Set("cores", static_cast<double>(sysconf(_SC_NPROCESSORS_ONLN)));

@@ -72,7 +72,10 @@ Backend OpenBackend(const std::string& directory, const std::string& name, int d
   else
     backend.table = table;
   char text[256] = "";
-  if (backend.table && table->probe && table->probe(device, text) != PF_OK) {
+  if (!backend.table || !table->probe) return backend;
+  if (table->probe(device, text) == PF_OK) {
+    backend.detail = text;
+  } else {
     backend.table = nullptr;
     backend.reason = text;
   }

@@ -10,6 +10,7 @@ struct Backend {
   const PfBackendTable* table = nullptr;
   std::string name;
   std::string reason;  // why table is null, for `pyraflow info`
+  std::string detail;  // what device it works on
 };
 
 // CPU levels, weakest first, with the reason a level is unusable here (empty when usable).

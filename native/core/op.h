@@ -84,7 +84,7 @@ struct PfBackendTable {
   size_t (*pack_bytes)(int64_t n, int64_t k, int32_t dtype);
   // nullptr: operands lie in the process's own memory.
   const PfMemory* memory;
-  // Why this backend cannot work here (256 bytes), or PF_OK; nullptr: it always can.
+  // PF_OK and what the device is, or why this backend cannot work here (256 bytes); nullptr: it always can.
   int32_t (*probe)(int32_t device, char* text);
 };
 

@@ -1,7 +1,9 @@
 // What this device can do without pyraflow: the ceilings that `npm run bench -- --device cuda` compares the
 // engine with. Called on an engine thread between two commands; names as in backends/cpu/bench.cc.
 #include <chrono>
+#include <initializer_list>
 
+#include "backends/cuda/cublaslt.h"
 #include "backends/cuda/mma.h"
 
 namespace {
@@ -12,9 +14,21 @@ double Now() {
 
 // A call as kernels get it, without an engine.
 struct Call {
-  PfContext context{};
+  PfContext context{};  // first: scratch finds the call by it
   PfArgs args{nullptr, nullptr, nullptr, 0, 0, 0, &context};
-  Call() { context.stream = CurrentStream(); }
+  void* workspace = nullptr;
+  Call() {
+    context.stream = CurrentStream();
+    context.scratch = [](PfContext* self, size_t bytes) -> void* {
+      // The one block that a product asks for is kept from run to run.
+      Call* const call = reinterpret_cast<Call*>(self);
+      if (!call->workspace) call->workspace = kDeviceMemory.allocate(bytes);
+      return call->workspace;
+    };
+  }
+  ~Call() {
+    if (workspace) kDeviceMemory.release(workspace);
+  }
 };
 
 // Mean seconds of a run; negative when a launch fails. Enough is queued at once that the queue never runs
@@ -93,4 +107,26 @@ PF_EXPORT double pf_bench_multiply_add(int32_t dtype, double seconds) {
   kDeviceMemory.release(out);
   const double per_thread = tensor ? 2.0 * 16 * 8 * 16 / 32 * kChains : 2.0 * kChains * 2;
   return each > 0 ? 1e-9 * per_thread * kRounds * kBlocks * kThreads / each : 0;
+}
+
+// GFLOP/s of cuBLASLt alone for x[m, k] w[n, k]T; 0 where it is not installed.
+PF_EXPORT double pf_bench_matmul(int64_t m, int64_t n, int64_t k, int32_t dtype, double seconds) {
+  Call call;
+  const size_t size = PfSize(dtype);
+  void *const x = kDeviceMemory.allocate(m * k * size), *const w = kDeviceMemory.allocate(n * k * size),
+              *const y = kDeviceMemory.allocate(m * n * size);
+  double each = -1;
+  if (x && w && y && DeviceZero(&call.args, x, m * k * size) == PF_OK &&
+      DeviceZero(&call.args, w, n * k * size) == PF_OK) {
+    const PfView none = {nullptr, 0, -1, {}};
+    const PfView a = {x, dtype, 2, {m, k}}, b = {w, dtype, 2, {n, k}}, c = {y, dtype, 2, {m, n}};
+    const GemmProblem p = {1, m, n, k, 0, 0, false, true, a, b, none, none, c, kActNone, false};
+    each = SecondsPerRun(seconds, [&] {
+      return CublasLtMatmul(&call.args, p, dtype, {x, k, 0}, {w, k, 0}) ? PF_OK : PF_ERR_DEVICE;
+    });
+  }
+  for (void* block : {x, w, y})
+    if (block) kDeviceMemory.release(block);
+  return each > 0 ? 2e-9 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) / each
+                  : 0;
 }

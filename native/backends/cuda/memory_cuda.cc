@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "backends/cuda/cublaslt.h"
 #include "backends/cuda/memory.h"
 
 namespace {
@@ -162,7 +163,8 @@ int32_t DeviceProbe(int32_t index, char* text) {
              properties.name, properties.major, properties.minor);
     return PF_ERR_DEVICE;
   }
-  snprintf(text, 256, "%.80s", properties.name);
+  snprintf(text, 256, "%.80s, %.1f GiB; matrix products: %.120s", properties.name,
+           static_cast<double>(properties.totalGlobalMem) / (1 << 30), CublasLtState());
   return PF_OK;
 }
 
