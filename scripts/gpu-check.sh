@@ -32,7 +32,7 @@ compile() {
   local object="$out/objects/$(basename "$1").o"
   case $1 in
     *backends/cuda* | *_cuda.cu) set -- nvcc -std=c++20 -O3 -arch=sm_$arch -Inative -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off \
-      -Xptxas=-v '-DPF_LEVEL_NAME="cuda"' -MD -MF "$object.d" -c "$1" -o "$object" ;;
+      -Xptxas=-v -MD -MF "$object.d" -c "$1" -o "$object" ;;
     *) set -- $gxx "-DPF_OUT_DIR=\"build/Release\"" -c "$1" -o "$object" ;;
   esac
   "$@" >"$object.txt" 2>&1 || { cat "$object.txt" >&2; return 1; }

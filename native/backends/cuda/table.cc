@@ -1,6 +1,10 @@
 // The op table of the CUDA backend, and of its twin that runs the same kernels in the emulator.
 #include "backends/cuda/memory.h"
 
+#ifndef PF_LEVEL_NAME
+#define PF_LEVEL_NAME "cuda"
+#endif
+
 #ifdef PF_PARTIAL  // a development build of some op folders only: the missing kernels are null
 #define PF_WEAK __attribute__((weak))
 #else
