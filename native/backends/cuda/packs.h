@@ -20,7 +20,7 @@ __device__ __forceinline__ void LoadPacks(const T* from, At at, float (&to)[K][N
 #pragma unroll
     for (int part = 0; part < Parts::kCount; ++part) {
       raw[k].of[part] = {};
-      if (i >= 0) raw[k].of[part] = reinterpret_cast<const Parts*>(from + i)->of[part];
+      if (i >= 0) raw[k].of[part] = FetchPack(&reinterpret_cast<const Parts*>(from + i)->of[part]);
     }
   }
 #pragma unroll
