@@ -2,6 +2,7 @@
 //   y[row_offset + b row_stride + (t H/2 + i) W/2 + j, (py 2 + px) C + c] = x[b, c, t, 2i + py, 2j + px];
 // other rows of y stay as they are. unpatchify [x [N, 4C]] -> [y [B, C, T, H, W]] reads the same way back.
 #pragma once
+#include "core/half.h"
 #include "ops/pointwise/shape_text.h"
 
 struct PatchifyParams {
@@ -12,8 +13,8 @@ struct Patches {
   int64_t b, c, t, h, w, row_offset, row_stride;  // h, w in tokens
 
   // Token row of image row i (of B T h), and the latent element it starts at for channel c.
-  int64_t Row(int64_t i) const { return row_offset + i / (t * h) * row_stride + i % (t * h) * w; }
-  int64_t Element(int64_t i, int64_t channel) const {
+  PF_HD int64_t Row(int64_t i) const { return row_offset + i / (t * h) * row_stride + i % (t * h) * w; }
+  PF_HD int64_t Element(int64_t i, int64_t channel) const {
     const int64_t batch = i / (t * h), rest = i % (t * h);
     return ((batch * c + channel) * t + rest / h) * 4 * h * w + rest % h * 4 * w;
   }

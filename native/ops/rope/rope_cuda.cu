@@ -146,14 +146,16 @@ __global__ void __launch_bounds__(kThreads) BackwardKernel(Rope p, int64_t tasks
       if (at(k) >= 0) WritePack<8>(p.out, at(k), dy[k]);
     }
   }
-  if (!kNorm || p.parts == nullptr) return;
+  if constexpr (kNorm) {
+    if (p.parts == nullptr) return;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) of_team[(team * 8 + j) * kLanes + i / 8] = dw[j];
-  __syncthreads();
-  for (int column = threadIdx.x; column < p.d; column += kThreads) {
-    float sum = 0;
-    for (int k = 0; k < kTeams; ++k) sum += of_team[(k * 8 + column % 8) * kLanes + column / 8];
-    p.parts[static_cast<int64_t>(blockIdx.x) * p.d + column] = sum;
+    for (int j = 0; j < 8; ++j) of_team[(team * 8 + j) * kLanes + i / 8] = dw[j];
+    __syncthreads();
+    for (int column = threadIdx.x; column < p.d; column += kThreads) {
+      float sum = 0;
+      for (int k = 0; k < kTeams; ++k) sum += of_team[(k * 8 + column % 8) * kLanes + column / 8];
+      p.parts[static_cast<int64_t>(blockIdx.x) * p.d + column] = sum;
+    }
   }
 }
 
