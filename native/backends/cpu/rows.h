@@ -147,10 +147,3 @@ static inline bool AsFloats(const PfArgs* a, const PfView& v, const float** out)
   *out = ReadRow(v, 0, PfCount(v), buffer);
   return true;
 }
-
-// The first present operand that is not f32 or bf16, as an index; -1 when all are.
-static inline int FirstNotFloat(const PfView* views, int n, unsigned skip = 0) {
-  for (int i = 0; i < n; ++i)
-    if (PfPresent(views[i]) && !PfIsFloat(views[i]) && !(skip >> i & 1)) return i;
-  return -1;
-}

@@ -86,18 +86,66 @@ template <class T, int N>
 struct __align__(sizeof(T) * N) Pack {
   T of[N];
 };
+
+// nvcc parts the copy of a struct into its members and does not always join them again; words stay whole.
+template <int kBytes>
+struct PackWords;
+template <>
+struct PackWords<2> {
+  typedef uint16_t Type;
+};
+template <>
+struct PackWords<4> {
+  typedef uint32_t Type;
+};
+template <>
+struct PackWords<8> {
+  typedef uint2 Type;
+};
+template <>
+struct PackWords<16> {
+  typedef uint4 Type;
+};
+template <class P>
+__device__ __forceinline__ P FetchPack(const P* at) {
+#if defined(__CUDA_ARCH__)
+  typedef typename PackWords<sizeof(P)>::Type Words;
+  const Words words = *reinterpret_cast<const Words*>(at);
+  P pack;
+  memcpy(&pack, &words, sizeof(P));
+  return pack;
+#else
+  return *at;
+#endif
+}
 template <class T, int N>
 __device__ __forceinline__ void LoadPack(const T* at, float* to) {
-  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(at);
+  const Pack<T, N> pack = FetchPack(reinterpret_cast<const Pack<T, N>*>(at));
 #pragma unroll
   for (int i = 0; i < N; ++i) to[i] = ToFloat(pack.of[i]);
 }
 template <class T, int N>
-__device__ __forceinline__ void StorePack(T* at, const float* from) {
+__device__ __forceinline__ Pack<T, N> RoundPack(const float* from) {
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.of[i] = FromFloat<T>(from[i]);
-  *reinterpret_cast<Pack<T, N>*>(at) = pack;
+  return pack;
+}
+template <class T, int N>
+__device__ __forceinline__ void StorePack(T* at, const float* from) {
+  *reinterpret_cast<Pack<T, N>*>(at) = RoundPack<T, N>(from);
+}
+// To global memory, with the intrinsic, as stores of words are parted, too.
+template <class T, int N>
+__device__ __forceinline__ void StoreGlobalPack(T* at, const float* from) {
+#if defined(__CUDA_ARCH__)
+  const Pack<T, N> pack = RoundPack<T, N>(from);
+  typename PackWords<sizeof(pack)>::Type words;
+  memcpy(&words, &pack, sizeof(pack));
+  __stwb(reinterpret_cast<decltype(words)*>(at), words);
+#else
+  StorePack<T, N>(at, from);
+#endif
 }
 static inline bool Aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;

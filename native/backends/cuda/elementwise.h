@@ -32,9 +32,9 @@ __device__ __forceinline__ void WritePack(const FloatArray& v, int64_t at, const
     constexpr int kPart = N < 4 ? N : 4;
 #pragma unroll
     for (int i = 0; i < N; i += kPart)
-      StorePack<float, kPart>(static_cast<float*>(v.data) + at + i, from + i);
+      StoreGlobalPack<float, kPart>(static_cast<float*>(v.data) + at + i, from + i);
   } else {
-    StorePack<Bf16, N>(static_cast<Bf16*>(v.data) + at, from);
+    StoreGlobalPack<Bf16, N>(static_cast<Bf16*>(v.data) + at, from);
   }
 }
 __device__ __forceinline__ float ReadOne(const FloatArray& v, int64_t at) {

@@ -128,6 +128,7 @@ static inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
   }
   return bits;
 }
+static inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 static inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 static inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 

@@ -5,7 +5,9 @@
 // Outputs are at least 2 inputs apart, so each input row feeds at most one output row: both directions are
 // gathers.
 #pragma once
-#include "core/half.h"  // PF_HD
+#include <math.h>
+
+#include "core/half.h"
 #include "ops/pointwise/shape_text.h"
 
 struct DownsampleParams {
@@ -18,9 +20,25 @@ struct DownTap {
   double t;
 };
 PF_HD static inline DownTap DownTapOf(int64_t i, int64_t n) {
-  const double at = (i + 0.5) * n / static_cast<double>(n / 2) - 0.5, source = at > 0 ? at : 0;
+  const double source = fmax((i + 0.5) * n / static_cast<double>(n / 2) - 0.5, 0.0);
   const int64_t first = static_cast<int64_t>(source) < n - 1 ? static_cast<int64_t>(source) : n - 1;
   return {first, first + 1 < n ? first + 1 : first, source - first};
+}
+
+// The one output that reads input i of a line of n, and its weight; output -1: none does.
+struct DownTarget {
+  int64_t output;
+  double weight;
+};
+PF_HD static inline DownTarget DownTargetOf(int64_t i, int64_t n) {
+  // Output k starts at input 2k or 2k + 1.
+  for (int64_t k = i / 2; k >= 0 && k >= i / 2 - 1; --k) {
+    if (k >= n / 2) continue;
+    const DownTap tap = DownTapOf(k, n);
+    if (tap.first == i || tap.second == i)
+      return {k, (tap.first == i ? 1 - tap.t : 0) + (tap.second == i ? tap.t : 0)};
+  }
+  return {-1, 0};
 }
 
 struct Planes {

@@ -17,15 +17,16 @@ bool MakeAxis(const PfArgs* a, int64_t n, Axis* axis) {
   axis->target = axis->second + n;
   axis->t = reinterpret_cast<float*>(axis->target + n);
   axis->weight = axis->t + n;
-  for (int64_t i = 0; i < n; ++i) axis->target[i] = -1, axis->weight[i] = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const DownTarget target = DownTargetOf(i, n);
+    axis->target[i] = static_cast<int32_t>(target.output);
+    axis->weight[i] = static_cast<float>(target.weight);
+  }
   for (int64_t i = 0; i < n / 2; ++i) {
     const DownTap tap = DownTapOf(i, n);
     axis->first[i] = static_cast<int32_t>(tap.first);
     axis->second[i] = static_cast<int32_t>(tap.second);
     axis->t[i] = static_cast<float>(tap.t);
-    axis->target[tap.first] = axis->target[tap.second] = static_cast<int32_t>(i);
-    axis->weight[tap.first] += static_cast<float>(1 - tap.t);
-    axis->weight[tap.second] += static_cast<float>(tap.t);
   }
   return true;
 }

@@ -56,3 +56,10 @@ static inline int32_t GroupNormBackwardCheck(const PfArgs* a, GroupNormShape* s)
       return Fail(a, PF_ERR_SHAPE, "%s: expected dw and db [C]", op);
   return PF_OK;
 }
+
+static inline int32_t GroupNormDtypes(const PfArgs* a) {
+  return NeedFloats(a, "group_norm", 0, 1u << 1 | 1u << 2);
+}
+static inline int32_t GroupNormBackwardDtypes(const PfArgs* a) {
+  return NeedFloats(a, "group_norm_backward", 1u << 3 | 1u << 4, 1u << 1 | 1u << 2);
+}

@@ -29,17 +29,6 @@ Chunks MakeChunks(const GroupNormShape& s) {
   return {pixels, per_frame, per_frame * s.frames, RoundUp(pixels * s.channels, 16)};
 }
 
-int32_t Refuse(const PfArgs* a, const char* op, unsigned f32_inputs, unsigned f32_outputs) {
-  for (int i = 0; i < a->n_in; ++i)
-    if (!PfIsFloat(a->in[i]) || (f32_inputs >> i & 1 && a->in[i].dtype != PF_F32))
-      return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
-  for (int i = 0; i < a->n_out; ++i)
-    if (PfPresent(a->out[i]) &&
-        (!PfIsFloat(a->out[i]) || (f32_outputs >> i & 1 && a->out[i].dtype != PF_F32)))
-      return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
-  return PF_OK;
-}
-
 // Vectors of channels whose sums stay in registers while a chunk is walked pixel by pixel, as it lies in
 // memory: one vector at a time jumps, and hardware does not foresee that.
 constexpr int kTile = 4;
@@ -162,7 +151,7 @@ int32_t pf_cpu_group_norm(const PfArgs* a) {
   const char* op = "group_norm";
   GroupNormShape s;
   if (int32_t e = GroupNormForwardCheck(a, &s)) return e;
-  if (int32_t e = Refuse(a, op, 0, 6)) return e;
+  if (int32_t e = GroupNormDtypes(a)) return e;
   if (PfCount(a->in[0]) == 0) return PF_OK;
   const auto& params = PfParams<GroupNormParams>(a);
   const bool silu = params.silu != 0;
@@ -230,7 +219,7 @@ int32_t pf_cpu_group_norm_backward(const PfArgs* a) {
   const char* op = "group_norm_backward";
   GroupNormShape s;
   if (int32_t e = GroupNormBackwardCheck(a, &s)) return e;
-  if (int32_t e = Refuse(a, op, 1u << 3 | 1u << 4, 6)) return e;
+  if (int32_t e = GroupNormBackwardDtypes(a)) return e;
   const auto& params = PfParams<GroupNormBackwardParams>(a);
   const bool silu = params.silu != 0;
   const int64_t C = s.channels, G = s.groups, width = C / G;

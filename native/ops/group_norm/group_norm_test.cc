@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "core/op_test.h"
 
 PF_CASES(group_norm) {
@@ -10,7 +12,8 @@ PF_CASES(group_norm) {
                          {3, 35, 64, 32},
                          {1, 300, 128, 32},
                          {2, 77, 34, 2},
-                         {1, 7, 1920, 32}})
+                         {1, 7, 1920, 32},
+                         {2, 5, 2304, 32}})
     for (double silu : {0.0, 1.0}) {
       const int64_t g = static_cast<int64_t>(s.g);
       const op_test::Dims x = {s.f, s.p, s.c}, stats = {s.f, g};
@@ -39,6 +42,32 @@ PF_CASES(group_norm) {
             .Tolerance(4e-6, 5e-3)
             .Run();
     }
+  // Many pixels: statistics and gradients of a channel are joined from many parts.
+  const op_test::Dims many = {1, 20000, 8}, of_many = {1, 2};
+  const auto wave = [](int64_t i) { return 0.5 + std::sin(0.37 * static_cast<double>(i)); };
+  test.Case("group_norm")
+      .InValues(many, wave)
+      .In({8})
+      .In({8})
+      .Out(many)
+      .OutF32(of_many)
+      .OutF32(of_many)
+      .Scalars({2, 1e-6, 0})
+      .Tolerance(2e-6, 4e-3)
+      .Run();
+  test.Case("group_norm_backward")
+      .InValues(many, wave)
+      .In({8})
+      .In({8})
+      .FromRef("group_norm", {0, 1, 2}, {2, 0.5, 1}, {many, of_many, of_many}, 1)
+      .FromRef("group_norm", {0, 1, 2}, {2, 0.5, 1}, {many, of_many, of_many}, 2)
+      .In(many)
+      .Out(many)
+      .OutF32({8})
+      .OutF32({8})
+      .Scalars({2, 1, 0})
+      .Tolerance(4e-6, 5e-3)
+      .Run();
   // Far from zero: the variance must not drown in the square of the mean.
   test.Case("group_norm")
       .InValues({1, 500, 64}, [](int64_t i) { return 4096 + i * 7 % 13; })

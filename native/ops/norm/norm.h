@@ -18,11 +18,12 @@ struct RmsNormBackwardParams {
 
 struct NormShape {
   int64_t rows = 0, d = 0, entries = 1;
+  bool tables = false;  // whether there are any for rows to pick from
 };
 
 static inline int32_t NormFold(const PfArgs* a, const char* op, const PfView& x, NormShape* s) {
   if (x.rank < 1) return Fail(a, PF_ERR_SHAPE, "%s: expected x [..., d], received rank %d", op, x.rank);
-  *s = {PfProduct(x, 0, x.rank - 1), x.dims[x.rank - 1], 1};
+  *s = {PfProduct(x, 0, x.rank - 1), x.dims[x.rank - 1], 1, false};
   return PF_OK;
 }
 
@@ -33,7 +34,7 @@ static inline int32_t NormExpectCount(const PfArgs* a, const char* op, const cha
               static_cast<long long>(count), static_cast<long long>(PfCount(v)));
 }
 
-// Tables are [R, d]; rows picks one entry per row and must stay inside.
+// Tables are [R, d]; rows picks one entry per row.
 static inline int32_t NormCheckTables(const PfArgs* a, const char* op, const PfView* tables[2],
                                       const PfView& rows, NormShape* s) {
   int64_t entries = 0;
@@ -53,6 +54,7 @@ static inline int32_t NormCheckTables(const PfArgs* a, const char* op, const PfV
   }
   if (!entries) return PF_OK;
   s->entries = entries;
+  s->tables = true;
   if (!PfPresent(rows)) {
     if (entries == 1) return PF_OK;
     return Fail(a, PF_ERR_SHAPE,
@@ -63,11 +65,16 @@ static inline int32_t NormCheckTables(const PfArgs* a, const char* op, const PfV
   if (PfCount(rows) != s->rows)
     return Fail(a, PF_ERR_SHAPE, "%s: expected rows [N] with N = %lld, received %lld", op,
                 static_cast<long long>(s->rows), static_cast<long long>(PfCount(rows)));
+  return PF_OK;
+}
+// The values of rows, for kernels whose operands lie in the process's own memory.
+static inline int32_t NormCheckRows(const PfArgs* a, const char* op, const PfView& rows, const NormShape& s) {
+  if (!PfPresent(rows) || !s.tables) return PF_OK;
   const int32_t* index = PfData<int32_t>(rows);
-  for (int64_t n = 0; n < s->rows; ++n)
-    if (index[n] < 0 || index[n] >= entries)
+  for (int64_t n = 0; n < s.rows; ++n)
+    if (index[n] < 0 || index[n] >= s.entries)
       return Fail(a, PF_ERR_SHAPE, "%s: expected rows below %lld, received rows[%lld] = %d", op,
-                  static_cast<long long>(entries), static_cast<long long>(n), index[n]);
+                  static_cast<long long>(s.entries), static_cast<long long>(n), index[n]);
   return PF_OK;
 }
 
@@ -114,4 +121,15 @@ static inline int32_t RmsNormBackwardCheck(const PfArgs* a, NormShape* s) {
   if ((e = NormExpectCount(a, op, "dy", a->in[3], s->rows * s->d))) return e;
   if ((e = NormExpectCount(a, op, "dx", a->out[0], s->rows * s->d))) return e;
   return NormExpectCount(a, op, "dw", a->out[1], s->d);
+}
+
+static inline int32_t NormModulateDtypes(const PfArgs* a) {
+  return NeedFloats(a, "norm_modulate", 0, 1u << 1 | 1u << 2, 1u << 3);
+}
+static inline int32_t NormModulateBackwardDtypes(const PfArgs* a) {
+  return NeedFloats(a, "norm_modulate_backward", 1u << 1 | 1u << 2, 0, 1u << 4);
+}
+static inline int32_t RmsNormDtypes(const PfArgs* a) { return NeedFloats(a, "rms_norm", 0, 1u << 1); }
+static inline int32_t RmsNormBackwardDtypes(const PfArgs* a) {
+  return NeedFloats(a, "rms_norm_backward", 1u << 2, 1u << 1);
 }

@@ -1,19 +1,6 @@
 #include "backends/cpu/rows.h"
 #include "ops/norm/norm.h"
 
-static int32_t Refuse(const PfArgs* a, const char* op, unsigned skip_inputs) {
-  int i = FirstNotFloat(a->in, a->n_in, skip_inputs);
-  if (i >= 0) return Fail(a, PF_ERR_DTYPE, "%s: expected f32 or bf16 for input %d", op, i);
-  i = FirstNotFloat(a->out, a->n_out);
-  if (i >= 0) return Fail(a, PF_ERR_DTYPE, "%s: expected f32 or bf16 for output %d", op, i);
-  return PF_OK;
-}
-
-static int32_t RefuseNotF32(const PfArgs* a, const char* op, const char* name, const PfView& v) {
-  if (!PfPresent(v) || v.dtype == PF_F32) return PF_OK;
-  return Fail(a, PF_ERR_DTYPE, "%s: expected %s as f32", op, name);
-}
-
 // One row: y = (x − mean)·rstd·(1 + scale) + shift.
 template <class X, class Y>
 static void ModulateRow(const X* x, int64_t d, float mean, float rstd, const float* scale, const float* shift,
@@ -51,9 +38,8 @@ int32_t pf_cpu_norm_modulate(const PfArgs* a) {
   const char* op = "norm_modulate";
   NormShape s;
   if (int32_t e = NormModulateCheck(a, &s)) return e;
-  if (int32_t e = Refuse(a, op, 1u << 3)) return e;
-  if (int32_t e = RefuseNotF32(a, op, "mean", a->out[1])) return e;
-  if (int32_t e = RefuseNotF32(a, op, "rstd", a->out[2])) return e;
+  if (int32_t e = NormCheckRows(a, op, a->in[3], s)) return e;
+  if (int32_t e = NormModulateDtypes(a)) return e;
   const float *shift, *scale;
   if (!AsFloats(a, a->in[1], &shift) || !AsFloats(a, a->in[2], &scale)) return NoMemory(a, op);
   PF_FLOAT_DISPATCH(a->in[0], X,
@@ -98,9 +84,8 @@ int32_t pf_cpu_norm_modulate_backward(const PfArgs* a) {
   const char* op = "norm_modulate_backward";
   NormShape s;
   if (int32_t e = NormModulateBackwardCheck(a, &s)) return e;
-  if (int32_t e = Refuse(a, op, 1u << 4)) return e;
-  if (int32_t e = RefuseNotF32(a, op, "mean", a->in[1])) return e;
-  if (int32_t e = RefuseNotF32(a, op, "rstd", a->in[2])) return e;
+  if (int32_t e = NormCheckRows(a, op, a->in[4], s)) return e;
+  if (int32_t e = NormModulateBackwardDtypes(a)) return e;
   const int64_t d = s.d, stride = RoundUp(d, 16);
   const float* scale;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * 3 * stride);
@@ -162,8 +147,7 @@ int32_t pf_cpu_rms_norm(const PfArgs* a) {
   const char* op = "rms_norm";
   NormShape s;
   if (int32_t e = RmsNormCheck(a, &s)) return e;
-  if (int32_t e = Refuse(a, op, 0)) return e;
-  if (int32_t e = RefuseNotF32(a, op, "rstd", a->out[1])) return e;
+  if (int32_t e = RmsNormDtypes(a)) return e;
   const float* w;
   if (!AsFloats(a, a->in[1], &w)) return NoMemory(a, op);
   PF_FLOAT_DISPATCH(a->in[0], X, PF_FLOAT_DISPATCH(a->out[0], Y, { RmsNorm<X, Y>(a, s, w); }););
@@ -174,9 +158,7 @@ int32_t pf_cpu_rms_norm_backward(const PfArgs* a) {
   const char* op = "rms_norm_backward";
   NormShape s;
   if (int32_t e = RmsNormBackwardCheck(a, &s)) return e;
-  if (int32_t e = Refuse(a, op, 0)) return e;
-  if (int32_t e = RefuseNotF32(a, op, "rstd", a->in[2])) return e;
-  if (int32_t e = RefuseNotF32(a, op, "dw", a->out[1])) return e;
+  if (int32_t e = RmsNormBackwardDtypes(a)) return e;
   const int64_t d = s.d, stride = RoundUp(d, 16);
   const float* w;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * 3 * stride);

@@ -4,6 +4,7 @@
 int32_t pf_ref_norm_modulate(const PfArgs* a) {
   NormShape s;
   if (int32_t e = NormModulateCheck(a, &s)) return e;
+  if (int32_t e = NormCheckRows(a, "norm_modulate", a->in[3], s)) return e;
   const PfView &x = a->in[0], &shift = a->in[1], &scale = a->in[2], &rows = a->in[3];
   const double eps = PfParams<NormParams>(a).eps;
   for (int64_t n = 0; n < s.rows; ++n) {
@@ -30,6 +31,7 @@ int32_t pf_ref_norm_modulate(const PfArgs* a) {
 int32_t pf_ref_norm_modulate_backward(const PfArgs* a) {
   NormShape s;
   if (int32_t e = NormModulateBackwardCheck(a, &s)) return e;
+  if (int32_t e = NormCheckRows(a, "norm_modulate_backward", a->in[4], s)) return e;
   const PfView &x = a->in[0], &scale = a->in[3], &rows = a->in[4], &dy = a->in[5];
   // One column at a time in double, so that a narrow output is rounded once.
   for (int64_t r = 0; r < s.entries; ++r)

@@ -70,6 +70,59 @@ PF_CASES(norm) {
             .Tolerance(4e-6, 5e-3)
             .Run();
     }
+  // Rows of all lengths that are laid out differently, entries in any order, one of them without a row.
+  for (int64_t d : {512, 1000, 2000, 4096, 6144, 10240}) {
+    const int64_t n = d > 1000 ? 9 : 23;
+    const op_test::Dims x = {n, d}, stats = {n}, table = {5, d};
+    const auto row = [](int64_t i) { return i < 7 ? 3 : i * i % 3; };
+    test.Case("norm_modulate")
+        .In(x)
+        .In(table)
+        .In(table)
+        .InInt(stats, row)
+        .Out(x)
+        .OutF32(stats)
+        .OutF32(stats)
+        .Scalars({1e-6})
+        .Tolerance(2e-6, 4e-3)
+        .Run();
+    test.Case("norm_modulate_backward")
+        .In(x)
+        .FromRef("norm_modulate", {0, -1, -1, -1}, {0.5}, {x, stats, stats}, 1)
+        .FromRef("norm_modulate", {0, -1, -1, -1}, {0.5}, {x, stats, stats}, 2)
+        .In(table)
+        .InInt(stats, row)
+        .In(x)
+        .Out(x)
+        .Out(table)
+        .OutF32(table)
+        .Tolerance(4e-6, 5e-3)
+        .Run();
+    test.Case("rms_norm").In(x).In({d}).Out(x).OutF32(stats).Scalars({1e-6}).Tolerance(2e-6, 4e-3).Run();
+    test.Case("rms_norm_backward")
+        .In(x)
+        .In({d})
+        .FromRef("rms_norm", {0, 1}, {0.5}, {x, stats}, 1)
+        .In(x)
+        .Out(x)
+        .InOutF32({d})
+        .Scalars({1})
+        .Tolerance(4e-6, 5e-3)
+        .Run();
+  }
+  // Many rows: their sums are joined from many parts.
+  test.Case("norm_modulate_backward")
+      .In({4500, 8})
+      .FromRef("norm_modulate", {0, -1, -1, -1}, {0.5}, {{4500, 8}, {4500}, {4500}}, 1)
+      .FromRef("norm_modulate", {0, -1, -1, -1}, {0.5}, {{4500, 8}, {4500}, {4500}}, 2)
+      .In({7, 8})
+      .InInt({4500}, [](int64_t i) { return i * 31 / 11 % 7; })
+      .In({4500, 8})
+      .Out({4500, 8})
+      .OutMissing()
+      .Out({7, 8})
+      .Tolerance(4e-6, 5e-3)
+      .Run();
   // One entry for all rows needs no index; the statistics may be left out.
   test.Case("norm_modulate")
       .In({2, 9, 40})

@@ -2,7 +2,7 @@
 //   y[row_offset + b row_stride + (t H/2 + i) W/2 + j, (py 2 + px) C + c] = x[b, c, t, 2i + py, 2j + px];
 // other rows of y stay as they are. unpatchify [x [N, 4C]] -> [y [B, C, T, H, W]] reads the same way back.
 #pragma once
-#include "core/half.h"  // PF_HD
+#include "core/half.h"
 #include "ops/pointwise/shape_text.h"
 
 struct PatchifyParams {

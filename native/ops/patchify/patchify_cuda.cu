@@ -4,64 +4,72 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 64, kChannels = 16;  // latent columns and channels of a tile
+constexpr int kTokens = 32, kChannels = 16;  // of a tile: 64 pixels side by side, 16 channels of a token
 
-struct PatchCall {
-  FloatArray from, to;
-  Patches p;
-  int column_tiles, channel_tiles;
+struct Patchify {
+  FloatArray latent, rows;
+  Patches patches;
 };
 
-// A tile of one latent row goes through shared memory: latents are contiguous along the row, tokens along the
-// channels.
+// A block moves a tile of one image row of tokens through shared memory, so that both sides are walked along
+// their memory.
 template <bool kToRows>
-__global__ void __launch_bounds__(kThreads) PatchKernel(PatchCall call) {
-  __shared__ float tile[kChannels][kColumns + 1];
-  const Patches& p = call.p;
-  int64_t rest = blockIdx.x;
-  const int64_t column = rest % call.column_tiles * kColumns;
-  rest /= call.column_tiles;
-  const int64_t channel = rest % call.channel_tiles * kChannels;
-  rest /= call.channel_tiles;
-  const int64_t py = rest % 2, row = rest / 2;
-  const int columns = static_cast<int>(2 * p.w - column < kColumns ? 2 * p.w - column : kColumns);
-  const int channels = static_cast<int>(p.c - channel < kChannels ? p.c - channel : kChannels);
-  const int64_t first_row = p.Row(row);
-  const auto latent = [&](int k) {
-    const int c = k / kColumns, x = k % kColumns;
-    return p.Element(row, channel + c) + py * 2 * p.w + column + x;
+__global__ void __launch_bounds__(kThreads) PatchifyKernel(Patchify p) {
+  __shared__ float tile[4 * kChannels][kTokens + 1];  // [part, channel][token]
+  const Patches& s = p.patches;
+  const int64_t across = (s.w + kTokens - 1) / kTokens, deep = (s.c + kChannels - 1) / kChannels;
+  const int64_t image_row = blockIdx.x / (across * deep), rest = blockIdx.x - image_row * across * deep;
+  const int64_t j0 = rest / deep * kTokens, c0 = (rest - rest / deep * deep) * kChannels;
+  const int tokens = static_cast<int>(s.w - j0 < kTokens ? s.w - j0 : kTokens);
+  const int channels = static_cast<int>(s.c - c0 < kChannels ? s.c - c0 : kChannels);
+  // visit(element, value in the tile) along the latents, and along the rows
+  const auto latents = [&](auto visit) {
+    for (int i = threadIdx.x; i < channels * 4 * kTokens; i += kThreads) {
+      const int x = i % (2 * kTokens), line = i / (2 * kTokens), c = line / 2, y = line % 2;
+      if (x < 2 * tokens)
+        visit(s.Element(image_row, c0 + c) + y * 2 * s.w + 2 * j0 + x,
+              tile[(2 * y + x % 2) * kChannels + c][x / 2]);
+    }
   };
-  const auto token = [&](int k) {
-    const int64_t c = k % kChannels, x = column + k / kChannels;
-    return (first_row + x / 2) * 4 * p.c + (py * 2 + x % 2) * p.c + channel + c;
+  const auto rows = [&](auto visit) {
+    for (int i = threadIdx.x; i < tokens * 4 * kChannels; i += kThreads) {
+      const int c = i % kChannels, part = i / kChannels % 4, j = i / (4 * kChannels);
+      if (c < channels)
+        visit((s.Row(image_row) + j0 + j) * 4 * s.c + part * s.c + c0 + c, tile[part * kChannels + c][j]);
+    }
   };
-  for (int k = threadIdx.x; k < kColumns * kChannels; k += kThreads) {
-    const int c = kToRows ? k / kColumns : k % kChannels, x = kToRows ? k % kColumns : k / kChannels;
-    if (c < channels && x < columns) tile[c][x] = ReadOne(call.from, kToRows ? latent(k) : token(k));
-  }
+  const auto read = [](const FloatArray& from) {
+    return [=](int64_t at, float& value) { value = ReadOne(from, at); };
+  };
+  const auto write = [](const FloatArray& to) {
+    return [=](int64_t at, float value) { WriteOne(to, at, value); };
+  };
+  if (kToRows)
+    latents(read(p.latent));
+  else
+    rows(read(p.rows));
   __syncthreads();
-  for (int k = threadIdx.x; k < kColumns * kChannels; k += kThreads) {
-    const int c = kToRows ? k % kChannels : k / kColumns, x = kToRows ? k / kChannels : k % kColumns;
-    if (c < channels && x < columns) WriteOne(call.to, kToRows ? token(k) : latent(k), tile[c][x]);
-  }
+  if (kToRows)
+    rows(write(p.rows));
+  else
+    latents(write(p.latent));
 }
 
 template <bool kToRows>
-int32_t Run(const PfArgs* a, const char* op, const PfView& latent, const PfView& rows) {
-  PatchCall call = {};
-  PF_TRY(MakePatches(a, op, latent, rows, &call.p));
+int32_t LaunchPatchify(const PfArgs* a, const char* op, const PfView& latent, const PfView& rows) {
+  Patchify p{ArrayOf(latent), ArrayOf(rows), {}};
+  PF_TRY(MakePatches(a, op, latent, rows, &p.patches));
   PF_TRY(NeedFloat(a, op, "x", a->in[0]));
   PF_TRY(NeedFloat(a, op, "y", a->out[0]));
   if (PfCount(latent) == 0) return PF_OK;
-  call.from = ArrayOf(a->in[0]);
-  call.to = ArrayOf(a->out[0]);
-  call.column_tiles = static_cast<int>(CeilDiv(2 * call.p.w, kColumns));
-  call.channel_tiles = static_cast<int>(CeilDiv(call.p.c, kChannels));
-  const int64_t blocks = call.p.b * call.p.t * call.p.h * 2 * call.column_tiles * call.channel_tiles;
-  return Launch(a, &PatchKernel<kToRows>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, call);
+  const Patches& s = p.patches;
+  const int64_t blocks = s.b * s.t * s.h * CeilDiv(s.w, kTokens) * CeilDiv(s.c, kChannels);
+  return Launch(a, &PatchifyKernel<kToRows>, static_cast<unsigned>(blocks), kThreads, 0, p);
 }
 
 }  // namespace
 
-int32_t pf_cuda_patchify(const PfArgs* a) { return Run<true>(a, "patchify", a->in[0], a->out[0]); }
-int32_t pf_cuda_unpatchify(const PfArgs* a) { return Run<false>(a, "unpatchify", a->out[0], a->in[0]); }
+int32_t pf_cuda_patchify(const PfArgs* a) { return LaunchPatchify<true>(a, "patchify", a->in[0], a->out[0]); }
+int32_t pf_cuda_unpatchify(const PfArgs* a) {
+  return LaunchPatchify<false>(a, "unpatchify", a->out[0], a->in[0]);
+}

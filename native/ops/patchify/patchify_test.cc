@@ -6,7 +6,8 @@ PF_CASES(patchify) {
   } shapes[] = {{1, 1, 1, 2, 2, 0, 0, 1},
                 {2, 3, 2, 4, 6, 5, 20, 40},
                 {1, 16, 3, 24, 40, 0, 0, 720},
-                {2, 16, 1, 6, 10, 0, 15, 30}};
+                {2, 16, 1, 6, 10, 0, 15, 30},
+                {1, 20, 2, 4, 70, 3, 0, 145}};
   for (auto& s : shapes) {
     const op_test::Dims latent{s.b, s.c, s.t, s.h, s.w}, rows{s.n, 4 * s.c};
     const std::vector<double> p{double(s.offset), double(s.stride)};

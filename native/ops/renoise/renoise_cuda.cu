@@ -1,72 +1,94 @@
-#include "ops/downsample/pairs_cuda.h"
+#include "backends/cuda/elementwise.h"
 #include "ops/renoise/renoise.h"
 
 namespace {
 
-struct RenoiseCall {
+constexpr int kThreads = 256;
+
+struct Renoise {
   FloatArray x, noise, y;
+  int64_t count, w;  // 2x2 blocks of all, and of a row of them
+  float alpha, beta;
   PhiloxKey key;
   BlockCovariance covariance;
-  float alpha, beta;
-  int64_t n, w;  // 2x2 blocks in all, and of a row
+  bool packs;
 };
 
-// The CPU's operations in the CPU's order, none of them fused: the bits are the same.
-__device__ __forceinline__ float Combine(const RenoiseCall& call, float signal, float z) {
-  typedef ScalarLanes L;
-  const float noise = L::Mul(call.beta, z);
-  return call.x.data ? L::Add(L::Mul(call.alpha, signal), noise) : noise;
-}
-
-__device__ __forceinline__ void Correlate(const BlockCovariance& covariance, float* top, float* low) {
-  const float mean =
-      BlockMean<ScalarLanes>(ScalarLanes::Add(top[0], top[1]), ScalarLanes::Add(low[0], low[1]));
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    top[i] = BlockNoise<ScalarLanes>(top[i], mean, covariance.spread, covariance.common);
-    low[i] = BlockNoise<ScalarLanes>(low[i], mean, covariance.spread, covariance.common);
-  }
-}
-
-// Two neighbouring blocks: each of their rows is the four numbers of one Philox block, drawn once. Needs an
-// even w.
-__global__ void __launch_bounds__(kElementThreads) RenoisePairs(RenoiseCall call) {
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x) * 2;
-  if (at >= call.n) return;
-  const int64_t top = BlockTop(at, call.w), low = top + 2 * call.w;
-  float z[2][4], signal[2] = {};
-  if (call.x.data) ReadPack<2>(call.x, at, signal);
-  if (call.noise.data) {
-    ReadPack<4>(call.noise, top, z[0]);
-    ReadPack<4>(call.noise, low, z[1]);
+// Elements [at, at + N) of one row, at even: with N = 4 and at a multiple of 4 they are one Philox block,
+// with N = 2 a half.
+template <int N>
+__device__ __forceinline__ void RowNormals(const PhiloxKey& key, int64_t at, float* z) {
+  uint32_t words[4];
+  PhiloxWords(key, static_cast<uint64_t>(at) / 4, words);
+  if (N == 4) {
+    NormalPair<ScalarLanes>(words[0], words[1], z, z + 1);
+    NormalPair<ScalarLanes>(words[2], words[3], z + 2, z + 3);
   } else {
-    PhiloxNormals(call.key, top / 4, z[0]);
-    PhiloxNormals(call.key, low / 4, z[1]);
-    Correlate(call.covariance, z[0], z[1]);
-    Correlate(call.covariance, z[0] + 2, z[1] + 2);
+    const bool second = at % 4 != 0;
+    NormalPair<ScalarLanes>(second ? words[2] : words[0], second ? words[3] : words[1], z, z + 1);
   }
-#pragma unroll
-  for (int k = 0; k < 2; ++k)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) z[k][i] = Combine(call, signal[i / 2], z[k][i]);
-  WritePack<4>(call.y, top, z[0]);
-  WritePack<4>(call.y, low, z[1]);
 }
 
-// One block, of rows whose lengths or addresses fit no packs.
-__global__ void __launch_bounds__(kElementThreads) RenoiseBlocks(RenoiseCall call) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
-  if (at >= call.n) return;
-  const int64_t top = BlockTop(at, call.w), places[2] = {top, top + 2 * call.w};
-  float z[2][2];
-  const float signal = call.x.data ? ReadOne(call.x, at) : 0;
-  for (int k = 0; k < 2; ++k)
-    for (int i = 0; i < 2; ++i)
-      z[k][i] =
-          call.noise.data ? ReadOne(call.noise, places[k] + i) : PhiloxNormalAt(call.key, places[k] + i);
-  if (!call.noise.data) Correlate(call.covariance, z[0], z[1]);
-  for (int k = 0; k < 2; ++k)
-    for (int i = 0; i < 2; ++i) WriteOne(call.y, places[k] + i, Combine(call, signal, z[k][i]));
+template <int N>
+__device__ __forceinline__ void ReadRow(const FloatArray& v, int64_t at, bool packs, float* to) {
+  if (packs) return ReadPack<N>(v, at, to);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = ReadOne(v, at + i);
+}
+
+// N blocks that lie side by side; N = 2 needs an even w. No operation may be contracted: the noise has the
+// bits of every other backend.
+template <int N, bool kDraw>
+__global__ void __launch_bounds__(kThreads) RenoiseKernel(Renoise p) {
+  typedef ScalarLanes L;
+  const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
+  if (block >= p.count) return;
+  const int64_t top = 2 * (block + p.w * (block / p.w));
+  const bool packs = N > 1 && p.packs;
+  float x[N], n[2][2 * N];
+  ReadRow<N>(p.x, block, packs, x);
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int64_t at = top + k * 2 * p.w;
+    if (kDraw)
+      RowNormals<2 * N>(p.key, at, n[k]);
+    else
+      ReadRow<2 * N>(p.noise, at, packs, n[k]);
+  }
+  if (kDraw) {
+#pragma unroll
+    for (int i = 0; i < 2 * N; i += 2) {
+      const float mean = BlockMean<L>(L::Add(n[0][i], n[0][i + 1]), L::Add(n[1][i], n[1][i + 1]));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float& z = n[k / 2][i + k % 2];
+        z = BlockNoise<L>(z, mean, p.covariance.spread, p.covariance.common);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int64_t at = top + k * 2 * p.w;
+    float y[2 * N];
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      y[i] = L::Mul(p.beta, n[k][i]);
+      if (p.x.data != nullptr) y[i] = L::Add(L::Mul(p.alpha, x[i / 2]), y[i]);
+    }
+    if (packs) {
+      WritePack<2 * N>(p.y, at, y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 * N; ++i) WriteOne(p.y, at + i, y[i]);
+    }
+  }
+}
+
+template <int N>
+int32_t LaunchRenoise(const PfArgs* args, const Renoise& p) {
+  const unsigned grid = static_cast<unsigned>(CeilDiv(p.count, N * kThreads));
+  return p.noise.data == nullptr ? Launch(args, &RenoiseKernel<N, true>, grid, kThreads, 0, p)
+                                 : Launch(args, &RenoiseKernel<N, false>, grid, kThreads, 0, p);
 }
 
 }  // namespace
@@ -78,17 +100,17 @@ int32_t pf_cuda_renoise(const PfArgs* args) {
   PF_TRY(NeedFloat(args, "renoise", "noise", noise));
   PF_TRY(NeedFloat(args, "renoise", "y", y));
   if (PfCount(y) == 0) return PF_OK;
-  const RenoiseParams& p = PfParams<RenoiseParams>(args);
-  const RenoiseCall call = {ArrayOf(x),
-                            ArrayOf(noise),
-                            ArrayOf(y),
-                            MakePhiloxKey(&p.seed_lo),
-                            MakeBlockCovariance(p.gamma),
-                            static_cast<float>(p.alpha),
-                            static_cast<float>(p.beta),
-                            PfCount(y) / 4,
-                            y.dims[y.rank - 1] / 2};
-  if (call.w % 2 == 0 && Packs(call.x) && Packs(call.noise) && Packs(call.y))
-    return Launch(args, &RenoisePairs, PairGrid(call.n, 2), kElementThreads, 0, call);
-  return Launch(args, &RenoiseBlocks, PairGrid(call.n, 1), kElementThreads, 0, call);
+  const RenoiseParams& params = PfParams<RenoiseParams>(args);
+  Renoise p{};
+  p.x = ArrayOf(x);
+  p.noise = ArrayOf(noise);
+  p.y = ArrayOf(y);
+  p.count = PfCount(y) / 4;
+  p.w = y.dims[y.rank - 1] / 2;
+  p.alpha = static_cast<float>(params.alpha);
+  p.beta = static_cast<float>(params.beta);
+  p.key = MakePhiloxKey(&params.seed_lo);
+  p.covariance = MakeBlockCovariance(params.gamma);
+  p.packs = Packs(p.x) && Packs(p.noise) && Packs(p.y);
+  return p.w % 2 == 0 ? LaunchRenoise<2>(args, p) : LaunchRenoise<1>(args, p);
 }

@@ -58,3 +58,10 @@ static inline int32_t RopeBackwardCheck(const PfArgs* a, RopeShape* s) {
     return Fail(a, PF_ERR_SHAPE, "%s: expected dw [D] and a norm weight w", op);
   return PF_OK;
 }
+
+static inline int32_t RopeDtypes(const PfArgs* a) {
+  return NeedFloats(a, "rope", 1u << 2 | 1u << 3, 1u << 1);
+}
+static inline int32_t RopeBackwardDtypes(const PfArgs* a) {
+  return NeedFloats(a, "rope_backward", 1u << 2 | 1u << 3 | 1u << 4, 1u << 1);
+}

@@ -18,16 +18,6 @@ void SpreadAngles(const float* cos, const float* sin, int64_t half, float* c, fl
   }
 }
 
-int32_t Refuse(const PfArgs* a, const char* op, unsigned f32_inputs) {
-  for (int i = 0; i < a->n_in; ++i)
-    if (PfPresent(a->in[i]) && (!PfIsFloat(a->in[i]) || (f32_inputs >> i & 1 && a->in[i].dtype != PF_F32)))
-      return Fail(a, PF_ERR_DTYPE, "%s: input %d has a dtype this op does not take", op, i);
-  for (int i = 0; i < a->n_out; ++i)
-    if (PfPresent(a->out[i]) && (!PfIsFloat(a->out[i]) || (i == 1 && a->out[i].dtype != PF_F32)))
-      return Fail(a, PF_ERR_DTYPE, "%s: output %d has a dtype this op does not give", op, i);
-  return PF_OK;
-}
-
 // Every head of the rows: y = rstd·(x·c + swap(x)·s), where c and s hold weight and angles of all heads.
 template <class X, class Y>
 void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buffers, int64_t stride) {
@@ -73,7 +63,7 @@ int32_t pf_cpu_rope(const PfArgs* a) {
   const char* op = "rope";
   RopeShape shape;
   if (int32_t e = RopeCheck(a, &shape)) return e;
-  if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3)) return e;
+  if (int32_t e = RopeDtypes(a)) return e;
   const int64_t stride = 2 * RoundUp(shape.d, 16) + RoundUp(shape.heads, 16);
   const float* w;
   float* buffers = Scratch<float>(a, omp_get_max_threads() * stride);
@@ -87,7 +77,7 @@ int32_t pf_cpu_rope_backward(const PfArgs* a) {
   const char* op = "rope_backward";
   RopeShape shape;
   if (int32_t e = RopeBackwardCheck(a, &shape)) return e;
-  if (int32_t e = Refuse(a, op, 1u << 2 | 1u << 3 | 1u << 4)) return e;
+  if (int32_t e = RopeBackwardDtypes(a)) return e;
   const int64_t d = shape.d, row = shape.heads * d, angles = RoundUp(d, 16),
                 stride = 3 * (angles + RoundUp(row, 16));
   const int64_t chunks = (shape.rows + kRowsPerChunk - 1) / kRowsPerChunk;

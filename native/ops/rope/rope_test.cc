@@ -54,6 +54,32 @@ PF_CASES(rope) {
         plain.In(x).Missing();
         with_angles(plain).Missing().In(x).Out(x).OutMissing().Scalars({0}).Tolerance(2e-6, 4e-3).Run();
       }
+  // Head sizes up to the largest that threads keep whole, with more heads than one task has.
+  for (int64_t d : {96, 128, 200}) {
+    const op_test::Dims x = {11, 10, d}, angles = {11, d / 2}, stats = {11, 10};
+    test.Case("rope")
+        .In(x)
+        .In({d})
+        .InF32(angles)
+        .InF32(angles)
+        .Out(x)
+        .OutF32(stats)
+        .Scalars({eps})
+        .Tolerance(2e-6, 4e-3)
+        .Run();
+    test.Case("rope_backward")
+        .In(x)
+        .InF32({d})
+        .InF32(angles)
+        .InF32(angles)
+        .FromRef("rope", {0, 1, 2, 3}, {1e-3}, {x, stats}, 1)
+        .In(x)
+        .Out(x)
+        .InOutF32({d})
+        .Scalars({1})
+        .Tolerance(4e-6, 5e-3)
+        .Run();
+  }
   // Without angles an odd head size is fine.
   test.Case("rope")
       .In({4, 2, 9})

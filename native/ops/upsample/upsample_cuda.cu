@@ -1,4 +1,4 @@
-#include "ops/downsample/pairs_cuda.h"
+#include "ops/downsample/downsample_pairs.cuh"
 #include "ops/upsample/upsample.h"
 
 int32_t pf_cuda_upsample(const PfArgs* a) {
@@ -6,7 +6,7 @@ int32_t pf_cuda_upsample(const PfArgs* a) {
   PF_TRY(CheckUpsample(a, "upsample", x, y));
   PF_TRY(NeedFloat(a, "upsample", "x", x));
   PF_TRY(NeedFloat(a, "upsample", "y", y));
-  return DoublePlanes(a, x, y, x.dims[x.rank - 1], 1.0f);
+  return DoublePlanes(a, x, y, 1.0f);
 }
 
 int32_t pf_cuda_upsample_backward(const PfArgs* a) {
@@ -14,6 +14,5 @@ int32_t pf_cuda_upsample_backward(const PfArgs* a) {
   PF_TRY(CheckUpsample(a, "upsample_backward", dx, dy));
   PF_TRY(NeedFloat(a, "upsample_backward", "dy", dy));
   PF_TRY(NeedFloat(a, "upsample_backward", "dx", dx));
-  return HalvePlanes(a, dy, dx, dx.dims[dx.rank - 1],
-                     static_cast<float>(PfParams<UpsampleBackwardParams>(a).scale));
+  return HalvePlanes(a, dy, dx, static_cast<float>(PfParams<UpsampleBackwardParams>(a).scale));
 }
