@@ -1,0 +1,58 @@
+import { describe, expect, it } from 'vitest'
+import { engine } from '../lib/engine/engine.ts'
+import { verifyFolder } from '../lib/golden/verify.ts'
+import { embedding } from '../lib/ops/embedding.ts'
+import { Generator } from '../lib/tensor/generator.ts'
+import { scope } from '../lib/tensor/scope.ts'
+import { Tensor } from '../lib/tensor/tensor.ts'
+import { goldenFolder } from './golden.ts'
+
+// The kernels of the CUDA backend, run on the host by the emulator, behind the same engine: what can be known of them
+// without a GPU. Their op cases run with the other native ones.
+engine.configure({ backend: 'cuda_emulated', maxMemory: 1 << 30 })
+
+describe('the CUDA backend in its emulator', () => {
+  it('is what computes', () => {
+    expect(engine.device.backend).toBe('cuda_emulated')
+  })
+
+  // A transformer forward, one packed with gradients and its loss, a jump between stages, a decoded clip.
+  it.each(['dit_flux_b_single', 'train_loss_flux_b', 'stage_jump', 'vae_a_decode'])(
+    'gives the numbers of the reference: %s',
+    async (filter) => {
+      const results = await verifyFolder(goldenFolder, { filter })
+      expect(results.map(({ name, status }) => [name, status])).toEqual([[filter, 'passed']])
+      expect(results[0]?.checks.length).toBeGreaterThan(0)
+    },
+    180_000,
+  )
+
+  it('computes in bf16 on tensor-core instructions', async () => {
+    const results = await verifyFolder(goldenFolder, { filter: 'dit_flux_b_single', dtype: 'bf16' })
+    expect(results.map(({ status }) => status)).toEqual(['passed'])
+  }, 180_000)
+
+  it('tells of an index that only the device can see, and works on', async () => {
+    const table = new Generator(1).normal([4, 8])
+    const bad = embedding(table, Tensor.from(Int32Array.of(1, 4)))
+    await expect(bad.read()).rejects.toMatchObject({
+      code: 'ERR_SHAPE',
+      message: expect.stringMatching(/embedding: an index lies outside its table/),
+    })
+    const good = embedding(table, Tensor.from(Int32Array.of(3)))
+    expect(Array.from(await good.read())).toEqual(Array.from(await table.read()).slice(24))
+  })
+
+  it('refuses what does not fit with a typed error, and works on', async () => {
+    await expect(Tensor.zeros([1 << 29]).read()).rejects.toMatchObject({ code: 'ERR_MEMORY' })
+    expect(Array.from(await Tensor.zeros([2]).read())).toEqual([0, 0])
+  })
+
+  it('leaves nothing behind', async () => {
+    await engine.idle()
+    const before = engine.memory().live
+    for (let i = 0; i < 100; i++) scope(() => void new Generator(i).normal([64, 64]))
+    await engine.idle()
+    expect(engine.memory().live).toBe(before)
+  })
+})
