@@ -8,6 +8,7 @@ import { type Column, type Layout, makeLayout } from '../lib/pyramid/layout.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
+import { againstTorch } from './attention-torch.ts'
 import {
   bareMatmul,
   bareMultiplyAdd,
@@ -26,14 +27,14 @@ import { findOnnxRuntime, INSTALL, onnxAttention } from './peers.ts'
 // The published heads. Fewer of them do the same work per FLOP where a whole call would take minutes.
 const HEADS = 30
 const HEAD_DIM = 64
-const STAGES = 3
-const TEXT = 128
+export const STAGES = 3
+export const TEXT = 128
 const DTYPES = ['bf16', 'f32'] as const
 
 /** Attention against the rate of a matrix product, the bare arithmetic, another library, and its own dense self. */
 export async function attention(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
-  for (const part of [ceilings, dense, capped, training, histories, memory])
+  for (const part of [ceilings, dense, capped, againstTorch, training, histories, memory])
     rows.push(...(await part(effort)))
   return rows
 }
@@ -42,6 +43,8 @@ export interface Problem {
   dtype: DType
   heads: number
   length: number
+  /** Channels of a head, 64 if absent. */
+  dim?: number
   /** Pairs (i, j) where token i sees token j: the work that cannot be avoided. */
   pairs: number
   mask?: { segment: Tensor; order: Tensor }
@@ -54,9 +57,9 @@ export async function withOp<T>(
   problem: Problem,
   use: (op: () => Tensor, flops: number) => Promise<T>,
 ): Promise<T> {
-  const { dtype, heads, length, pairs, mask, pass } = problem
+  const { dtype, heads, length, pairs, mask, pass, dim = HEAD_DIM } = problem
   const generator = new Generator(1)
-  const shape = [1, length, heads, HEAD_DIM]
+  const shape = [1, length, heads, dim]
   const draw = (): Tensor => generator.normal(shape, { dtype })
   const [q, k, v] = [draw(), draw(), draw()]
   const owned = [q, k, v]
@@ -66,7 +69,7 @@ export async function withOp<T>(
     const [o, lse, g] = [empty(), Tensor.empty([1, heads, length], 'f32'), draw()]
     owned.push(o, lse, g)
     const masks = [mask?.segment ?? null, mask?.order ?? null]
-    const scalars = [1 / Math.sqrt(HEAD_DIM)]
+    const scalars = [1 / Math.sqrt(dim)]
     engine.run('attention', [q, k, v, ...masks], [o, lse], scalars)
     op = () =>
       scope(() => {
@@ -77,7 +80,7 @@ export async function withOp<T>(
   }
   try {
     // Two products a pair forward, five backward.
-    return await use(op, (pass ? 10 : 4) * pairs * heads * HEAD_DIM)
+    return await use(op, (pass ? 10 : 4) * pairs * heads * dim)
   } finally {
     for (const t of owned) t.dispose()
   }
@@ -318,7 +321,7 @@ async function memory(effort: Effort): Promise<Unnamed[]> {
   ]
 }
 
-async function withMask(
+export async function withMask(
   layout: Layout,
   use: (mask: { segment: Tensor; order: Tensor }, length: number, pairs: number) => Promise<void>,
 ): Promise<void> {
@@ -331,7 +334,7 @@ async function withMask(
 }
 
 /** Unit `unit` at a stage with its history, of a video whose full-size latent is height × width. */
-function columnOf(unit: number, stage: number, height: number, width: number): Column {
+export function columnOf(unit: number, stage: number, height: number, width: number): Column {
   const at = (level: number, frames: number) => {
     const shrink = 2 ** (STAGES - 1 - level)
     return { frames, height: height / shrink, width: width / shrink }

@@ -78,7 +78,14 @@ function table(rows: readonly Row[]): string {
 }
 
 async function run(): Promise<number> {
-  let args: { filter?: string; json?: string; quick?: boolean; save?: boolean; help?: boolean; device?: string }
+  let args: {
+    filter?: string
+    json?: string
+    quick?: boolean
+    save?: boolean
+    help?: boolean
+    device?: string
+  }
   try {
     args = parseArgs({
       options: {
@@ -113,7 +120,9 @@ async function run(): Promise<number> {
 
   const machine = await describeMachine()
   const { cpu, cores, backend, threads, node, onednn, device } = machine
-  say(`${device ?? cpu}, ${cores} cores; ${backend}, ${threads} threads; Node ${node}; oneDNN ${onednn ?? 'not used'}`)
+  say(
+    `${device ?? cpu}, ${cores} cores; ${backend}, ${threads} threads; Node ${node}; oneDNN ${onednn ?? 'not used'}`,
+  )
   const rows: Row[] = []
   for (const [group, measure] of chosen) {
     const begin = performance.now()

@@ -27,12 +27,16 @@ export function kernelsIn(text, file) {
 function demangled(kernels) {
   const { status, stdout } = run('c++filt', ['-p', ...kernels.map(({ kernel }) => kernel)])
   const names = status === 0 ? stdout.trim().split('\n') : []
-  return kernels.map((k, i) => ({ ...k, kernel: (names[i] ?? k.kernel).replaceAll('(anonymous namespace)::', '') }))
+  return kernels.map((k, i) => ({
+    ...k,
+    kernel: (names[i] ?? k.kernel).replaceAll('(anonymous namespace)::', ''),
+  }))
 }
 
 await main(() => {
   const folder = join(nativeTree, 'cuda')
-  if (!existsSync(folder)) throw new Remedy('There is no CUDA build; run: node scripts/build-native.mjs --cuda')
+  if (!existsSync(folder))
+    throw new Remedy('There is no CUDA build; run: node scripts/build-native.mjs --cuda')
   const kernels = demangled(
     readdirSync(folder)
       .filter((name) => name.endsWith('.o.txt'))

@@ -1,0 +1,53 @@
+import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import type { FluxConfig } from '../lib/models/flux-config.ts'
+
+/** One sequence of a packed call: its text tokens and the tokens of each frame, oldest first. */
+export interface TorchSequence {
+  readonly text: number
+  readonly frames: readonly number[]
+}
+
+/**
+ * What a script of bench/ answers to a request, or why there is no answer. PyTorch is no dependency: it is measured
+ * where a `python3` has it.
+ */
+function ask<T>(name: string, request: object): { version: string; answer: T } | string {
+  const script = join(process.cwd(), 'bench', name)
+  if (!existsSync(script)) return `there is no ${script}; run it from the root of the repository`
+  const probe = spawnSync('python3', ['-c', 'import torch; print(torch.__version__)'], { encoding: 'utf8' })
+  if (probe.error) return 'there is no python3'
+  if (probe.status !== 0) return `python3 cannot import torch (${probe.stderr.trim().split('\n').at(-1)})`
+  const run = spawnSync('python3', [script], { input: JSON.stringify(request), encoding: 'utf8' })
+  if (run.status !== 0) return `bench/${name} failed: ${run.stderr.trim().split('\n').at(-1)}`
+  return { version: probe.stdout.trim(), answer: JSON.parse(run.stdout) as T }
+}
+
+/** Median seconds of the same step in PyTorch (bench/torch_step.py), or why there is none. */
+export function torchStep(
+  network: Partial<FluxConfig>,
+  sequences: readonly TorchSequence[],
+  threads: number,
+  steps: number,
+): { version: string; answer: number } | string {
+  return ask('torch_step.py', { network, sequences, threads, steps })
+}
+
+/** One attention call; the mask as in lib/ops/attention.ts. */
+export interface TorchProblem {
+  readonly dtype: 'f32' | 'bf16'
+  readonly heads: number
+  readonly length: number
+  readonly dim: number
+  readonly backward: boolean
+  readonly mask?: { readonly segment: readonly number[]; readonly order: readonly number[] }
+}
+
+/** Name and seconds of every kernel of PyTorch's that takes a problem (bench/torch_attention.py), or why there is none. */
+export function torchAttention(
+  problems: readonly TorchProblem[],
+  options: { device: 'cpu' | 'cuda'; threads: number; seconds: number },
+): { version: string; answer: [name: string, seconds: number][][] } | string {
+  return ask('torch_attention.py', { problems, ...options })
+}

@@ -1,0 +1,93 @@
+"""Seconds of PyTorch's attention on problems of bench/attention.ts: JSON on stdin, JSON on stdout.
+
+Each problem is {dtype, heads, length, dim, mask?: {segment, order}, backward}. The answer for each is a list of
+[name, seconds]: the backends of scaled_dot_product_attention that take it, and FlexAttention for masks on a GPU.
+Two products a pair forward, five backward; a mask is a dense tensor for the former and a rule for the latter.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+request = json.load(sys.stdin)
+device = torch.device(request["device"])
+torch.set_num_threads(request["threads"])
+torch.manual_seed(0)
+
+
+def synchronize():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(run):
+    for _ in range(2):
+        run()
+    synchronize()
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < request["seconds"]:
+        run()
+        count += 1
+        if count % 8 == 0 or device.type == "cpu":
+            synchronize()
+    synchronize()
+    return (time.perf_counter() - begin) / count
+
+
+def visible(mask):
+    segment = torch.tensor(mask["segment"], device=device)
+    order = torch.tensor(mask["order"], device=device)
+    return segment, order, (segment[:, None] == segment[None]) & (order[:, None] >= order[None])
+
+
+def timed(attend, q, k, v, backward):
+    if not backward:
+        with torch.no_grad():
+            return seconds_of(lambda: attend(q, k, v))
+    out = attend(q, k, v)
+    grad = torch.randn_like(out)
+    return seconds_of(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+
+
+def measure(problem):
+    dtype = torch.bfloat16 if problem["dtype"] == "bf16" else torch.float32
+    shape = (1, problem["heads"], problem["length"], problem["dim"])
+    q, k, v = (
+        torch.randn(shape, device=device, dtype=dtype, requires_grad=problem["backward"]) for _ in range(3)
+    )
+    found, mask = [], None
+    if problem.get("mask"):
+        segment, order, mask = visible(problem["mask"])
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+        if backend == SDPBackend.MATH and problem["length"] > 8192:
+            continue
+
+        def attend(q, k, v, backend=backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        try:
+            found.append([f"SDPA {backend.name.lower()}", timed(attend, q, k, v, problem["backward"])])
+        except RuntimeError:
+            continue  # this backend does not take the problem
+    if mask is not None and device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        length = problem["length"]
+        blocks = create_block_mask(
+            lambda b, h, i, j: (segment[i] == segment[j]) & (order[i] >= order[j]),
+            *(None, None, length, length),
+            device=device,
+        )
+        flex = torch.compile(flex_attention)
+        found.append(
+            ["FlexAttention", timed(lambda q, k, v: flex(q, k, v, block_mask=blocks), q, k, v, problem["backward"])]
+        )
+    return found
+
+
+json.dump([measure(problem) for problem in request["problems"]], sys.stdout)
