@@ -1,6 +1,6 @@
 // npm test: sets the checkout up, runs native op cases and TypeScript tests, ends with one line of counts.
 //   npm test [-- vitest arguments]      with arguments only the TypeScript tests run
-import { spawnSync } from 'node:child_process'
+import { spawn, spawnSync } from 'node:child_process'
 import { mkdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { ready, root } from './ready.mjs'
@@ -13,22 +13,30 @@ const add = (passed, failed, skipped) => {
   counts.skipped += skipped
 }
 
-function nativeCases() {
-  const { status, stdout } = spawnSync(join(root, 'out/native/pf_op_test'), [], {
-    encoding: 'utf8',
+// The CPU levels, and beside them the CUDA kernels, whose emulator has one thread.
+async function nativeCases() {
+  await Promise.all(['cpu', 'cuda'].map(nativeCasesOf))
+}
+
+async function nativeCasesOf(level) {
+  const child = spawn(join(root, 'out/native/pf_op_test'), ['--level', level], {
     stdio: ['ignore', 'pipe', 2],
-    maxBuffer: 1 << 28,
   })
-  const output = stdout ?? ''
+  let output = ''
+  child.stdout.setEncoding('utf8').on('data', (text) => {
+    output += text
+  })
+  const status = await new Promise((resolve) => child.on('close', resolve).on('error', () => resolve(-1)))
   const last = output.match(/(\d+) passed, (\d+) failed\s*$/)
   const [passed, failed] = last ? last.slice(1).map(Number) : [0, 0]
-  // One line for each instruction level that this machine lacks.
+  // One line for each instruction level or device that this machine lacks.
   const skipped = output.match(/^skipped .*$/gm) ?? []
-  for (const line of skipped) console.error(`native op cases: ${line}`)
+  const say = (text) => console.error(`native op cases, ${level}: ${text}`)
+  for (const line of skipped) say(line)
   // A runner that died before its last line, or that failed without a failed case, is itself one failure.
   const died = status !== 0 && failed === 0 ? 1 : 0
-  console.error(status === 0 ? `native op cases: ${passed} passed` : output.split('\n').slice(-40).join('\n'))
-  if (died) console.error(`native op cases: pf_op_test ended with status ${status}`)
+  say(status === 0 ? `${passed} passed` : output.split('\n').slice(-40).join('\n'))
+  if (died) say(`pf_op_test ended with status ${status}`)
   add(passed, failed + died, skipped.length)
 }
 
@@ -50,10 +58,10 @@ function typescriptTests(args) {
   }
 }
 
-await main(() => {
+await main(async () => {
   const args = process.argv.slice(2)
   ready({ tests: args.length === 0 })
-  if (args.length === 0) nativeCases()
+  if (args.length === 0) await nativeCases()
   typescriptTests(args)
   console.log(`${counts.passed} passed, ${counts.failed} failed, ${counts.skipped} skipped`)
   if (counts.failed > 0) process.exitCode = 1

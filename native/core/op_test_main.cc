@@ -1,4 +1,4 @@
-// Runs every op's cases: pf_op_test [--filter name] [--level name] [--backends dir]. Prints one line per
+// Runs every op's cases: pf_op_test [--filter name] [--level beginning of a name] [--backends dir]. Prints one line per
 // failure and a summary.
 #include <cmath>
 #include <cstdio>
@@ -407,7 +407,7 @@ int main(int argc, char** argv) {
   levels.push_back({"cuda", ""});
   levels.push_back({"cuda_emulated", ""});
   for (const CpuLevel& level : levels) {
-    if (!only.empty() && level.name != only) continue;
+    if (level.name.rfind(only, 0) != 0) continue;
     if (!level.unusable.empty()) {
       std::printf("skipped %s: %s\n", level.name.c_str(), level.unusable.c_str());
       continue;

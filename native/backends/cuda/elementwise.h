@@ -59,7 +59,8 @@ constexpr int kElementThreads = 256;
 // y[k][i] = fn(i, x[0][i], x[1][i], ...): fn(int64_t i, const float* x, float* y) on one element.
 template <int N, int kIn, int kOut, class Fn>
 __global__ void __launch_bounds__(kElementThreads)
-    ElementKernel(FloatArrays<kIn, kOut> arrays, int64_t n, Fn fn) {
+    ElementKernel(const __grid_constant__ FloatArrays<kIn, kOut> arrays, int64_t n,
+                  const __grid_constant__ Fn fn) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x) * N;
   if (at >= n) return;
   float x[kIn > 0 ? kIn : 1][N], y[kOut][N];

@@ -17,7 +17,7 @@ enum DeviceFault : int32_t { kFaultNone = 0, kFaultRows = 1, kFaultEmbedding = 2
 // What a kernel could not work with, for the person who called; the operands are not known any more.
 static inline const char* FaultText(int32_t fault) {
   switch (fault) {
-    case kFaultRows: return "norm_modulate: rows names an entry outside its table";
+    case kFaultRows: return "norm_modulate or gated_add: rows names an entry outside its table";
     case kFaultEmbedding: return "embedding: an index lies outside its table";
     default: return "a kernel met a value it cannot work with";
   }

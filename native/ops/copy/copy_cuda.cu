@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kElementThreads) RegionKernel(FloatRegion call
 // layout.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    RowsKernel(const T* x, T* y, Layout rows, int64_t length, int64_t n) {
+    RowsKernel(const T* x, T* y, const __grid_constant__ Layout rows, int64_t length, int64_t n) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (at >= n) return;
   // Divisions of 64 bits would take longer than the copy.
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kElementThreads)
 // along their memory. The extra column parts the banks.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    TransposeKernel(const T* x, T* y, Layout outer, int64_t m, int64_t n, int64_t xs, int64_t ys,
-                    int64_t tiles_m, int64_t tiles_n) {
+    TransposeKernel(const T* x, T* y, const __grid_constant__ Layout outer, int64_t m, int64_t n, int64_t xs,
+                    int64_t ys, int64_t tiles_m, int64_t tiles_n) {
   __shared__ T tile[kTile][kTile + 1];
   const int64_t plane = blockIdx.x / (tiles_m * tiles_n), within = blockIdx.x % (tiles_m * tiles_n);
   const int64_t i0 = within / tiles_n * kTile, j0 = within % tiles_n * kTile;
