@@ -137,7 +137,14 @@ export async function* sampleLatents(
 }
 
 function unitsToMake({ frames, framesPerUnit = 1, fullSequence, given }: SampleOptions): readonly Unit[] {
-  if (fullSequence && !given) return [{ index: 0, firstFrame: 0, frames, noiseFrame: 0, given: false }]
+  if (fullSequence) {
+    if (!given) return [{ index: 0, firstFrame: 0, frames, noiseFrame: 0, given: false }]
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'given',
+      expected: 'no given latents beside fullSequence: a network without history cannot go on from them',
+      received: `${given.shape[2]} latent frames`,
+    })
+  }
   const before = given?.shape[2] ?? 0
   const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= before)
   if (units[0]?.firstFrame === before) return units

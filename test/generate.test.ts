@@ -346,4 +346,21 @@ describe('the flow', () => {
       expect(found).toEqual([2, 4, 8])
     }
   })
+
+  test('refuses given frames for a network without history', async () => {
+    const events = sampleLatents(
+      oracle((shape) => Tensor.full(shape, 0)),
+      {
+        ...{ stages, frames: 3, height: 8, width: 8, text: tinyText().encode([PROMPT]) },
+        ...{ steps: [1, 1, 1], videoSteps: [1, 1, 1], noise: seededNoise(new Generator(1)) },
+        guidance: { guidanceScale: 1, videoGuidanceScale: 1 },
+        given: Tensor.zeros([1, 16, 1, 8, 8]),
+        fullSequence: true,
+      },
+    )
+    await expect(events.next()).rejects.toMatchObject({
+      code: 'ERR_OPTION',
+      message: expect.stringMatching(/given.*fullSequence/),
+    })
+  })
 })
