@@ -277,17 +277,18 @@ __global__ void __launch_bounds__(kThreads) BackwardMeansKernel(Cut cut, Backwar
   const int64_t frame = blockIdx.x / cut.groups;
   const int group = static_cast<int>(blockIdx.x - frame * cut.groups);
   const float total = static_cast<float>(cut.pixels) * static_cast<float>(cut.width);
-  float means[2];
-  for (int t = 0; t < 2; ++t)
-    means[t] =
-        GroupTotal(cut, group,
-                   [&](int64_t k, int c) {
-                     return p.parts[(2 * (frame * cut.chunks + k) + t) * cut.channels + c] * ReadOne(p.w, c);
-                   }) /
-        total;
+  const auto mean = [&](int table) {
+    return GroupTotal(cut, group,
+                      [&](int64_t k, int c) {
+                        return p.parts[(2 * (frame * cut.chunks + k) + table) * cut.channels + c] *
+                               ReadOne(p.w, c);
+                      }) /
+           total;
+  };
+  const float dot = mean(0), sum = mean(1);
   if (threadIdx.x != 0) return;
-  p.dots[blockIdx.x] = means[0];
-  p.sums[blockIdx.x] = means[1];
+  p.dots[blockIdx.x] = dot;
+  p.sums[blockIdx.x] = sum;
 }
 
 template <int N, bool kSilu>

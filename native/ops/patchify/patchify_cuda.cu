@@ -22,20 +22,21 @@ __global__ void __launch_bounds__(kThreads) PatchifyKernel(Patchify p) {
   const int64_t j0 = rest / deep * kTokens, c0 = (rest - rest / deep * deep) * kChannels;
   const int tokens = static_cast<int>(s.w - j0 < kTokens ? s.w - j0 : kTokens);
   const int channels = static_cast<int>(s.c - c0 < kChannels ? s.c - c0 : kChannels);
+  // The divisions of these two are by sizes and stay out of the loops.
+  const int64_t plane = s.Element(image_row, 1) - s.Element(image_row, 0);
+  const int64_t corner = s.Element(image_row, c0) + 2 * j0, row = (s.Row(image_row) + j0) * 4 * s.c + c0;
   // visit(element, value in the tile) along the latents, and along the rows
   const auto latents = [&](auto visit) {
     for (int i = threadIdx.x; i < channels * 4 * kTokens; i += kThreads) {
       const int x = i % (2 * kTokens), line = i / (2 * kTokens), c = line / 2, y = line % 2;
       if (x < 2 * tokens)
-        visit(s.Element(image_row, c0 + c) + y * 2 * s.w + 2 * j0 + x,
-              tile[(2 * y + x % 2) * kChannels + c][x / 2]);
+        visit(corner + c * plane + y * 2 * s.w + x, tile[(2 * y + x % 2) * kChannels + c][x / 2]);
     }
   };
   const auto rows = [&](auto visit) {
     for (int i = threadIdx.x; i < tokens * 4 * kChannels; i += kThreads) {
       const int c = i % kChannels, part = i / kChannels % 4, j = i / (4 * kChannels);
-      if (c < channels)
-        visit((s.Row(image_row) + j0 + j) * 4 * s.c + part * s.c + c0 + c, tile[part * kChannels + c][j]);
+      if (c < channels) visit(row + (4 * j + part) * s.c + c, tile[part * kChannels + c][j]);
     }
   };
   const auto read = [](const FloatArray& from) {
