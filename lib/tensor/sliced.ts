@@ -5,7 +5,7 @@ import { OpenScope } from './scope.ts'
 import { type Steps, Tape } from './tape.ts'
 
 /** How long a slice keeps the event loop; ops take microseconds to queue, so the overrun is one block's worth. */
-const SLICE_MS = 3
+const SLICE_MS = 1.5
 
 /**
  * Queues work that pauses at its yields, letting the event loop turn every few milliseconds. As in a scope, everything
