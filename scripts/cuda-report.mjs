@@ -1,10 +1,13 @@
 // Reads what ptxas said of every kernel of the last CUDA build: registers, shared memory, spills.
 //   node scripts/cuda-report.mjs [--json FILE]
-// Exits with 1 when an attention kernel spills registers: those loops have no time for local memory.
+// Exits with 1 when an attention kernel spills more than a few registers: those loops have no time for local memory.
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { nativeTree } from './build-native.mjs'
 import { main, Remedy, run } from './toolchain.mjs'
+
+/** Bytes that an attention kernel may keep in local memory. */
+const MOST_SPILLED = 96
 
 /** The kernels in one report of `nvcc -Xptxas=-v`. */
 export function kernelsIn(text, file) {
@@ -51,6 +54,6 @@ await main(() => {
   console.error(
     `cuda: ${kernels.length} kernels, at most ${most.registers} registers (${most.kernel}), ${spilling.length} with spills`,
   )
-  if (spilling.some(({ file }) => file.startsWith('attention')))
-    throw new Remedy('An attention kernel spills registers: use smaller tiles or fewer live values.')
+  if (spilling.some(({ file, spill }) => file.startsWith('attention') && spill > MOST_SPILLED))
+    throw new Remedy('An attention kernel spills too many registers: use smaller tiles or fewer live values.')
 })

@@ -1,5 +1,5 @@
-// Runs every op's cases: pf_op_test [--filter name] [--level beginning of a name] [--backends dir]. Prints one line per
-// failure and a summary.
+// Runs every op's cases: pf_op_test [--filter name] [--level beginning of a name] [--backends dir]. Prints
+// one line per failure and a summary.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
