@@ -24,23 +24,25 @@ __device__ __forceinline__ int BlockAt(int lane_at, int row, int column16) {
 template <int kK16, int kN16, int kRows, int kM, class A>
 __device__ __forceinline__ void MultiplyRows(float (&acc)[kM][2 * kN16][4], A a, const unsigned char* b,
                                              int row, int lane_at) {
+#pragma unroll 1  // over panels: unrolled, it takes more registers than there are
+  for (int k0 = 0; k0 < kK16; k0 += 4)
 #pragma unroll
-  for (int k = 0; k < kK16; ++k) {
-    uint32_t left[kM][4];
+    for (int k = k0; k < k0 + 4; ++k) {
+      uint32_t left[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) a(m, k, left[m]);
+      for (int m = 0; m < kM; ++m) a(m, k, left[m]);
 #pragma unroll
-    for (int n = 0; n < kN16; ++n) {
-      uint32_t r[4];
-      LdMatrix(r, b + BlockAt<kRows>(lane_at, row + 16 * n, k));
-      const uint32_t even[2] = {r[0], r[2]}, odd[2] = {r[1], r[3]};
+      for (int n = 0; n < kN16; ++n) {
+        uint32_t r[4];
+        LdMatrix(r, b + BlockAt<kRows>(lane_at, row + 16 * n, k));
+        const uint32_t even[2] = {r[0], r[2]}, odd[2] = {r[1], r[3]};
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        MmaBf16(acc[m][2 * n], left[m], even);
-        MmaBf16(acc[m][2 * n + 1], left[m], odd);
+        for (int m = 0; m < kM; ++m) {
+          MmaBf16(acc[m][2 * n], left[m], even);
+          MmaBf16(acc[m][2 * n + 1], left[m], odd);
+        }
       }
     }
-  }
 }
 
 // acc += p B: p as it left a product, rounded to bf16; B the kK16 * 16 rows from `row` on and the columns
@@ -81,49 +83,61 @@ __device__ __forceinline__ void Clear(float (&acc)[kM][kN][4]) {
       for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
 }
 
-// The mask values of a warp's rows: those that this lane holds, and the bounds of all.
+// What a warp's rows, 16 kM from `first` on, meet. Their mask values are read where they are needed: tiles
+// that are neither hidden nor seen as a whole are few, and registers are not.
 template <int kM, bool kRowsAreQueries>
 struct WarpMask {
-  int32_t segment[kM][2], order[kM][2];
-  MaskBounds bounds{};
+  Mask mask;
+  int first, length, columns;  // rows and columns that exist
+  MaskBounds* bounds;          // of the rows, in shared memory
 
-  __device__ void Load(const Mask& mask, int first, int length) {
+  // By every lane, and before a barrier.
+  __device__ void FindBounds() const {
     if (!mask.segment) return;
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = first + 16 * m + 8 * h + static_cast<int>(threadIdx.x % 32 / 4);
-        const int at = row < length ? row : length - 1;
-        segment[m][h] = mask.segment[at];
-        order[m][h] = mask.order[at];
-        const MaskBounds one = {segment[m][h], segment[m][h], order[m][h], order[m][h]};
-        bounds = m || h ? Union(bounds, one) : one;
-      }
-    bounds = WarpUnion(bounds, 4);
+    const int lane = threadIdx.x % 32;
+    MaskBounds mine{};
+    for (int i = lane % 16; i < 16 * kM; i += 16) {
+      const int at = first + i < length ? first + i : length - 1;
+      const MaskBounds one = {mask.segment[at], mask.segment[at], mask.order[at], mask.order[at]};
+      mine = i < 16 ? one : Union(mine, one);
+    }
+    mine = WarpUnion(mine, 1);
+    if (lane == 0) *bounds = mine;
   }
-  // Of columns [first, first + count), which lie in one tile of bounds.
-  __device__ Visibility Look(const Mask& mask, int first, int count, int length) const {
+  // At columns [from, from + count), which lie in one tile of bounds.
+  __device__ Visibility Look(int from, int count) const {
     const Visibility see =
-        mask.segment ? SeeTile<kRowsAreQueries>(bounds, mask.bounds[first / kBoundsTile]) : kAll;
-    return see == kAll && first + count > length ? kSome : see;
+        mask.segment ? SeeTile<kRowsAreQueries>(*bounds, mask.bounds[from / kBoundsTile]) : kAll;
+    return see == kAll && from + count > columns ? kSome : see;
   }
   // Puts `value` where a row does not meet a column; the columns' mask values lie in shared memory, `left`
   // columns exist.
   template <int kN>
-  __device__ void Hide(float (&acc)[kM][kN][4], float value, bool masked, const int32_t* column_segment,
+  __device__ void Hide(float (&acc)[kM][kN][4], float value, const int32_t* column_segment,
                        const int32_t* column_order, int left) const {
+    const int lane = threadIdx.x % 32;
+    int32_t segment[kM][2] = {}, order[kM][2] = {};
+    if (mask.segment)
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = first + 16 * m + 8 * h + lane / 4, at = row < length ? row : length - 1;
+          segment[m][h] = mask.segment[at];
+          order[m][h] = mask.order[at];
+        }
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int column = 8 * n + 2 * (threadIdx.x % 4) + c;
-        const int32_t s = masked ? column_segment[column] : 0, o = masked ? column_order[column] : 0;
+        const int column = 8 * n + 2 * (lane % 4) + c;
+        const int32_t s = mask.segment ? column_segment[column] : 0;
+        const int32_t o = mask.segment ? column_order[column] : 0;
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
-            if (column >= left || (masked && !Seen<kRowsAreQueries>(segment[m][h], order[m][h], s, o)))
+            if (column >= left || !Seen<kRowsAreQueries>(segment[m][h], order[m][h], s, o))
               acc[m][n][2 * h + c] = value;
       }
   }
@@ -185,7 +199,8 @@ struct ForwardPlan {
   static constexpr int kRowWarps = 4, kThreads = 32 * kRowWarps * kSplit, kRows = 16 * kM * kRowWarps;
   static constexpr int kChunks = kD / 8, kOut = kD / kSplit;
   static constexpr int kQueryBytes = kRows * kD * 2, kKeyBytes = kKeys * kD * 2;
-  static constexpr size_t kShared = kQueryBytes + 2 * kKeyBytes + 4 * kKeys * sizeof(int32_t);
+  static constexpr size_t kShared =
+      kQueryBytes + 2 * kKeyBytes + 4 * kKeys * sizeof(int32_t) + kThreads / 32 * sizeof(MaskBounds);
   static constexpr bool kHold = kD == 64;  // the queries' fragments stay in registers
 };
 
@@ -216,8 +231,9 @@ __global__ void __launch_bounds__(Plan::kThreads) ForwardMmaKernel(ForwardCall c
   const Mask mask = call.mask.Batch(batch, call.lq);
   const int warp = threadIdx.x / 32, row = warp % Plan::kRowWarps * 16 * kM, part = warp / Plan::kRowWarps;
   const int lane_at = LaneAt();
-  WarpMask<kM, true> own;
-  own.Load(mask, first + row, call.lq);
+  const WarpMask<kM, true> own = {mask, first + row, call.lq, call.lk,
+                                  reinterpret_cast<MaskBounds*>(mask_words + 4 * kKeys) + warp};
+  own.FindBounds();
 
   const auto copy_keys = [&](int tile, int turn) {
     CopyTile<kKeys, kChunks, kThreads>(k_tile, k, call.k.token, tile * kKeys, call.lk, 0, call.chunks);
@@ -229,7 +245,7 @@ __global__ void __launch_bounds__(Plan::kThreads) ForwardMmaKernel(ForwardCall c
     CopyAsyncCommit();
   };
 
-  auto walk = TileWalk<true, kKeys>::template Over<kRows>(mask, first, call.lk);
+  auto walk = TileWalk<true, kRows, kKeys>::Over(mask, first, call.lk);
   int tile = walk.Next(), turn = 0;
   CopyTile<kRows, kChunks, kThreads>(q_tile, q, call.q.token, first, call.lq, 0, call.chunks);
   if (tile < walk.count()) copy_keys(tile, turn);
@@ -265,7 +281,7 @@ __global__ void __launch_bounds__(Plan::kThreads) ForwardMmaKernel(ForwardCall c
     const int next = walk.Next();
     CopyTile<kKeys, kChunks, kThreads>(v_tile, v, call.v.token, tile * kKeys, call.lk, 0, call.chunks);
     CopyAsyncCommit();
-    const Visibility see = own.Look(mask, tile * kKeys, kKeys, call.lk);
+    const Visibility see = own.Look(tile * kKeys, kKeys);
     float s[kM][kN][4];
     if (see != kNothing) {
       Clear(s);
@@ -283,8 +299,7 @@ __global__ void __launch_bounds__(Plan::kThreads) ForwardMmaKernel(ForwardCall c
           for (int n = 0; n < kN; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) s[m][n][i] = -s[m][n][i];
-      if (see == kSome)
-        own.Hide(s, -INFINITY, mask.segment != nullptr, words, words + kKeys, call.lk - tile * kKeys);
+      if (see == kSome) own.Hide(s, -INFINITY, words, words + kKeys, call.lk - tile * kKeys);
       bool grows = false;
       float shrink[kM][2];
 #pragma unroll
@@ -371,7 +386,7 @@ inline int32_t ForwardMma(const PfArgs* a, const AttentionShape& s, const RowTur
   call.o = MakeOutRows(a->out[0]);
   call.lse = PfData<float>(a->out[1]);
   if (s.d <= 64) return LaunchForwardMma<ForwardPlan<64, 2, 64, 1>>(a, s, call);
-  if (s.d <= 128) return LaunchForwardMma<ForwardPlan<128, 2, 64, 1>>(a, s, call);
+  if (s.d <= 128) return LaunchForwardMma<ForwardPlan<128, 2, 32, 1>>(a, s, call);
   return LaunchForwardMma<ForwardPlan<512, 1, 32, 2>>(a, s, call);
 }
 

@@ -15,7 +15,7 @@ struct BackwardPlan {
   static constexpr int kOwnBytes = kRows * kD * 2, kTileBytes = kTile * kD * 2;
   static constexpr int kWords = 4 * kTile;  // segment, order, lse and delta of the columns
   static constexpr int kStageBytes = 2 * kTileBytes + kWords * 4;
-  static constexpr size_t kShared = 2 * kOwnBytes + 2 * kStageBytes;
+  static constexpr size_t kShared = 2 * kOwnBytes + 2 * kStageBytes + Warps * sizeof(MaskBounds);
 };
 
 struct BackwardCall {
@@ -48,8 +48,10 @@ __global__ void __launch_bounds__(Plan::kThreads) BackwardMmaKernel(BackwardCall
   const float* delta = call.sums.delta + static_cast<int64_t>(pair) * lq;
   const Mask mask = call.mask.Batch(batch, lq);
   const int row = threadIdx.x / 32 * 16 * kM, lane_at = LaneAt(), t = threadIdx.x % 4;
-  WarpMask<kM, !kKeyRows> own;
-  own.Load(mask, first + row, call.own_length);
+  const WarpMask<kM, !kKeyRows> own = {
+      mask, first + row, call.own_length, call.other_length,
+      reinterpret_cast<MaskBounds*>(stages + 2 * Plan::kStageBytes) + threadIdx.x / 32};
+  own.FindBounds();
 
   const auto copy_stage = [&](int tile, int stage) {
     unsigned char* to = stages + stage * Plan::kStageBytes;
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(Plan::kThreads) BackwardMmaKernel(BackwardCall
         row_delta[m][h] = i < lq ? delta[i] : 0;
       }
 
-  auto walk = TileWalk<!kKeyRows, kTile>::template Over<kRows>(mask, first, call.other_length);
+  auto walk = TileWalk<!kKeyRows, kRows, kTile>::Over(mask, first, call.other_length);
   int tile = walk.Next(), stage = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(Plan::kThreads) BackwardMmaKernel(BackwardCall
     const int32_t* words = reinterpret_cast<const int32_t*>(b1 + Plan::kTileBytes);
     const float* column_lse = reinterpret_cast<const float*>(words + 2 * kTile);
     const float* column_delta = column_lse + kTile;
-    const Visibility see = own.Look(mask, tile * kTile, kTile, call.other_length);
+    const Visibility see = own.Look(tile * kTile, kTile);
     // A loop, not unrolled: it is long enough.
 #pragma unroll 1
     for (int step = 0; see != kNothing && step < kTile; step += kStep) {
@@ -130,8 +132,7 @@ __global__ void __launch_bounds__(Plan::kThreads) BackwardMmaKernel(BackwardCall
             }
         }
       if (see == kSome)
-        own.Hide(s, 0, mask.segment != nullptr, words + step, words + kTile + step,
-                 call.other_length - tile * kTile - step);
+        own.Hide(s, 0, words + step, words + kTile + step, call.other_length - tile * kTile - step);
       if constexpr (kKeyRows) MultiplyColumns<kStep / 16, kOutN / 2, kTile>(acc[1], s, b1, step, 0, lane_at);
       float dp[kM][kN][4];
       Clear(dp);
@@ -203,7 +204,7 @@ inline int32_t BackwardMma(const PfArgs* a, const AttentionShape& s, const Mask&
     return LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, true>>(a, s, of_keys);
   }
   PF_TRY((LaunchBackwardMma<BackwardPlan<128, 1, 8, 64, false>>(a, s, of_queries)));
-  return LaunchBackwardMma<BackwardPlan<128, 1, 8, 64, true>>(a, s, of_keys);
+  return LaunchBackwardMma<BackwardPlan<128, 1, 8, 32, true>>(a, s, of_keys);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int kSide = 64, kSimtThreads = 256, kStageBytes = kSide * kSide * 4;
+constexpr int kSide = kBoundsTile, kSimtThreads = 256, kStageBytes = kSide * kSide * 4;
 
 // kForward and kQueries have queries as rows (q; q, do) and keys as columns (k, v); kKeys has k, v as rows
 // and q, do as columns.
@@ -25,13 +25,14 @@ struct SimtCall {
 template <Pass kPass, int kOut>
 struct SimtPlan {
   static constexpr int kDots = kPass == Pass::kForward ? 1 : 2, kSums = kPass == Pass::kKeys ? 2 : 1;
+  static constexpr int kBlocks = kSums * kOut <= 128 ? 2 : 1;  // on one multiprocessor
   static constexpr size_t kShared = 5 * kStageBytes + 4 * kSide * sizeof(float);
 };
 
 // Thread (y, x) has rows y + 16 i and, of logits, columns x + 16 j.
 __device__ __forceinline__ void DotStage(float (&s)[4][4], const unsigned char* rows,
                                          const unsigned char* columns, int y, int x) {
-#pragma unroll 4
+#pragma unroll 1
   for (int c = 0; c < kSide / 4; ++c) {
     float4 a[4], b[4];
 #pragma unroll
@@ -53,7 +54,7 @@ __device__ __forceinline__ void DotStage(float (&s)[4][4], const unsigned char* 
 // acc[i][c] += weights of row y + 16 i times columns 4 x + c of the stage.
 __device__ __forceinline__ void SumStage(float (&acc)[4][4], const unsigned char* weights,
                                          const unsigned char* stage, int y, int x) {
-#pragma unroll 4
+#pragma unroll 1
   for (int c = 0; c < kSide / 4; ++c) {
     float4 p[4];
 #pragma unroll
@@ -90,7 +91,7 @@ __device__ __forceinline__ float RowMax(float x) {
 }
 
 template <Pass kPass, int kOut>
-__global__ void __launch_bounds__(kSimtThreads) SimtKernel(SimtCall call) {
+__global__ void __launch_bounds__(kSimtThreads, SimtPlan<kPass, kOut>::kBlocks) SimtKernel(SimtCall call) {
   using Plan = SimtPlan<kPass, kOut>;
   constexpr bool kForward = kPass == Pass::kForward, kKeyRows = kPass == Pass::kKeys;
   constexpr int kDots = Plan::kDots, kSums = Plan::kSums, kColumns = kOut / kSide;
@@ -150,25 +151,35 @@ __global__ void __launch_bounds__(kSimtThreads) SimtKernel(SimtCall call) {
     }
   };
 
-  int32_t row_segment[4] = {}, row_order[4] = {};
-  float row_lse[4] = {}, row_delta[4] = {}, top[4], sum[4] = {};
+  float top[4], sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = first + y + 16 * i;
-    top[i] = -INFINITY;
-    if (row < call.own_length) {
-      if (mask.segment) row_segment[i] = mask.segment[row], row_order[i] = mask.order[row];
-      if (kPass == Pass::kQueries) row_lse[i] = lse[row], row_delta[i] = delta[row];
+  for (int i = 0; i < 4; ++i) top[i] = -INFINITY;
+  // Which logits are hidden, a bit for each; rows' mask values are read only where a tile is not seen as a
+  // whole.
+  const auto find_hidden = [&](int tile) {
+    const int left = call.other_length - tile * kSide;
+    if (left >= kSide &&
+        (!mask.segment || SeeTile<!kKeyRows>(mask.bounds[first / kSide], mask.bounds[tile]) == kAll))
+      return 0;
+    int bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + y + 16 * i, at = row < call.own_length ? row : call.own_length - 1;
+      const int32_t segment = mask.segment ? mask.segment[at] : 0, order = mask.segment ? mask.order[at] : 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = x + 16 * j;
+        const bool seen =
+            column < left &&
+            (!mask.segment || Seen<!kKeyRows>(segment, order, column_segment[column], column_order[column]));
+        if (!seen) bits |= 1 << (4 * i + j);
+      }
     }
-  }
-  const auto hidden = [&](int i, int j, int left) {
-    const int column = x + 16 * j;
-    return column >= left || (mask.segment && !Seen<!kKeyRows>(row_segment[i], row_order[i],
-                                                               column_segment[column], column_order[column]));
+    return bits;
   };
 
   float acc[kSums][kColumns][4][4] = {}, s[4][4], dp[4][4];
-  auto walk = TileWalk<!kKeyRows, kSide>::template Over<kSide>(mask, first, call.other_length);
+  auto walk = TileWalk<!kKeyRows, kSide, kSide>::Over(mask, first, call.other_length);
   int tile = walk.Next(), part = 0, stage = 0;
   if (tile < walk.count()) copy_part(tile, 0, shared);
   CopyAsyncCommit();
@@ -200,14 +211,14 @@ __global__ void __launch_bounds__(kSimtThreads) SimtKernel(SimtCall call) {
     }
 
     if (part == kDots * inner - 1) {
-      const int left = call.other_length - tile * kSide;
+      const int hidden = find_hidden(tile);
       if (kForward) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float most = top[i];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            s[i][j] = hidden(i, j, left) ? -INFINITY : s[i][j] * call.scale;
+            s[i][j] = hidden >> (4 * i + j) & 1 ? -INFINITY : s[i][j] * call.scale;
             most = fmaxf(most, s[i][j]);
           }
           most = RowMax(most);
@@ -227,14 +238,16 @@ __global__ void __launch_bounds__(kSimtThreads) SimtKernel(SimtCall call) {
         StoreWeights(s, weights, y, x);
       } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i) {
+          const int row = first + y + 16 * i, of_row = row < call.own_length ? row : call.own_length - 1;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const float l = kKeyRows ? column_lse[x + 16 * j] : row_lse[i];
-            const float d = kKeyRows ? column_delta[x + 16 * j] : row_delta[i];
-            s[i][j] = hidden(i, j, left) ? 0 : expf(fmaf(s[i][j], call.scale, -l));
+            const float l = kKeyRows ? column_lse[x + 16 * j] : lse[of_row];
+            const float d = kKeyRows ? column_delta[x + 16 * j] : delta[of_row];
+            s[i][j] = hidden >> (4 * i + j) & 1 ? 0 : expf(fmaf(s[i][j], call.scale, -l));
             dp[i][j] = s[i][j] * (dp[i][j] - d);
           }
+        }
         StoreWeights(kKeyRows ? s : dp, weights, y, x);
       }
     }

@@ -18,12 +18,15 @@ __device__ __forceinline__ int ChunkAt(int row, int chunk) {
 template <int kRows, int kChunks, int kThreads, class T>
 __device__ __forceinline__ void CopyTile(unsigned char* to, const T* head, int64_t token, int first,
                                          int length, int chunk0, int chunks) {
-  static_assert(kRows * kChunks % kThreads == 0);
-#pragma unroll
-  for (int k = 0; k < kRows * kChunks / kThreads; ++k) {
-    const int i = k * kThreads + threadIdx.x, row = i / kChunks, chunk = i % kChunks;
-    const bool present = first + row < length && chunk0 + chunk < chunks;
-    const T* from = head + (first + row) * token + (chunk0 + chunk) * (16 / static_cast<int>(sizeof(T)));
+  static_assert(kRows * kChunks % kThreads == 0 && kThreads % kChunks == 0);
+  constexpr int kTurn = kThreads / kChunks;  // rows that the block copies at a time
+  const int chunk = threadIdx.x % kChunks;
+  int row = threadIdx.x / kChunks;
+  const T* from = head + (first + row) * token + (chunk0 + chunk) * (16 / static_cast<int>(sizeof(T)));
+  const bool inside = chunk0 + chunk < chunks;
+#pragma unroll 1
+  for (; row < kRows; row += kTurn, from += kTurn * token) {
+    const bool present = inside && first + row < length;
     CopyAsync16(to + ChunkAt<kRows>(row, chunk), present ? from : head, present);
   }
 }
@@ -49,11 +52,10 @@ __device__ __forceinline__ bool Seen(int32_t row_segment, int32_t row_order, int
 
 // The tiles of kTile columns that any of a block's rows meets, in ascending order; a warp looks at 32 at a
 // time, and all warps of the block find the same.
-template <bool kRowsAreQueries, int kTile>
+template <bool kRowsAreQueries, int kRows, int kTile>
 class TileWalk {
  public:
-  // kRows rows from `first` on, a multiple of kRows.
-  template <int kRows>
+  // The rows begin at `first`, a multiple of kRows.
   static __device__ TileWalk Over(const Mask& mask, int first, int columns) {
     static_assert(kRows % kBoundsTile == 0 && kBoundsTile % kTile == 0);
     TileWalk walk;
@@ -61,12 +63,8 @@ class TileWalk {
     walk.count_ = (columns + kTile - 1) / kTile;
     walk.base_ = mask.bounds ? -32 : 0;
     walk.found_ = 0;
-    if (mask.bounds) {
-      walk.own_ = mask.bounds[first / kBoundsTile];
-      for (int i = 1; i < kRows / kBoundsTile; ++i)
-        if (first / kBoundsTile + i < mask.tiles)
-          walk.own_ = Union(walk.own_, mask.bounds[first / kBoundsTile + i]);
-    }
+    walk.first_ = first / kBoundsTile;
+    walk.tiles_ = mask.tiles;
     return walk;
   }
   __device__ int count() const { return count_; }
@@ -77,8 +75,11 @@ class TileWalk {
       base_ += 32;
       if (base_ >= count_) return count_;
       const int tile = base_ + static_cast<int>(threadIdx.x % 32);
+      MaskBounds own = bounds_[first_];
+      for (int i = 1; i < kRows / kBoundsTile; ++i)
+        if (first_ + i < tiles_) own = Union(own, bounds_[first_ + i]);
       const bool met =
-          tile < count_ && SeeTile<kRowsAreQueries>(own_, bounds_[tile * kTile / kBoundsTile]) != kNothing;
+          tile < count_ && SeeTile<kRowsAreQueries>(own, bounds_[tile * kTile / kBoundsTile]) != kNothing;
       found_ = __ballot_sync(0xffffffffu, met);
     }
     const int next = __ffs(found_) - 1;
@@ -88,8 +89,7 @@ class TileWalk {
 
  private:
   const MaskBounds* bounds_;
-  MaskBounds own_;
-  int count_, base_;
+  int first_, tiles_, count_, base_;
   uint32_t found_;
 };
 
