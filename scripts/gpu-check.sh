@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one go: builds the CUDA backend for the card at hand, runs the op cases on
-# it, and, where Node and the built package are there, the recorded cases, one generation loop and the benches. Needs
+# it, and, where Node and the built package are there, the recorded cases and the benches. Needs
 # nvcc and g++; neither cmake nor oneDNN. Results: bench/results/<card>.json, and out/gpu/ for the rest.
 #   scripts/gpu-check.sh [--sanitize]      --sanitize: also compute-sanitizer on the op cases (slow)
 set -uo pipefail
@@ -20,7 +20,7 @@ arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d .)
 
 step "build for sm_$arch"
 folders=$(sed -n 's/^PF_OP(\([a-z0-9_]*\),.*/\1/p' native/ops.def | uniq)
-cuda="native/backends/cuda/table.cc native/backends/cuda/memory_cuda.cc native/backends/cuda/bench_cuda.cu native/backends/cuda/cublaslt.cc"
+cuda="native/backends/cuda/table.cc native/backends/cuda/memory_cuda.cc native/backends/cuda/cublaslt.cc $(echo native/backends/cuda/*.cu)"
 ref="native/backends/ref/table.cc" tests="native/core/op_test_main.cc native/core/backend.cc"
 for folder in $folders; do
   cuda+=" native/ops/$folder/${folder}_cuda.cu"
@@ -49,7 +49,6 @@ $gxx -o "$out/pf_op_test" $(objects $tests) -ldl || exit 1
 
 step 'op cases'
 must "$out/pf_op_test" --level cuda
-PYRAFLOW_CUDA_ATTENTION=mma must "$out/pf_op_test" --level cuda --filter attention
 if [ "${1:-}" = --sanitize ]; then
   for tool in memcheck racecheck synccheck; do
     step "compute-sanitizer $tool"
