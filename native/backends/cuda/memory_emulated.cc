@@ -14,16 +14,20 @@ int32_t Begin(int32_t, PfContext* context, char*) {
 }
 void End() {}
 void* Allocate(size_t bytes) { return aligned_alloc(256, (bytes + 255) / 256 * 256); }
-int32_t Transfer(void* to, const void* from, size_t bytes, char*) {
+int32_t Upload(void* to, const void* from, size_t bytes, char*) {
   memcpy(to, from, bytes);
   return PF_OK;
+}
+int32_t Download(void* to, const void* from, size_t bytes, char* error) {
+  memcpy(to, from, bytes);
+  return TakeFault(&faults, error);
 }
 int32_t Synchronize(char* error) { return TakeFault(&faults, error); }
 int32_t Pace(char*) { return PF_OK; }
 
 }  // namespace
 
-const PfMemory kDeviceMemory = {Begin, End, Allocate, free, Transfer, Transfer, Synchronize, Pace};
+const PfMemory kDeviceMemory = {Begin, End, Allocate, free, Upload, Download, Synchronize, Pace};
 int32_t DeviceProbe(int32_t, char* text) {
   snprintf(text, 256, "kernels run by the host, for tests");
   return PF_OK;
