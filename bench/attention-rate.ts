@@ -1,4 +1,4 @@
-import { withOp } from './attention.ts'
+import { withOp } from './attention-problem.ts'
 import { engineSeconds } from './harness.ts'
 
 // GFLOP/s of dense f32 attention at the level that the environment asks for, on stdout: length, heads, runs.

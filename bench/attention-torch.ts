@@ -1,6 +1,6 @@
 import { engine } from '../lib/engine/engine.ts'
 import { type Layout, makeLayout } from '../lib/pyramid/layout.ts'
-import { columnOf, STAGES, TEXT, withMask, withOp } from './attention.ts'
+import { columnOf, type Problem, STAGES, TEXT, withMask, withOp } from './attention-problem.ts'
 import { countFor, type Effort, engineSeconds, onGpu, type Required, type Unnamed } from './harness.ts'
 import { type TorchProblem, torchAttention } from './torch.ts'
 
@@ -79,7 +79,7 @@ async function secondsOf(problem: TorchProblem, layout: Layout | undefined, effo
   const { dtype, heads, length, dim, backward } = problem
   const base = { dtype, heads, length, dim, pairs: 1, ...(backward && { pass: 'backward' as const }) }
   let seconds = Number.NaN
-  const run = (mask?: Parameters<typeof withOp>[0]['mask']): Promise<void> =>
+  const run = (mask?: Problem['mask']): Promise<void> =>
     withOp({ ...base, ...(mask && { mask }) }, async (op) => {
       seconds = await engineSeconds(op, effort.quick ? 1 : await countFor(op, effort.seconds))
     })

@@ -75,12 +75,6 @@ static inline int32_t* Faults(const PfArgs* a) { return static_cast<int32_t*>(a-
 constexpr int kMostBlocks = 132 * 16;
 static inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f32 and bf16 by type: Dispatch calls fn with a null pointer of the element type.
-template <class Fn>
-int32_t Dispatch(int32_t dtype, Fn fn) {
-  return dtype == PF_F32 ? fn(static_cast<float*>(nullptr)) : fn(static_cast<Bf16*>(nullptr));
-}
-
 // N neighbouring elements in one access; the address must be a multiple of N * sizeof(T).
 template <class T, int N>
 struct __align__(sizeof(T) * N) Pack {
@@ -155,11 +149,6 @@ static inline bool Aligned(const void* p, size_t bytes) {
 __device__ __forceinline__ float WarpSum(float x) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits >>= 1) x += __shfl_xor_sync(0xffffffffu, x, bits);
-  return x;
-}
-__device__ __forceinline__ float WarpMax(float x) {
-#pragma unroll
-  for (int bits = 16; bits > 0; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bits));
   return x;
 }
 // The sum of a block of whole warps, in every thread. May be called again at once.

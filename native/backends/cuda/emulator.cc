@@ -152,7 +152,6 @@ bool RunBlock(bool reverse) {
 }  // namespace
 
 int Linear() { return current; }
-void Progress() { ++changes; }
 void* Dynamic() { return dynamic; }
 const char* Error() { return error; }
 

@@ -18,16 +18,12 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
-#define __constant__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-struct __align__(8) float2 {
-  float x, y;
 };
 struct __align__(16) float4 {
   float x, y, z, w;
@@ -38,13 +34,6 @@ struct __align__(8) uint2 {
 struct __align__(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct __align__(16) int4 {
-  int32_t x, y, z, w;
-};
-static inline float2 make_float2(float x, float y) { return {x, y}; }
-static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace emulator {
 
@@ -55,7 +44,6 @@ extern Place place;  // of the fiber that runs
 
 int Linear();                          // index of the thread in its block
 void Wait();                           // lets the other threads run; the caller looks again
-void Progress();                       // something changed that others may wait for
 void BlockBarrier(int id, int count);  // count 0: all threads of the block
 int BlockOr(int value);                // __syncthreads_or
 void* Dynamic();                       // dynamic shared memory of this block
@@ -98,24 +86,9 @@ static inline void __syncwarp(uint32_t mask = 0xffffffffu) {
   const char nothing = 0;
   emulator::WarpExchange(mask, &nothing, 1);
 }
-static inline void __threadfence() {}
-static inline void __threadfence_block() {}
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int lane, int = 32) {
-  return emulator::Shuffle(mask, value, lane);
-}
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int = 32) {
   return emulator::Shuffle(mask, value, emulator::Lane() ^ bits);
-}
-template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int by, int = 32) {
-  return emulator::Shuffle(mask, value,
-                           emulator::Lane() + by < 32 ? emulator::Lane() + by : emulator::Lane());
-}
-template <class T>
-T __shfl_up_sync(uint32_t mask, T value, int by, int = 32) {
-  return emulator::Shuffle(mask, value, emulator::Lane() >= by ? emulator::Lane() - by : emulator::Lane());
 }
 static inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
   const int32_t mine = predicate != 0;
@@ -130,54 +103,11 @@ static inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
 }
 static inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 static inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-static inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
-template <class T>
-T atomicAdd(T* at, T value) {
-  const T old = *at;
-  *at = old + value;
-  return old;
-}
-template <class T>
-T atomicMax(T* at, T value) {
-  const T old = *at;
-  if (value > old) *at = value;
-  return old;
-}
-template <class T>
-T atomicCAS(T* at, T expected, T value) {
-  const T old = *at;
-  if (old == expected) *at = value;
-  return old;
-}
-template <class T>
-T atomicExch(T* at, T value) {
-  const T old = *at;
-  *at = value;
-  return old;
-}
-
-#define __expf(x) expf(x)  // glibc declares functions of these names and does not define them
-#define __logf(x) logf(x)
+#define __expf(x) expf(x)  // glibc declares a function of this name and does not define it
 static inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
-static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
-static inline float __frcp_rn(float x) { return 1.0f / x; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsqrt_rn(float a) { return sqrtf(a); }
 static inline float __int2float_rn(int a) { return static_cast<float>(a); }
-static inline uint32_t __float_as_uint(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-static inline float __uint_as_float(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
-template <class T>
-static inline T __ldg(const T* at) {
-  return *at;
-}

@@ -5,6 +5,7 @@
 // ("chunk") at a time, either along k or along rows of C (columns, for B), whichever is contiguous; what lies
 // outside is zero. Multiplying is a Core's: tensor cores for bf16, plain multiply-adds for f32.
 #pragma once
+#include "backends/cuda/activations.h"
 #include "backends/cuda/elementwise.h"
 #include "backends/cuda/fast_div.h"
 #include "backends/cuda/gemm.h"
@@ -280,9 +281,8 @@ static inline Epilogue EpilogueTo(const FloatArray& y, int64_t n, const FloatArr
 }
 
 __device__ __forceinline__ float Activate(float x, int32_t activation) {
-  if (activation == kActGeluTanh)
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * (x + 0.044715f * x * x * x)));
-  if (activation == kActSilu) return x / (1.0f + expf(-x));
+  if (activation == kActGeluTanh) return GeluTanh(x);
+  if (activation == kActSilu) return Silu(x);
   return x;
 }
 // Up to 8 neighbouring columns of a row of n.

@@ -1,5 +1,5 @@
 #include "ops/conv3d/conv3d.h"
-#include "ops/conv3d/conv3d_gather.h"
+#include "ops/conv3d/conv3d_gather.cuh"
 
 namespace {
 

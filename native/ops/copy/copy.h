@@ -105,3 +105,13 @@ PF_HD static inline Offsets OffsetsOf(const Layout& l, int64_t index) {
 static inline void Remove(Layout& l, int j) {
   for (--l.rank; j < l.rank; ++j) l.dims[j] = l.dims[j + 1], l.x[j] = l.x[j + 1], l.y[j] = l.y[j + 1];
 }
+
+// Whether elements may be moved as they are; the reference also adds and converts what is refused here.
+static inline int32_t CopiesBytes(const PfArgs* a, const CopyRegion& r, bool* bytes) {
+  const PfView &x = a->in[0], &y = a->out[0];
+  *bytes = x.dtype == y.dtype && !r.accumulate;
+  if (*bytes || (PfIsFloat(x) && PfIsFloat(y))) return PF_OK;
+  return Fail(a, PF_ERR_DTYPE,
+              "copy_region: expected x and y of one dtype, or f32 and bf16, received %d and %d", x.dtype,
+              y.dtype);
+}

@@ -188,11 +188,8 @@ int32_t pf_cpu_copy_region(const PfArgs* a) {
   CopyRegion r;
   PF_TRY(MakeCopyRegion(a, &r));
   const PfView &x = a->in[0], &y = a->out[0];
-  const bool raw = x.dtype == y.dtype && !r.accumulate;
-  if (!raw && !(PfIsFloat(x) && PfIsFloat(y)))
-    return Fail(a, PF_ERR_DTYPE,
-                "copy_region: expected x and y of one dtype, or f32 and bf16, received %d and %d", x.dtype,
-                y.dtype);
+  bool raw;
+  PF_TRY(CopiesBytes(a, r, &raw));
   const int64_t length = r.count * r.inner, size = PfSize(x.dtype);
   if (length == 0 || r.outer == 0) return PF_OK;
   const int64_t part = MinOf(length, raw ? 1 << 14 : kBlock), parts = (length + part - 1) / part;

@@ -155,11 +155,8 @@ int32_t pf_cuda_copy_region(const PfArgs* a) {
   CopyRegion r;
   PF_TRY(MakeCopyRegion(a, &r));
   const PfView &x = a->in[0], &y = a->out[0];
-  const bool raw = x.dtype == y.dtype && !r.accumulate;
-  if (!raw && !(PfIsFloat(x) && PfIsFloat(y)))
-    return Fail(a, PF_ERR_DTYPE,
-                "copy_region: expected x and y of one dtype, or f32 and bf16, received %d and %d", x.dtype,
-                y.dtype);
+  bool raw;
+  PF_TRY(CopiesBytes(a, r, &raw));
   const int64_t length = r.count * r.inner, n = r.outer * length;
   if (n == 0) return PF_OK;
   if (raw) {

@@ -12,3 +12,11 @@ static inline int32_t CheckEuler(const PfArgs* a) {
   if (PfPresent(a->in[2])) PF_TRY(NeedSameDims(a, "euler", "v_uncond", a->in[0], a->in[2]));
   return NeedSameDims(a, "euler", "y", a->in[0], a->out[0]);
 }
+
+// The types that kernels take; the reference also takes f64.
+static inline int32_t NeedEulerTypes(const PfArgs* a) {
+  PF_TRY(NeedFloat(a, "euler", "x", a->in[0]));
+  PF_TRY(NeedFloat(a, "euler", "v_cond", a->in[1]));
+  PF_TRY(NeedFloat(a, "euler", "v_uncond", a->in[2]));
+  return NeedFloat(a, "euler", "y", a->out[0]);
+}

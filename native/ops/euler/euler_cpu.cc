@@ -3,11 +3,8 @@
 
 int32_t pf_cpu_euler(const PfArgs* a) {
   PF_TRY(CheckEuler(a));
+  PF_TRY(NeedEulerTypes(a));
   const PfView &x = a->in[0], &cond = a->in[1], &uncond = a->in[2], &y = a->out[0];
-  PF_TRY(NeedFloat(a, "euler", "x", x));
-  PF_TRY(NeedFloat(a, "euler", "v_cond", cond));
-  PF_TRY(NeedFloat(a, "euler", "v_uncond", uncond));
-  PF_TRY(NeedFloat(a, "euler", "y", y));
   const EulerParams& p = PfParams<EulerParams>(a);
   const float step = static_cast<float>(p.delta_sigma), guidance = static_cast<float>(p.guidance);
   const bool guided = PfPresent(uncond);

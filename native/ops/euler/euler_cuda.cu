@@ -16,11 +16,8 @@ struct Step {
 
 int32_t pf_cuda_euler(const PfArgs* a) {
   PF_TRY(CheckEuler(a));
+  PF_TRY(NeedEulerTypes(a));
   const PfView &x = a->in[0], &cond = a->in[1], &uncond = a->in[2], &y = a->out[0];
-  PF_TRY(NeedFloat(a, "euler", "x", x));
-  PF_TRY(NeedFloat(a, "euler", "v_cond", cond));
-  PF_TRY(NeedFloat(a, "euler", "v_uncond", uncond));
-  PF_TRY(NeedFloat(a, "euler", "y", y));
   const EulerParams& p = PfParams<EulerParams>(a);
   const FloatArrays<3, 1> arrays{{ArrayOf(x), ArrayOf(cond), ArrayOf(uncond)}, {ArrayOf(y)}};
   return Elements(a, arrays, PfCount(x),

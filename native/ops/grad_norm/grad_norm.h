@@ -22,3 +22,10 @@ static inline int32_t CheckGradNorm(const PfArgs* a) {
   if (PfCount(a->out[0]) == 2) return PF_OK;
   return Fail(a, PF_ERR_SHAPE, "grad_norm: expected an output [2], received %s", ShapeText(a->out[0]).text);
 }
+
+// The types that kernels take; the reference also takes f64.
+static inline int32_t NeedGradNormTypes(const PfArgs* a) {
+  PF_TRY(NeedFloat(a, "grad_norm", "g", a->in[0]));
+  if (a->out[0].dtype == PF_F32) return PF_OK;
+  return Fail(a, PF_ERR_DTYPE, "grad_norm: expected an f32 output, received dtype %d", a->out[0].dtype);
+}

@@ -3,10 +3,8 @@
 
 int32_t pf_cpu_grad_norm(const PfArgs* a) {
   PF_TRY(CheckGradNorm(a));
+  PF_TRY(NeedGradNormTypes(a));
   const PfView &g = a->in[0], &y = a->out[0];
-  PF_TRY(NeedFloat(a, "grad_norm", "g", g));
-  if (y.dtype != PF_F32)
-    return Fail(a, PF_ERR_DTYPE, "grad_norm: expected an f32 output, received dtype %d", y.dtype);
   // Squares in double neither overflow nor vanish; fixed lanes and blocks give the same bits on any number of
   // threads.
   const int64_t n = PfCount(g), blocks = (n + kBlock - 1) / kBlock;

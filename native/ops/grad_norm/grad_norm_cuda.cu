@@ -24,10 +24,8 @@ struct PutNorm {
 
 int32_t pf_cuda_grad_norm(const PfArgs* a) {
   PF_TRY(CheckGradNorm(a));
+  PF_TRY(NeedGradNormTypes(a));
   const PfView &g = a->in[0], &y = a->out[0];
-  PF_TRY(NeedFloat(a, "grad_norm", "g", g));
-  if (y.dtype != PF_F32)
-    return Fail(a, PF_ERR_DTYPE, "grad_norm: expected an f32 output, received dtype %d", y.dtype);
   return Sums(a, 1, PfCount(g), 1, Square{ArrayOf(g)},
               PutNorm{PfData<float>(y), PfParams<GradNormParams>(a).max_norm});
 }

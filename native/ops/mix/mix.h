@@ -12,3 +12,12 @@ static inline int32_t CheckMix(const PfArgs* a) {
                 ShapeText(sigma).text);
   return PF_OK;
 }
+
+// The types that kernels take; the reference also takes f64.
+static inline int32_t NeedMixTypes(const PfArgs* a) {
+  PF_TRY(NeedFloat(a, "mix", "a", a->in[0]));
+  PF_TRY(NeedFloat(a, "mix", "b", a->in[1]));
+  PF_TRY(NeedFloat(a, "mix", "y", a->out[0]));
+  if (a->in[2].dtype == PF_F32) return PF_OK;
+  return Fail(a, PF_ERR_DTYPE, "mix: expected sigma f32, received dtype %d", a->in[2].dtype);
+}

@@ -3,12 +3,8 @@
 
 int32_t pf_cpu_mix(const PfArgs* args) {
   PF_TRY(CheckMix(args));
+  PF_TRY(NeedMixTypes(args));
   const PfView &a = args->in[0], &b = args->in[1], &sigma = args->in[2], &y = args->out[0];
-  PF_TRY(NeedFloat(args, "mix", "a", a));
-  PF_TRY(NeedFloat(args, "mix", "b", b));
-  PF_TRY(NeedFloat(args, "mix", "y", y));
-  if (sigma.dtype != PF_F32)
-    return Fail(args, PF_ERR_DTYPE, "mix: expected sigma f32, received dtype %d", sigma.dtype);
   const int64_t n = PfProduct(y, 1, y.rank), blocks = (n + kBlock - 1) / kBlock;
   const bool has_a = PfPresent(a), has_b = PfPresent(b);
   ForTasks(y.dims[0] * blocks, PfCount(y), [&](int64_t task) {

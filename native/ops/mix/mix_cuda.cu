@@ -16,12 +16,8 @@ struct Mix {
 
 int32_t pf_cuda_mix(const PfArgs* args) {
   PF_TRY(CheckMix(args));
+  PF_TRY(NeedMixTypes(args));
   const PfView &a = args->in[0], &b = args->in[1], &sigma = args->in[2], &y = args->out[0];
-  PF_TRY(NeedFloat(args, "mix", "a", a));
-  PF_TRY(NeedFloat(args, "mix", "b", b));
-  PF_TRY(NeedFloat(args, "mix", "y", y));
-  if (sigma.dtype != PF_F32)
-    return Fail(args, PF_ERR_DTYPE, "mix: expected sigma f32, received dtype %d", sigma.dtype);
   const FloatArrays<2, 1> arrays{{ArrayOf(a), ArrayOf(b)}, {ArrayOf(y)}};
   return Elements(args, arrays, PfCount(y), Mix{PfData<float>(sigma), PfProduct(y, 1, y.rank)});
 }

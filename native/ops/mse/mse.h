@@ -11,3 +11,12 @@ static inline int32_t CheckMse(const PfArgs* a, const char* op, const PfView& pe
                 ShapeText(pred).text, ShapeText(per_batch).text);
   return PF_OK;
 }
+
+// The types that kernels take; the reference also takes f64.
+static inline int32_t NeedMseTypes(const PfArgs* a, const char* op, const char* name,
+                                   const PfView& per_batch) {
+  PF_TRY(NeedFloat(a, op, "pred", a->in[0]));
+  PF_TRY(NeedFloat(a, op, "target", a->in[1]));
+  if (per_batch.dtype == PF_F32) return PF_OK;
+  return Fail(a, PF_ERR_DTYPE, "%s: expected %s f32, received dtype %d", op, name, per_batch.dtype);
+}

@@ -4,10 +4,7 @@
 int32_t pf_cpu_mse(const PfArgs* a) {
   const PfView &pred = a->in[0], &target = a->in[1], &loss = a->out[0];
   PF_TRY(CheckMse(a, "mse", loss));
-  PF_TRY(NeedFloat(a, "mse", "pred", pred));
-  PF_TRY(NeedFloat(a, "mse", "target", target));
-  if (loss.dtype != PF_F32)
-    return Fail(a, PF_ERR_DTYPE, "mse: expected loss f32, received dtype %d", loss.dtype);
+  PF_TRY(NeedMseTypes(a, "mse", "loss", loss));
   // Partial sums of fixed blocks, added in order: the loss does not depend on the number of threads.
   const int64_t batch = pred.dims[0], n = PfProduct(pred, 1, pred.rank), blocks = (n + kBlock - 1) / kBlock;
   double* partial =
@@ -44,12 +41,9 @@ int32_t pf_cpu_mse(const PfArgs* a) {
 int32_t pf_cpu_mse_backward(const PfArgs* a) {
   const PfView &pred = a->in[0], &target = a->in[1], &dloss = a->in[2], &dpred = a->out[0];
   PF_TRY(CheckMse(a, "mse_backward", dloss));
-  PF_TRY(NeedFloat(a, "mse_backward", "pred", pred));
-  PF_TRY(NeedFloat(a, "mse_backward", "target", target));
+  PF_TRY(NeedMseTypes(a, "mse_backward", "dloss", dloss));
   PF_TRY(NeedFloat(a, "mse_backward", "dpred", dpred));
   PF_TRY(NeedSameDims(a, "mse_backward", "dpred", pred, dpred));
-  if (dloss.dtype != PF_F32)
-    return Fail(a, PF_ERR_DTYPE, "mse_backward: expected dloss f32, received dtype %d", dloss.dtype);
   const int64_t n = PfProduct(pred, 1, pred.rank), blocks = (n + kBlock - 1) / kBlock;
   ForTasks(pred.dims[0] * blocks, PfCount(pred), [&](int64_t task) {
     alignas(64) float bp[kBlock], bt[kBlock], bd[kBlock];

@@ -26,19 +26,12 @@ struct Backward {
   }
 };
 
-int32_t NeedTypes(const PfArgs* a, const char* op, const char* name, const PfView& per_sample) {
-  PF_TRY(NeedFloat(a, op, "pred", a->in[0]));
-  PF_TRY(NeedFloat(a, op, "target", a->in[1]));
-  if (per_sample.dtype == PF_F32) return PF_OK;
-  return Fail(a, PF_ERR_DTYPE, "%s: expected %s f32, received dtype %d", op, name, per_sample.dtype);
-}
-
 }  // namespace
 
 int32_t pf_cuda_mse(const PfArgs* a) {
   const PfView &pred = a->in[0], &target = a->in[1], &loss = a->out[0];
   PF_TRY(CheckMse(a, "mse", loss));
-  PF_TRY(NeedTypes(a, "mse", "loss", loss));
+  PF_TRY(NeedMseTypes(a, "mse", "loss", loss));
   const int64_t n = PfProduct(pred, 1, pred.rank);
   return Sums(a, pred.dims[0], n, 1, SquaredError{ArrayOf(pred), ArrayOf(target), n},
               PutMean{PfData<float>(loss), static_cast<double>(n)});
@@ -47,7 +40,7 @@ int32_t pf_cuda_mse(const PfArgs* a) {
 int32_t pf_cuda_mse_backward(const PfArgs* a) {
   const PfView &pred = a->in[0], &target = a->in[1], &dloss = a->in[2], &dpred = a->out[0];
   PF_TRY(CheckMse(a, "mse_backward", dloss));
-  PF_TRY(NeedTypes(a, "mse_backward", "dloss", dloss));
+  PF_TRY(NeedMseTypes(a, "mse_backward", "dloss", dloss));
   PF_TRY(NeedFloat(a, "mse_backward", "dpred", dpred));
   PF_TRY(NeedSameDims(a, "mse_backward", "dpred", pred, dpred));
   const FloatArrays<2, 1> arrays{{ArrayOf(pred), ArrayOf(target)}, {ArrayOf(dpred)}};

@@ -110,3 +110,17 @@ static inline int32_t CheckGatedRows(const PfArgs* a, const char* op) {
   }
   return PF_OK;
 }
+
+static inline int32_t NeedGatedTypes(const PfArgs* a) {
+  PF_TRY(NeedFloat(a, "gated_add", "x", a->in[0]));
+  PF_TRY(NeedFloat(a, "gated_add", "y", a->in[1]));
+  PF_TRY(NeedFloat(a, "gated_add", "gate", a->in[2]));
+  return NeedFloat(a, "gated_add", "out", a->out[0]);
+}
+static inline int32_t NeedGatedBackwardTypes(const PfArgs* a) {
+  PF_TRY(NeedFloat(a, "gated_add_backward", "dout", a->in[0]));
+  PF_TRY(NeedFloat(a, "gated_add_backward", "y", a->in[1]));
+  PF_TRY(NeedFloat(a, "gated_add_backward", "gate", a->in[2]));
+  PF_TRY(NeedFloat(a, "gated_add_backward", "dy", a->out[0]));
+  return NeedFloat(a, "gated_add_backward", "dgate", a->out[1]);
+}

@@ -175,10 +175,7 @@ int32_t pf_cpu_gated_add(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add"));
   PF_TRY(CheckGatedRows(a, "gated_add"));
   const PfView &x = a->in[0], &y = a->in[1], &gate = a->in[2], &out = a->out[0];
-  PF_TRY(NeedFloat(a, "gated_add", "x", x));
-  PF_TRY(NeedFloat(a, "gated_add", "y", y));
-  PF_TRY(NeedFloat(a, "gated_add", "gate", gate));
-  PF_TRY(NeedFloat(a, "gated_add", "out", out));
+  PF_TRY(NeedGatedTypes(a));
   PF_TRY(NeedSameDims(a, "gated_add", "out", x, out));
   const int32_t* rows = PfData<int32_t>(a->in[3]);
   const int64_t d = gate.dims[1], n = PfCount(a->in[3]);
@@ -199,11 +196,7 @@ int32_t pf_cpu_gated_add_backward(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add_backward"));
   PF_TRY(CheckGatedRows(a, "gated_add_backward"));
   const PfView &dout = a->in[0], &y = a->in[1], &gate = a->in[2], &dy = a->out[0], &dgate = a->out[1];
-  PF_TRY(NeedFloat(a, "gated_add_backward", "dout", dout));
-  PF_TRY(NeedFloat(a, "gated_add_backward", "y", y));
-  PF_TRY(NeedFloat(a, "gated_add_backward", "gate", gate));
-  PF_TRY(NeedFloat(a, "gated_add_backward", "dy", dy));
-  PF_TRY(NeedFloat(a, "gated_add_backward", "dgate", dgate));
+  PF_TRY(NeedGatedBackwardTypes(a));
   const int32_t* rows = PfData<int32_t>(a->in[3]);
   const int64_t d = gate.dims[1], n = PfCount(a->in[3]), groups = gate.dims[0];
   if (PfPresent(dy)) {

@@ -1,14 +1,8 @@
+#include "backends/cuda/activations.h"
 #include "backends/cuda/sums.h"
 #include "ops/pointwise/pointwise.h"
 
 namespace {
-
-constexpr float kGeluScale = 1.5957691216057308f;  // 2 sqrt(2 / pi)
-
-__device__ __forceinline__ float Sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float GeluSigmoid(float x) {
-  return Sigmoid(kGeluScale * (x + 0.044715f * x * x * x));
-}
 
 struct Unary {
   int kind;
@@ -17,8 +11,8 @@ struct Unary {
     const float x = in[0];
     float y;
     switch (kind) {
-      case kSilu: y = x * Sigmoid(x); break;
-      case kGeluTanh: y = x * GeluSigmoid(x); break;
+      case kSilu: y = Silu(x); break;
+      case kGeluTanh: y = GeluTanh(x); break;
       case kExp: y = expf(x); break;
       case kClamp: y = x < low ? low : x > high ? high : x; break;
       case kSquare: y = x * x; break;
@@ -219,17 +213,13 @@ int32_t pf_cuda_axpby(const PfArgs* args) {
 
 int32_t pf_cuda_gated_add(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add"));
-  PF_TRY(NeedFloat(a, "gated_add", "x", a->in[0]));
-  PF_TRY(NeedFloat(a, "gated_add", "y", a->in[1]));
-  PF_TRY(NeedFloat(a, "gated_add", "gate", a->in[2]));
-  PF_TRY(NeedFloat(a, "gated_add", "the output", a->out[0]));
+  PF_TRY(NeedGatedTypes(a));
   return Gated(a, ArrayOf(a->in[0]), ArrayOf(a->in[1]), ArrayOf(a->out[0]));
 }
 
 int32_t pf_cuda_gated_add_backward(const PfArgs* a) {
   PF_TRY(CheckGated(a, "gated_add_backward"));
-  for (int i = 0; i < 3; ++i) PF_TRY(NeedFloat(a, "gated_add_backward", "every operand", a->in[i]));
-  for (int i = 0; i < 2; ++i) PF_TRY(NeedFloat(a, "gated_add_backward", "every gradient", a->out[i]));
+  PF_TRY(NeedGatedBackwardTypes(a));
   const FloatArray dout = ArrayOf(a->in[0]);
   if (PfPresent(a->out[0])) PF_TRY(Gated(a, {nullptr, PF_F32}, dout, ArrayOf(a->out[0])));
   if (!PfPresent(a->out[1])) return PF_OK;

@@ -35,3 +35,10 @@ static inline int32_t CheckRenoise(const PfArgs* a) {
     return Fail(a, PF_ERR_OPTION, "renoise: expected gamma in [0, 1/3] but received %g", gamma);
   return PF_OK;
 }
+
+// The types that kernels take; the reference also takes f64.
+static inline int32_t NeedRenoiseTypes(const PfArgs* a) {
+  PF_TRY(NeedFloat(a, "renoise", "x", a->in[0]));
+  PF_TRY(NeedFloat(a, "renoise", "noise", a->in[1]));
+  return NeedFloat(a, "renoise", "y", a->out[0]);
+}

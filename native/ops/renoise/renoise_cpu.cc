@@ -27,10 +27,8 @@ void BlockNoiseRows(const BlockCovariance& covariance, int64_t n, float* top, fl
 
 int32_t pf_cpu_renoise(const PfArgs* args) {
   PF_TRY(CheckRenoise(args));
+  PF_TRY(NeedRenoiseTypes(args));
   const PfView &x = args->in[0], &noise = args->in[1], &y = args->out[0];
-  PF_TRY(NeedFloat(args, "renoise", "x", x));
-  PF_TRY(NeedFloat(args, "renoise", "noise", noise));
-  PF_TRY(NeedFloat(args, "renoise", "y", y));
   if (PfCount(y) == 0) return PF_OK;
   const RenoiseParams& p = PfParams<RenoiseParams>(args);
   const PhiloxKey key = MakePhiloxKey(&p.seed_lo);

@@ -95,10 +95,8 @@ int32_t LaunchRenoise(const PfArgs* args, const Renoise& p) {
 
 int32_t pf_cuda_renoise(const PfArgs* args) {
   PF_TRY(CheckRenoise(args));
+  PF_TRY(NeedRenoiseTypes(args));
   const PfView &x = args->in[0], &noise = args->in[1], &y = args->out[0];
-  PF_TRY(NeedFloat(args, "renoise", "x", x));
-  PF_TRY(NeedFloat(args, "renoise", "noise", noise));
-  PF_TRY(NeedFloat(args, "renoise", "y", y));
   if (PfCount(y) == 0) return PF_OK;
   const RenoiseParams& params = PfParams<RenoiseParams>(args);
   Renoise p{};
