@@ -32,17 +32,21 @@ struct Backward {
         queries(0) {}
 
   static constexpr int64_t kPer = kPerUnit<E>;
-  static constexpr int64_t kTile = kKeyBlock * kQueryBlock;
+  static constexpr int64_t kTile = kKeyBlock * kBackwardBlock<E>, kStripTile = kKeyBlock * kStrip<E>;
 
   int64_t HeadUnits() const {
     return RoundUp(keys * 2 * units + keys / kPer * width + queries * (2 * units + width + 2) +
                        2 * (queries / kPer) * width,
                    16);
   }
-  // Logits, their gradients, both as the units of the products, and the gradients of one key block.
+  static constexpr int64_t kGroup = 8;
+  // Logits and their gradients of a strip, both of a block as the units of the products, and the gradients of
+  // a group of key blocks.
+  static constexpr int64_t kTileUnits = 2 * kStripTile + (kPer == 1 ? 0 : 3 * kTile / kPer);
   int64_t ThreadUnits() const {
-    return RoundUp(5 * kTile + 2 * kKeyBlock * width + kBufferRows * RoundUp(s.d, 16), 16);
+    return RoundUp(kTileUnits + 2 * kGroup * kKeyBlock * width + kBufferRows * RoundUp(s.d, 16), 16);
   }
+  int64_t StripOf(const Block& q) const { return kOnTiles<E> ? kStrip<E> : q.padded; }
   float* RowBuffer(Unit* mine) const {
     return reinterpret_cast<float*>(mine + ThreadUnits()) - kBufferRows * RoundUp(s.d, 16);
   }
@@ -79,8 +83,13 @@ struct Backward {
   void PackQueries(const Head& h, int64_t pair, const Block& q, float* buffer) const {
     const int64_t offset = QueryOffset(pair, q.start), at = q.at - h.first_query;
     const PfView &x = a->in[0], &out = a->in[5], &dout = a->in[7];
-    PackColumns<E>(x, offset, Step(), q.count, q.padded, s.d, false, buffer, h.q_columns + at * units);
-    PackColumns<E>(dout, offset, Step(), q.count, q.padded, s.d, false, buffer, h.do_columns + at * units);
+    const int64_t strip = StripOf(q);
+    for (int64_t c = 0; c < q.padded; c += strip) {
+      const int64_t left = q.count - c, some = left < 0 ? 0 : left < strip ? left : strip;
+      const int64_t first = offset + c * Step(), to = (at + c) * units;
+      PackColumns<E>(x, first, Step(), some, strip, s.d, false, buffer, h.q_columns + to);
+      PackColumns<E>(dout, first, Step(), some, strip, s.d, false, buffer, h.do_columns + to);
+    }
     PackPairs<E>(x, offset, Step(), q.count, q.padded, s.d, width, buffer, h.q_pairs + at / kPer * width);
     PackPairs<E>(dout, offset, Step(), q.count, q.padded, s.d, width, buffer, h.do_pairs + at / kPer * width);
     memset(h.dq + at * width, 0, q.padded * width * sizeof(float));
@@ -99,86 +108,120 @@ struct Backward {
 
   // Weights and gradients of the logits of one tile, as the units of the products that follow.
   struct Tile {
-    float *p, *ds;  // [keys, kQueryBlock]
-    Unit *p_rows, *ds_rows, *ds_pairs;
+    float *p, *ds;                      // of a strip, [keys, kStrip]
+    Unit *p_rows, *ds_rows, *ds_pairs;  // the first two [keys, kTileRow], the last strip by strip
 
     explicit Tile(Unit* mine)
         : p(reinterpret_cast<float*>(mine)),
-          ds(p + kTile),
-          p_rows(mine + 2 * kTile),
-          ds_rows(mine + 3 * kTile),
-          ds_pairs(mine + 4 * kTile) {
+          ds(p + kStripTile),
+          p_rows(mine + 2 * kStripTile),
+          ds_rows(p_rows + kTile / kPer),
+          ds_pairs(ds_rows + kTile / kPer) {
       if constexpr (kPer == 1) {
         p_rows = mine;
         ds_rows = ds_pairs = mine + kTile;
       }
     }
+    Unit* Pairs(int64_t c) const { return ds_pairs + c * (kKeyBlock / kPer); }
   };
-  static constexpr int64_t kTileRow = kQueryBlock / kPer;  // units of a row of p_rows and ds_rows
+  static constexpr int64_t kTileRow = kBackwardBlock<E> / kPer;  // units of a row of p_rows and ds_rows
 
-  void Compute(const Layout& l, const Head& h, const Block& q, const Block& k, bool mask,
-               const Tile& t) const {
-    const int64_t qi = q.at - h.first_query, kj = k.at - h.first_key;
-    Multiply<E>(k.count, q.padded,
-                {units, h.k_rows + kj * units, units, 1, h.q_columns + qi * units, q.padded, t.p, kQueryBlock,
-                 false});
-    Multiply<E>(k.count, q.padded,
-                {units, h.v_rows + kj * units, units, 1, h.do_columns + qi * units, q.padded, t.ds,
-                 kQueryBlock, false});
-    for (int64_t c = 0; c < q.padded; c += kLanes) {
-      const Vf lse = LoadF(h.lse + qi + c), delta = LoadF(h.delta + qi + c);
-      for (int64_t j = 0; j < k.count; j += kPer) {
-        Vf p[2] = {}, ds[2] = {};
-        for (int64_t i = 0; i < kPer && j + i < k.count; ++i) {
-          const int64_t at = (j + i) * kQueryBlock + c;
-          p[i] = Exp2<kPerUnit<E> == 2>(Fma(LoadF(t.p + at), Set1(scale2), -lse));
-          if (mask)
-            p[i] = WhereSeen(l, q.at + c, l.key_segment[k.start + j + i], l.key_order[k.start + j + i], p[i],
-                             (Vf){});
-          ds[i] = p[i] * (LoadF(t.ds + at) - delta) * scale;
-          if constexpr (kPer == 2) {
-            StoreF(reinterpret_cast<Bf16*>(t.p_rows) + at, p[i]);
-            StoreF(reinterpret_cast<Bf16*>(t.ds_rows) + at, ds[i]);
-          } else {
-            StoreF(t.p + at, p[i]);
-            StoreF(t.ds + at, ds[i]);
-          }
+  // The strip from column c on. The gradients lack the factor `scale`, which dq and dk get at the end.
+  template <bool kMask>
+  void Weigh(const Layout& l, const Head& h, const Block& q, const Block& k, int64_t c, int64_t n,
+             const Tile& t) const {
+    Unit* pairs = t.Pairs(c);
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const int64_t at = q.at - h.first_query + c + v;
+      const Vf minus = -LoadF(h.lse + at), delta = LoadF(h.delta + at);
+      const auto weight = [&](int64_t j) {
+        Vf p = Exp2<kPer == 2>(Fma(LoadF(t.p + j * kStrip<E> + v), Set1(scale2), minus));
+        if constexpr (kMask)
+          p = WhereSeen(l, q.at + c + v, l.key_segment[k.start + j], l.key_order[k.start + j], p, (Vf){});
+        return p;
+      };
+      const auto gradient = [&](int64_t j, Vf p) { return p * (LoadF(t.ds + j * kStrip<E> + v) - delta); };
+      if constexpr (kPer == 1) {
+        for (int64_t j = 0; j < k.count; ++j) {
+          const Vf p = weight(j), ds = gradient(j, p);
+          StoreF(t.p + j * kStrip<E> + v, p);
+          StoreF(t.ds + j * kStrip<E> + v, ds);
         }
-        if constexpr (kPer == 2) PutUnits<E>(t.ds_pairs + j / 2 * kQueryBlock + c, ds[0], ds[1]);
+      } else {
+        const int64_t row = 2 * kTileRow;  // in values
+        Bf16* p_row = reinterpret_cast<Bf16*>(t.p_rows) + c + v;
+        Bf16* ds_row = reinterpret_cast<Bf16*>(t.ds_rows) + c + v;
+        int64_t j = 0;
+        for (; j + 1 < k.count; j += 2, p_row += 2 * row, ds_row += 2 * row) {
+          const Vf p0 = weight(j), p1 = weight(j + 1), ds0 = gradient(j, p0), ds1 = gradient(j + 1, p1);
+          StoreRows(p_row, row, p0, p1, nullptr);
+          StoreRows(ds_row, row, ds0, ds1, pairs + j / 2 * kStrip<E> + v);
+        }
+        if (j < k.count) {
+          const Vf p = weight(j), ds = gradient(j, p);
+          StoreF(p_row, p);
+          StoreF(ds_row, ds);
+          PutUnits<E>(pairs + j / 2 * kStrip<E> + v, ds, (Vf){});
+        }
       }
       for (int64_t j = Units(k.count, kPer); j < SummedUnits<E>(k); ++j)
-        memset(t.ds_pairs + j * kQueryBlock + c, 0, sizeof(Vf));
+        memset(pairs + j * kStrip<E> + v, 0, sizeof(Vf));
     }
   }
-  void AddQueryGradient(const Head& h, const Block& q, const Block& k, const Tile& t) const {
-    const int64_t qi = q.at - h.first_query, kj = k.at - h.first_key;
-    Product g = SummedKeys<E>(k, h.k_pairs + kj / kPer * width, width);
-    g.b = t.ds_pairs;
-    g.b_row = kQueryBlock;
-    g.c = h.dq + qi * width;
-    g.c_row = q.padded;
-    Multiply<E>(s.d, q.padded, g);
+  void Compute(const Layout& l, const Head& h, const Block& q, const Block& k, bool mask, int64_t c,
+               const Tile& t) const {
+    const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
+    Multiply<E>(k.count, n,
+                {units, h.k_rows + kj * units, units, 1, h.q_columns + qi * units, n, t.p, kStrip<E>, false});
+    Multiply<E>(
+        k.count, n,
+        {units, h.v_rows + kj * units, units, 1, h.do_columns + qi * units, n, t.ds, kStrip<E>, false});
+    if (mask)
+      Weigh<true>(l, h, q, k, c, n, t);
+    else
+      Weigh<false>(l, h, q, k, c, n, t);
   }
-  // dk and dv of one key block over query blocks [q0, q1), in order; dq of those too when asked.
-  void Keys(const Layout& l, const Head& h, int64_t pair, const Block& k, int64_t q0, int64_t q1,
+  void AddQueryGradient(const Head& h, const Block& q, const Block& k, int64_t c, const Tile& t) const {
+    const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
+    Product g = SummedKeys<E>(k, h.k_pairs + kj / kPer * width, width);
+    g.b = t.Pairs(c);
+    g.b_row = kStrip<E>;
+    g.c = h.dq + qi * width;
+    g.c_row = n;
+    Multiply<E>(s.d, n, g);
+  }
+  // dk and dv of key blocks [k0, k1), at most kGroup, over query blocks [q0, q1), in order; dq of those too
+  // when asked. What a query block needs is fetched once for all of the group.
+  void Keys(const Layout& l, const Head& h, int64_t pair, int64_t k0, int64_t k1, int64_t q0, int64_t q1,
             bool with_dq, Unit* mine) const {
     const Tile t(mine);
-    float *dk = reinterpret_cast<float*>(mine + 5 * kTile), *dv = dk + kKeyBlock * width;
-    memset(dk, 0, k.count * width * sizeof(float));
-    memset(dv, 0, k.count * width * sizeof(float));
+    const int64_t size = kKeyBlock * width;
+    float *dk = reinterpret_cast<float*>(mine + kTileUnits), *dv = dk + kGroup * size;
+    memset(dk, 0, (k1 - k0) * size * sizeof(float));
+    memset(dv, 0, (k1 - k0) * size * sizeof(float));
     for (int64_t i = q0; i < q1; ++i) {
       const Block& q = l.queries[i];
-      const Visibility see = See(q, k);
-      if (see == kNothing) continue;
-      Compute(l, h, q, k, see == kSome, t);
       const int64_t at = (q.at - h.first_query) / kPer * width, sums = q.padded / kPer;
-      Multiply<E>(k.count, width, {sums, t.p_rows, kTileRow, 1, h.do_pairs + at, width, dv, width, true});
-      Multiply<E>(k.count, width, {sums, t.ds_rows, kTileRow, 1, h.q_pairs + at, width, dk, width, true});
-      if (with_dq) AddQueryGradient(h, q, k, t);
+      for (int64_t j = k0; j < k1; ++j) {
+        const Block& k = l.keys[j];
+        const Visibility see = See(q, k);
+        if (see == kNothing) continue;
+        for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
+          Compute(l, h, q, k, see == kSome, c, t);
+          if (with_dq) AddQueryGradient(h, q, k, c, t);
+        }
+        float *dkj = dk + (j - k0) * size, *dvj = dv + (j - k0) * size;
+        Multiply<E>(k.count, width, {sums, t.p_rows, kTileRow, 1, h.do_pairs + at, width, dvj, width, true});
+        Multiply<E>(k.count, width, {sums, t.ds_rows, kTileRow, 1, h.q_pairs + at, width, dkj, width, true});
+      }
     }
-    for (int64_t r = 0; r < k.count; ++r) {
-      WriteRow(a->out[1], KeyOffset(pair, k.start + r), s.d, dk + r * width);
-      WriteRow(a->out[2], KeyOffset(pair, k.start + r), s.d, dv + r * width);
+    for (int64_t j = k0; j < k1; ++j, dk += size, dv += size) {
+      const Block& k = l.keys[j];
+      ScaleAll(dk, k.count * width);
+      for (int64_t r = 0; r < k.count; ++r) {
+        WriteRow(a->out[1], KeyOffset(pair, k.start + r), s.d, dk + r * width);
+        WriteRow(a->out[2], KeyOffset(pair, k.start + r), s.d, dv + r * width);
+      }
     }
   }
   // dq of one query block over all key blocks, in order.
@@ -187,17 +230,29 @@ struct Backward {
     for (int64_t j = 0; j < l.key_count; ++j) {
       const Visibility see = See(q, l.keys[j]);
       if (see == kNothing) continue;
-      Compute(l, h, q, l.keys[j], see == kSome, t);
-      AddQueryGradient(h, q, l.keys[j], t);
+      for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
+        Compute(l, h, q, l.keys[j], see == kSome, c, t);
+        AddQueryGradient(h, q, l.keys[j], c, t);
+      }
     }
     WriteQueries(h, pair, q, RowBuffer(mine));
   }
+  void ScaleAll(float* x, int64_t count) const {
+    for (int64_t i = 0; i < count; i += kLanes) StoreF(x + i, LoadF(x + i) * scale);
+  }
   void WriteQueries(const Head& h, int64_t pair, const Block& q, float* buffer) const {
-    WriteColumns(h.dq + (q.at - h.first_query) * width, q.padded, s.d, q.count, a->out[0],
-                 QueryOffset(pair, q.start), Step(), buffer);
+    const int64_t strip = StripOf(q);
+    float* dq = h.dq + (q.at - h.first_query) * width;
+    ScaleAll(dq, q.padded * width);
+    for (int64_t c = 0; c < q.count; c += strip, dq += strip * width) {
+      const int64_t left = q.count - c;
+      WriteColumns(dq, strip, s.d, left < strip ? left : strip, a->out[0], QueryOffset(pair, q.start + c),
+                   Step(), buffer);
+    }
   }
   void OneSweep(const Layout& l, const Head& h, int64_t pair, const Span& span, Unit* mine) const {
-    for (int64_t k = span.k0; k < span.k1; ++k) Keys(l, h, pair, l.keys[k], span.q0, span.q1, true, mine);
+    for (int64_t k = span.k0; k < span.k1; k += kGroup)
+      Keys(l, h, pair, k, k + kGroup < span.k1 ? k + kGroup : span.k1, span.q0, span.q1, true, mine);
     for (int64_t q = span.q0; q < span.q1; ++q) WriteQueries(h, pair, l.queries[q], RowBuffer(mine));
   }
 };
@@ -209,7 +264,9 @@ constexpr double kSweepLoss = 0.2;
 // sweeps with 7/5 of the work: dq by query block, dk and dv by key block. Both add the same tiles in the same
 // order, so the choice changes no bit.
 template <class E>
-int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layouts) {
+int32_t RunBackward(const PfArgs* a, const AttentionShape& s) {
+  const Layout* layouts = MakeLayouts(a, s, kBlockSizes<E>(kBackwardBlock<E>));
+  if (!layouts) return NoMemory(a, "attention_backward");
   Backward<E> backward(a, s);
   const int64_t pairs = s.batch * s.heads, threads = omp_get_max_threads();
   const int64_t most_queries = Most(layouts, s.batch, &Layout::query_count);
@@ -270,7 +327,7 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s, const Layout* layo
             backward.Queries(l, head_of(pair), pair, l.queries[q], tile);
           });
           share(&Layout::key_count, most_keys, [&](int64_t pair, const Layout& l, int64_t k) {
-            backward.Keys(l, head_of(pair), pair, l.keys[k], 0, l.query_count, false, tile);
+            backward.Keys(l, head_of(pair), pair, k, k + 1, 0, l.query_count, false, tile);
           });
         }
       }

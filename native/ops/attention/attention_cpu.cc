@@ -18,17 +18,12 @@ int32_t pf_cpu_attention(const PfArgs* a) {
   AttentionShape s;
   if (int32_t e = AttentionCheck(a, &s)) return e;
   if (int32_t e = AttentionRefuseForward(a)) return e;
-  const Layout* layouts = MakeLayouts(a, s);
-  if (!layouts) return NoMemory(a, "attention");
-  return InPairs(a) ? RunForward<Bf16>(a, s, layouts) : RunForward<float>(a, s, layouts);
+  return InPairs(a) ? RunForward<Bf16>(a, s) : RunForward<float>(a, s);
 }
 
 int32_t pf_cpu_attention_backward(const PfArgs* a) {
   AttentionShape s;
   if (int32_t e = AttentionBackwardCheck(a, &s)) return e;
   if (int32_t e = AttentionRefuseBackward(a)) return e;
-  const Layout* layouts = MakeLayouts(a, s);
-  if (!layouts) return NoMemory(a, "attention_backward");
-  return InPairs(a) && a->in[7].dtype == PF_BF16 ? RunBackward<Bf16>(a, s, layouts)
-                                                 : RunBackward<float>(a, s, layouts);
+  return InPairs(a) && a->in[7].dtype == PF_BF16 ? RunBackward<Bf16>(a, s) : RunBackward<float>(a, s);
 }

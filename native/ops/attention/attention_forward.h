@@ -2,6 +2,9 @@
 // plain vector arithmetic, keys and values are read row by row as they come, and weights leave the softmax in
 // the layout that the second product reads.
 #pragma once
+#include <span>
+#include <type_traits>
+
 #include "ops/attention/attention_layout.h"
 #include "ops/attention/attention_panel.h"
 
@@ -28,39 +31,51 @@ inline Product SummedKeys(const Block& k, const Unit* keys, int64_t width) {
 }
 
 // Online softmax of a query block, in base 2: weights are 2^(logit - reference).
+template <class E>
 struct Softmax {
-  alignas(64) float reference[kQueryBlock];  // -inf until something is visible
-  alignas(64) float sum[kQueryBlock];
+  alignas(64) float reference[kForwardBlock<E>];  // -inf until something is visible
+  alignas(64) float sum[kForwardBlock<E>];
 
   void Reset() {
     for (float& r : reference) r = -INFINITY;
     memset(sum, 0, sizeof(sum));
   }
 
-  // Turns NV vectors of queries from column c on of a tile of logits s [keys, kQueryBlock] into weights; o
-  // are the accumulated outputs [d, kQueryBlock], rescaled when the reference moves.
-  template <class E, int NV>
-  void Columns(const Layout& l, const Block& q, const Block& k, bool mask, float scale, int64_t c, float* s,
+  // Turns NV vectors of queries, from column c of the block on, of a tile of logits s [keys, n] into weights;
+  // o are their outputs so far [d, n], rescaled when the reference moves.
+  template <int NV, bool kMask>
+  void Columns(const Layout& l, const Block& q, const Block& k, float scale, int64_t c, int64_t n, float* s,
                Unit* weights, float* o, int64_t d) {
+    if constexpr (kOnTiles<E>) n = kStrip<E>;  // so that the compiler knows
     const Vf never = Set1(-INFINITY);
-    Vf top[NV];
-    for (int v = 0; v < NV; ++v) top[v] = never;
-    for (int64_t j = 0; j < k.count; ++j) {
-      float* row = s + j * kQueryBlock + c;
+    // One chain of maxima would be as long as it takes; kChains of them overlap.
+    constexpr int kChains = NV > 2 ? 1 : 4 / NV;
+    Vf top[kChains][NV];
+    for (auto& chain : top)
+      for (Vf& t : chain) t = never;
+    const auto raise = [&](int64_t j, int chain) {
+      float* row = s + j * n;
       for (int v = 0; v < NV; ++v) {
         Vf t = LoadF(row + v * kLanes);
-        if (mask) {
+        if constexpr (kMask) {
           t = WhereSeen(l, q.at + c + v * kLanes, l.key_segment[k.start + j], l.key_order[k.start + j], t,
                         never);
           StoreF(row + v * kLanes, t);
         }
-        top[v] = Max(t, top[v]);
+        top[chain][v] = Max(t, top[chain][v]);
       }
-    }
+    };
+    int64_t j = 0;
+    for (; j + kChains <= k.count; j += kChains)
+      for (int i = 0; i < kChains; ++i) raise(j + i, i);
+    for (; j < k.count; ++j) raise(j, 0);
+    for (int i = 1; i < kChains; ++i)
+      for (int v = 0; v < NV; ++v) top[0][v] = Max(top[i][v], top[0][v]);
+
     Vf minus[NV], total[NV];
     for (int v = 0; v < NV; ++v) {
       float* ours = reference + c + v * kLanes;
-      const Vf before = LoadF(ours), now = top[v] == never ? never : top[v] * scale;
+      const Vf before = LoadF(ours), now = top[0][v] == never ? never : top[0][v] * scale;
       Vf after = before;
       total[v] = LoadF(sum + c + v * kLanes);
       // A weight may grow to 2^8 before everything is rescaled: that costs no accuracy and saves most
@@ -71,41 +86,46 @@ struct Softmax {
         const Vf shrink = after == before ? Set1(1) : Exp2<false>(before - after);
         total[v] *= shrink;
         for (int64_t i = 0; i < d; ++i) {
-          float* value = o + i * kQueryBlock + c + v * kLanes;
+          float* value = o + i * n + v * kLanes;
           StoreF(value, LoadF(value) * shrink);
         }
         StoreF(ours, after);
       }
       minus[v] = after == never ? (Vf){} : -after;
     }
-    for (int64_t j = 0; j < k.count; j += kPerUnit<E>) {
-      const float* row = s + j * kQueryBlock + c;
+    for (j = 0; j < k.count; j += kPerUnit<E>) {
+      const float* row = s + j * n;
       const bool pair = kPerUnit<E> == 2 && j + 1 < k.count;
       for (int v = 0; v < NV; ++v) {
         const auto weight = [&](const float* from) {
           const Vf t = LoadF(from);
           const Vf p = Exp2<kPerUnit<E> == 2>(Fma(t, Set1(scale), minus[v]));
-          return mask ? (t == never ? (Vf){} : p) : p;
+          return kMask ? (t == never ? (Vf){} : p) : p;
         };
         const Vf first = weight(row + v * kLanes);
-        const Vf second = pair ? weight(row + kQueryBlock + v * kLanes) : (Vf){};
+        const Vf second = pair ? weight(row + n + v * kLanes) : (Vf){};
         total[v] += first + second;
-        PutUnits<E>(weights + j / kPerUnit<E> * kQueryBlock + c + v * kLanes, first, second);
+        PutUnits<E>(weights + j / kPerUnit<E> * n + v * kLanes, first, second);
       }
     }
-    for (int64_t j = Units(k.count, kPerUnit<E>); j < SummedUnits<E>(k); ++j)
-      memset(weights + j * kQueryBlock + c, 0, NV * sizeof(Vf));
+    for (j = Units(k.count, kPerUnit<E>); j < SummedUnits<E>(k); ++j)
+      memset(weights + j * n, 0, NV * sizeof(Vf));
     for (int v = 0; v < NV; ++v) StoreF(sum + c + v * kLanes, total[v]);
   }
 
-  template <class E>
-  void Tile(const Layout& l, const Block& q, const Block& k, bool mask, float scale, float* s, Unit* weights,
-            float* o, int64_t d) {
-    int64_t c = 0;
-    constexpr int kAtOnce = kQueryBlock % (3 * kLanes) ? 2 : 3;
-    for (; c + kAtOnce * kLanes <= q.padded; c += kAtOnce * kLanes)
-      Columns<E, kAtOnce>(l, q, k, mask, scale, c, s, weights, o, d);
-    for (; c < q.padded; c += kLanes) Columns<E, 1>(l, q, k, mask, scale, c, s, weights, o, d);
+  // A strip of the block.
+  void Weigh(const Layout& l, const Block& q, const Strip& t, const Block& k, bool mask, float scale,
+             float* s, Unit* weights, float* o, int64_t d) {
+    constexpr int kAtOnce = kOnTiles<E> ? 1 : 3;
+    const auto columns = [&](auto count, int64_t at) {
+      constexpr int kCount = decltype(count)::value;
+      const auto body = mask ? &Softmax::Columns<kCount, true> : &Softmax::Columns<kCount, false>;
+      (this->*body)(l, q, k, scale, t.c + at, t.padded, s + at, weights + at, o + at, d);
+    };
+    int64_t at = 0;
+    for (; at + kAtOnce * kLanes <= t.padded; at += kAtOnce * kLanes)
+      columns(std::integral_constant<int, kAtOnce>(), at);
+    for (; at < t.padded; at += kLanes) columns(std::integral_constant<int, 1>(), at);
   }
 };
 
@@ -127,8 +147,10 @@ struct Forward {
   }
 
   int64_t HeadUnits() const { return RoundUp(keys * units + keys / kPerUnit<E> * width, 16); }
+  // Columns and outputs of a block, logits and weights of a strip.
   int64_t ThreadUnits() const {
-    return RoundUp(kQueryBlock * (units + 2 * kKeyBlock + width) + kBufferRows * RoundUp(s.d, 16), 16);
+    return RoundUp(
+        kForwardBlock<E> * (units + width) + 2 * kKeyBlock * kStrip<E> + kBufferRows * RoundUp(s.d, 16), 16);
   }
   float* RowBuffer(Unit* mine) const {
     return reinterpret_cast<float*>(mine + ThreadUnits()) - kBufferRows * RoundUp(s.d, 16);
@@ -160,15 +182,17 @@ struct Forward {
   // One query block over key blocks [k0, k1), which are packed on the way if they are not yet.
   void Attend(const Layout& l, int64_t pair, const Block& q, int64_t k0, int64_t k1, int64_t first_key,
               bool pack, Unit* head, Unit* mine) const {
-    Unit *columns = mine, *weights = columns + units * kQueryBlock;
-    float* logits = reinterpret_cast<float*>(weights + kKeyBlock * kQueryBlock);
-    float* o = logits + kKeyBlock * kQueryBlock;
+    Unit *columns = mine, *weights = columns + units * kForwardBlock<E>;
+    float* logits = reinterpret_cast<float*>(weights + kKeyBlock * kStrip<E>);
+    float* o = logits + kKeyBlock * kStrip<E>;
     float* buffer = RowBuffer(mine);
-    const int64_t offset = QueryOffset(pair, q.start);
-    PackColumns<E>(a->in[0], offset, s.heads * s.d, q.count, q.padded, s.d, negate, buffer, columns,
-                   &turns[0], pair / s.heads * s.lq + q.start);
-    memset(o, 0, width * kQueryBlock * sizeof(float));
-    Softmax softmax;
+    Strip strips[kForwardBlock<E> / kStrip<E>];
+    const int64_t count = CutStrips<E>(l, q, strips);
+    for (const Strip& t : std::span(strips, count))
+      PackColumns<E>(a->in[0], QueryOffset(pair, q.start + t.c), s.heads * s.d, t.count, t.padded, s.d,
+                     negate, buffer, columns + t.c * units, &turns[0], pair / s.heads * s.lq + q.start + t.c);
+    memset(o, 0, width * q.padded * sizeof(float));
+    Softmax<E> softmax;
     softmax.Reset();
     for (int64_t j = k0; j < k1; ++j) {
       const Block& k = l.keys[j];
@@ -176,41 +200,47 @@ struct Forward {
         if (j + 1 < k1) FetchKeys(pair, l.keys[j + 1]);
         Pack(pair, k, first_key, head, buffer);
       }
-      const Visibility see = See(q, k);
-      if (see == kNothing) continue;
+      if (See(q, k) == kNothing) continue;
       const Unit* k_rows = head + (k.at - first_key) * units;
-      const Unit* v_pairs = head + keys * units + (k.at - first_key) / kPerUnit<E> * width;
-      Multiply<E>(k.count, q.padded,
-                  {units, k_rows, units, 1, columns, q.padded, logits, kQueryBlock, false});
-      softmax.Tile<E>(l, q, k, see == kSome, scale, logits, weights, o, s.d);
-      Product values = SummedKeys<E>(k, v_pairs, width);
+      Product values =
+          SummedKeys<E>(k, head + keys * units + (k.at - first_key) / kPerUnit<E> * width, width);
       values.b = weights;
-      values.b_row = values.c_row = kQueryBlock;
-      values.c = o;
-      Multiply<E>(s.d, q.padded, values);
+      for (const Strip& t : std::span(strips, count)) {
+        const Visibility see = See(t, k);
+        if (see == kNothing) continue;
+        Multiply<E>(k.count, t.padded,
+                    {units, k_rows, units, 1, columns + t.c * units, t.padded, logits, t.padded, false});
+        values.c = o + t.c * width;
+        values.b_row = values.c_row = t.padded;
+        softmax.Weigh(l, q, t, k, see == kSome, scale, logits, weights, values.c, s.d);
+        Multiply<E>(s.d, t.padded, values);
+      }
     }
-    Write(pair, q, offset, softmax, o, buffer);
+    for (const Strip& t : std::span(strips, count)) Write(pair, q, t, softmax, o + t.c * width, buffer);
   }
 
-  void Write(int64_t pair, const Block& q, int64_t offset, const Softmax& softmax, float* o,
+  void Write(int64_t pair, const Block& q, const Strip& t, const Softmax<E>& softmax, float* o,
              float* buffer) const {
+    const float *sums = softmax.sum + t.c, *references = softmax.reference + t.c;
     // The largest visible logit adds at least 2^-8, so a sum of 0 means that nothing was visible.
-    for (int64_t c = 0; c < q.padded; c += kLanes) {
-      const Vf sum = LoadF(softmax.sum + c), inverse = sum == 0 ? (Vf){} : 1 / sum;
-      for (int64_t i = 0; i < s.d; ++i)
-        StoreF(o + i * kQueryBlock + c, LoadF(o + i * kQueryBlock + c) * inverse);
+    for (int64_t c = 0; c < t.padded; c += kLanes) {
+      const Vf sum = LoadF(sums + c), inverse = sum == 0 ? (Vf){} : 1 / sum;
+      for (int64_t i = 0; i < s.d; ++i) StoreF(o + i * t.padded + c, LoadF(o + i * t.padded + c) * inverse);
     }
-    WriteColumns(o, kQueryBlock, s.d, q.count, a->out[0], offset, s.heads * s.d, buffer);
+    WriteColumns(o, t.padded, s.d, t.count, a->out[0], QueryOffset(pair, q.start + t.c), s.heads * s.d,
+                 buffer);
     float* lse = PfData<float>(a->out[1]);
     if (!lse) return;
-    lse += pair * s.lq + q.start;
-    for (int64_t i = 0; i < q.count; ++i)
-      lse[i] = softmax.sum[i] == 0 ? -INFINITY : softmax.reference[i] * kLn2 + logf(softmax.sum[i]);
+    lse += pair * s.lq + q.start + t.c;
+    for (int64_t i = 0; i < t.count; ++i)
+      lse[i] = sums[i] == 0 ? -INFINITY : references[i] * kLn2 + logf(sums[i]);
   }
 };
 
 template <class E>
-int32_t RunForward(const PfArgs* a, const AttentionShape& s, const Layout* layouts) {
+int32_t RunForward(const PfArgs* a, const AttentionShape& s) {
+  const Layout* layouts = MakeLayouts(a, s, kBlockSizes<E>(kForwardBlock<E>));
+  if (!layouts) return NoMemory(a, "attention");
   Forward<E> forward(a, s);
   if (!MakeTurns(a, s, forward.turns)) return NoMemory(a, "attention");
   const int64_t pairs = s.batch * s.heads, threads = omp_get_max_threads();

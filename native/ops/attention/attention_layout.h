@@ -5,23 +5,20 @@
 
 #include "backends/cpu/rows.h"
 #include "ops/attention/attention.h"
-#include "ops/attention/attention_tiles.h"
 
 namespace {
 
-// Queries fill whole vectors and three of them a row of the micro-kernel (16 lanes); keys are its rows. On
-// AMX both fill tiles, and pairs of either the 16 units that a tile sums over.
-#if defined(PF_TILES)
-constexpr int64_t kQueryBlock = 64, kQueryMultiple = 32, kKeyMultiple = 32;
-#else
-constexpr int64_t kQueryBlock = 48, kQueryMultiple = kLanes, kKeyMultiple = 2;
-#endif
 constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kShortestBlock = 16;
 
+// How many queries make a block, and what block lengths are padded to.
+struct BlockSizes {
+  int64_t queries, query_multiple, key_multiple;
+};
+
 struct Block : MaskBounds {
   int64_t start, count;
-  int64_t padded;  // count rounded up to kQueryMultiple or kKeyMultiple
+  int64_t padded;  // count rounded up to a multiple
   int64_t at;      // where the block begins when blocks of padded length are laid end to end
 };
 
@@ -40,6 +37,13 @@ struct Layout {
   int64_t span_count;
 };
 
+inline void Include(MaskBounds* b, int32_t segment, int32_t order) {
+  if (segment < b->segment_min) b->segment_min = segment;
+  if (segment > b->segment_max) b->segment_max = segment;
+  if (order < b->order_min) b->order_min = order;
+  if (order > b->order_max) b->order_max = order;
+}
+
 // Cuts tokens into blocks. A change of segment ends a block that is not too short, so that packed sequences
 // fall into tiles which are wholly visible or wholly skipped.
 int64_t CutBlocks(const int32_t* segment, const int32_t* order, int64_t length, int64_t longest,
@@ -51,10 +55,7 @@ int64_t CutBlocks(const int32_t* segment, const int32_t* order, int64_t length, 
     for (; i < length && b.count < longest; ++i, ++b.count) {
       if (!segment) continue;
       if (b.count >= kShortestBlock && segment[i] != segment[i - 1]) break;
-      if (segment[i] < b.segment_min) b.segment_min = segment[i];
-      if (segment[i] > b.segment_max) b.segment_max = segment[i];
-      if (order[i] < b.order_min) b.order_min = order[i];
-      if (order[i] > b.order_max) b.order_max = order[i];
+      Include(&b, segment[i], order[i]);
     }
     b.padded = RoundUp(b.count, multiple);
     at += b.padded;
@@ -97,7 +98,7 @@ void CutSpans(Layout& l, int64_t* low) {
 }
 
 // One layout per batch entry; nullptr when scratch runs out.
-Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s) {
+Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s, const BlockSizes& sizes) {
   const auto most = [](int64_t length) { return length / kShortestBlock + 2; };
   Layout* layouts = Scratch<Layout>(a, s.batch);
   int64_t* low = Scratch<int64_t>(a, most(s.lq));
@@ -115,8 +116,9 @@ Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s) {
     l.queries = Scratch<Block>(a, most(s.lq));
     l.keys = Scratch<Block>(a, most(s.lk));
     if (!l.queries || !l.keys) return nullptr;
-    l.query_count = CutBlocks(l.key_segment, l.key_order, s.lq, kQueryBlock, kQueryMultiple, l.queries);
-    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, kKeyMultiple, l.keys);
+    l.query_count =
+        CutBlocks(l.key_segment, l.key_order, s.lq, sizes.queries, sizes.query_multiple, l.queries);
+    l.key_count = CutBlocks(l.key_segment, l.key_order, s.lk, kKeyBlock, sizes.key_multiple, l.keys);
     l.query_length = LengthOf(l.queries, l.query_count);
     l.key_length = LengthOf(l.keys, l.key_count);
     if (s.masked) {

@@ -4,6 +4,7 @@
 // columns and sums are padded to whole tiles.
 #pragma once
 #include "backends/cpu/rows.h"
+#include "ops/attention/attention_layout.h"
 #include "ops/attention/attention_tiles.h"
 #include "ops/attention/attention_turn.h"
 
@@ -25,6 +26,40 @@ constexpr bool kOnTiles = kPerUnit<E> == 2;
 template <class E>
 constexpr bool kOnTiles = false;
 #endif
+
+// Queries are taken a strip at a time: what it needs lies close together. Three vectors fill a row of the
+// micro-kernel (16 lanes), keys are its rows; tiles have 16 columns. What a block reads of keys and values
+// serves all of its strips; the units of backward's products want all queries of a block at once.
+template <class E>
+constexpr int64_t kStrip = kOnTiles<E> ? 16 : 48;
+template <class E>
+constexpr int64_t kForwardBlock = kOnTiles<E> ? 128 : 144;
+template <class E>
+constexpr int64_t kBackwardBlock = kOnTiles<E> ? 64 : 48;
+// Tiles are filled by keys and by pairs of keys or queries, elsewhere vectors by queries.
+template <class E>
+constexpr BlockSizes kBlockSizes(int64_t queries) {
+  return {queries, kOnTiles<E> ? 32 : kLanes, kOnTiles<E> ? 32 : 2};
+}
+
+struct Strip : MaskBounds {
+  int64_t c, count, padded;  // begins at column c of its block
+};
+
+// The strips of a block; returns how many.
+template <class E>
+int64_t CutStrips(const Layout& l, const Block& q, Strip* strips) {
+  int64_t n = 0;
+  for (int64_t c = 0; c < q.count; c += kStrip<E>, ++n) {
+    const int64_t left = q.count - c, count = left < kStrip<E> ? left : kStrip<E>;
+    Strip& t = strips[n] = {q, c, count, kOnTiles<E> ? kStrip<E> : RoundUp(count, kLanes)};
+    if (!l.query_segment) continue;
+    const int32_t *segment = l.query_segment + q.at + c, *order = l.query_order + q.at + c;
+    static_cast<MaskBounds&>(t) = {segment[0], segment[0], order[0], order[0]};
+    for (int64_t i = 1; i < count; ++i) Include(&t, segment[i], order[i]);
+  }
+  return n;
+}
 
 // Units of a packed row of d values.
 template <class E>
@@ -117,7 +152,17 @@ void MicroRows(int64_t m, const Product& g) {
 
 #if defined(PF_TILES)
 inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
-  constexpr int64_t kTwo = 2 * kTileSide;
+  constexpr int64_t kTwo = 2 * kTileSide, kFour = 4 * kTileSide;
+  if (n == kTileSide) {
+    for (int64_t i = 0; i < m; i += kFour) {
+      const auto column = m - i > 3 * kTileSide ? TileColumn<4>
+                          : m - i > kTwo        ? TileColumn<3>
+                          : m - i > kTileSide   ? TileColumn<2>
+                                                : TileColumn<1>;
+      column(g.k, g.a + i * g.a_row, g.a_row, g.b, g.b_row, g.c + i * g.c_row, g.c_row, g.accumulate);
+    }
+    return;
+  }
   for (int64_t j = 0; j < n; j += kTwo)
     for (int64_t i = 0; i < m; i += kTwo) {
       const Unit *a = g.a + i * g.a_row, *b = g.b + j;
@@ -342,11 +387,37 @@ inline void WriteColumns(const float* columns, int64_t columns_row, int64_t d, i
 template <class E>
 inline void PutUnits(Unit* to, Vf first, Vf second) {
   if constexpr (kPerUnit<E> == 2) {
+#if PF_LANES == 16
+    // Half an ulp more and cut off: three instructions for what takes eight otherwise. Ties go up.
+    const Vu low = ((Vu)first + 0x8000u) >> 16, high = (Vu)second + 0x8000u;
+    constexpr int kFirstOrSecondAndThird = 0xf8;
+    const Vu both = (Vu)_mm512_ternarylogic_epi32((__m512i)low, (__m512i)high, _mm512_set1_epi32(-0x10000),
+                                                  kFirstOrSecondAndThird);
+#else
     const Vu both = Bf16Bits(first) | Bf16Bits(second) << 16;
+#endif
     memcpy(to, &both, sizeof(both));
   } else {
     memcpy(to, &first, sizeof(first));
   }
+}
+
+// Two rows of weights as bf16, `row` values apart, and where pairs is not null both as one row of units.
+inline void StoreRows(Bf16* to, int64_t row, Vf first, Vf second, Unit* pairs) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_extracti64x4_epi64(0xf, both, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row), _mm512_maskz_extracti64x4_epi64(0xf, both, 1));
+  if (!pairs) return;
+  alignas(64) static constexpr uint16_t kByTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(_mm512_load_si512(kByTurns), both));
+#else
+  StoreF(to, first);
+  StoreF(to + row, second);
+  if (pairs) PutUnits<Bf16>(pairs, first, second);
+#endif
 }
 
 }  // namespace

@@ -137,6 +137,45 @@ void TileBlock(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, i
   if constexpr (MT == 2 && NT == 2) TileStore<3>(c + down + kTileSide, c_row);
 }
 
+// c[16 MT, 16] (=|+=) a[16 MT, k] b[k, 16]: MT tiles of sums keep the multiplier busy while one is added to.
+template <int MT>
+void TileColumn(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
+                int64_t c_row, bool accumulate) {
+  const int64_t down = kTileSide * c_row;
+  if (accumulate) {
+    TileLoad<0>(c, c_row);
+    if constexpr (MT > 1) TileLoad<1>(c + down, c_row);
+    if constexpr (MT > 2) TileLoad<2>(c + 2 * down, c_row);
+    if constexpr (MT > 3) TileLoad<3>(c + 3 * down, c_row);
+  } else {
+    TileZero<0>();
+    if constexpr (MT > 1) TileZero<1>();
+    if constexpr (MT > 2) TileZero<2>();
+    if constexpr (MT > 3) TileZero<3>();
+  }
+  for (int64_t i = 0; i < k; i += kTileSide, a += kTileSide, b += kTileSide * b_row) {
+    TileLoad<7>(b, b_row);
+    TileLoad<4>(a, a_row);
+    TileDot<0, 4, 7>();
+    if constexpr (MT > 1) {
+      TileLoad<5>(a + kTileSide * a_row, a_row);
+      TileDot<1, 5, 7>();
+    }
+    if constexpr (MT > 2) {
+      TileLoad<6>(a + 2 * kTileSide * a_row, a_row);
+      TileDot<2, 6, 7>();
+    }
+    if constexpr (MT > 3) {
+      TileLoad<4>(a + 3 * kTileSide * a_row, a_row);
+      TileDot<3, 4, 7>();
+    }
+  }
+  TileStore<0>(c, c_row);
+  if constexpr (MT > 1) TileStore<1>(c + down, c_row);
+  if constexpr (MT > 2) TileStore<2>(c + 2 * down, c_row);
+  if constexpr (MT > 3) TileStore<3>(c + 3 * down, c_row);
+}
+
 }  // namespace
 
 #else
