@@ -168,18 +168,38 @@ struct Backward {
         memset(pairs + j * kStrip<E> + v, 0, sizeof(Vf));
     }
   }
-  void Compute(const Layout& l, const Head& h, const Block& q, const Block& k, bool mask, int64_t c,
+  // The strips of a block; those of padding see nothing.
+  struct Strips {
+    Strip all[kBackwardBlock<E> / kStrip<E>];
+    int64_t count;
+    Strips(const Layout& l, const Block& q) : count(CutStrips<E>(l, q, all)) {}
+    Visibility Seen(int64_t c, const Block& k) const {
+      const int64_t i = c / kStrip<E>;
+      return i < count ? See(all[i], k) : kNothing;
+    }
+  };
+  // False, and nothing is computed, if the strip sees none of the keys.
+  bool Compute(const Layout& l, const Head& h, const Block& q, const Block& k, Visibility see, int64_t c,
                const Tile& t) const {
+    if (see == kNothing) return false;
     const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
-    Multiply<E>(k.count, n,
-                {units, h.k_rows + kj * units, units, 1, h.q_columns + qi * units, n, t.p, kStrip<E>, false});
-    Multiply<E>(
-        k.count, n,
-        {units, h.v_rows + kj * units, units, 1, h.do_columns + qi * units, n, t.ds, kStrip<E>, false});
-    if (mask)
+    Product g{units, h.k_rows + kj * units, units, 1, h.q_columns + qi * units, n, t.p, kStrip<E>, false};
+    Multiply<E>(k.count, n, g);
+    g.a = h.v_rows + kj * units;
+    g.b = h.do_columns + qi * units;
+    g.c = t.ds;
+    Multiply<E>(k.count, n, g);
+    if (see == kSome)
       Weigh<true>(l, h, q, k, c, n, t);
     else
       Weigh<false>(l, h, q, k, c, n, t);
+    return true;
+  }
+  // Only tiles have more than one strip, and what one does not see is still summed over.
+  void Clear(const Block& k, int64_t c, const Tile& t) const {
+    for (int64_t j = 0; j < k.count; ++j)
+      for (Unit* rows : {t.p_rows, t.ds_rows})
+        memset(rows + j * kTileRow + c / kPer, 0, kStrip<E> / kPer * sizeof(Unit));
   }
   void AddQueryGradient(const Head& h, const Block& q, const Block& k, int64_t c, const Tile& t) const {
     const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
@@ -201,15 +221,16 @@ struct Backward {
     memset(dv, 0, (k1 - k0) * size * sizeof(float));
     for (int64_t i = q0; i < q1; ++i) {
       const Block& q = l.queries[i];
+      const Strips strips(l, q);
       const int64_t at = (q.at - h.first_query) / kPer * width, sums = q.padded / kPer;
       for (int64_t j = k0; j < k1; ++j) {
         const Block& k = l.keys[j];
-        const Visibility see = See(q, k);
-        if (see == kNothing) continue;
-        for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
-          Compute(l, h, q, k, see == kSome, c, t);
-          if (with_dq) AddQueryGradient(h, q, k, c, t);
-        }
+        if (See(q, k) == kNothing) continue;
+        for (int64_t c = 0; c < q.padded; c += StripOf(q))
+          if (!Compute(l, h, q, k, strips.Seen(c, k), c, t))
+            Clear(k, c, t);
+          else if (with_dq)
+            AddQueryGradient(h, q, k, c, t);
         float *dkj = dk + (j - k0) * size, *dvj = dv + (j - k0) * size;
         Multiply<E>(k.count, width, {sums, t.p_rows, kTileRow, 1, h.do_pairs + at, width, dvj, width, true});
         Multiply<E>(k.count, width, {sums, t.ds_rows, kTileRow, 1, h.q_pairs + at, width, dkj, width, true});
@@ -227,13 +248,12 @@ struct Backward {
   // dq of one query block over all key blocks, in order.
   void Queries(const Layout& l, const Head& h, int64_t pair, const Block& q, Unit* mine) const {
     const Tile t(mine);
+    const Strips strips(l, q);
     for (int64_t j = 0; j < l.key_count; ++j) {
-      const Visibility see = See(q, l.keys[j]);
-      if (see == kNothing) continue;
-      for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
-        Compute(l, h, q, l.keys[j], see == kSome, c, t);
-        AddQueryGradient(h, q, l.keys[j], c, t);
-      }
+      if (See(q, l.keys[j]) == kNothing) continue;
+      for (int64_t c = 0; c < q.padded; c += StripOf(q))
+        if (Compute(l, h, q, l.keys[j], strips.Seen(c, l.keys[j]), c, t))
+          AddQueryGradient(h, q, l.keys[j], c, t);
     }
     WriteQueries(h, pair, q, RowBuffer(mine));
   }
@@ -273,8 +293,8 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s) {
   const int64_t most_keys = Most(layouts, s.batch, &Layout::key_count);
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   LongestSpan(layouts, s.batch, &backward.keys, &backward.queries);
-  const bool local = most_spans > 1 && backward.HeadUnits() <= LocalUnits() &&
-                     SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
+  const bool local =
+      backward.HeadUnits() <= LocalUnits() && SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
   if (!local) {
     backward.keys = Most(layouts, s.batch, &Layout::key_length);
     backward.queries = Most(layouts, s.batch, &Layout::query_length);

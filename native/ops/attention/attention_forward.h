@@ -202,16 +202,22 @@ struct Forward {
       }
       if (See(q, k) == kNothing) continue;
       const Unit* k_rows = head + (k.at - first_key) * units;
-      Product values =
-          SummedKeys<E>(k, head + keys * units + (k.at - first_key) / kPerUnit<E> * width, width);
-      values.b = weights;
-      for (const Strip& t : std::span(strips, count)) {
+      const Unit* v_pairs = head + keys * units + (k.at - first_key) / kPerUnit<E> * width;
+      const int64_t k_units = k.padded * units, v_units = k.padded / kPerUnit<E> * width;
+      for (int64_t i = 0; i < count; ++i) {
+        const Strip& t = strips[i];
         const Visibility see = See(t, k);
         if (see == kNothing) continue;
-        Multiply<E>(k.count, t.padded,
-                    {units, k_rows, units, 1, columns + t.c * units, t.padded, logits, t.padded, false});
+        Product scores{units, k_rows, units, 1, columns + t.c * units, t.padded, logits, t.padded, false};
+        Product values = SummedKeys<E>(k, v_pairs, width);
+        values.b = weights;
         values.c = o + t.c * width;
         values.b_row = values.c_row = t.padded;
+        if (!pack) {  // what has just been packed is near
+          scores.ahead = PartOf<E>(k_rows + k_units, k_units, i, count);
+          values.ahead = PartOf<E>(v_pairs + v_units, v_units, i, count);
+        }
+        Multiply<E>(k.count, t.padded, scores);
         softmax.Weigh(l, q, t, k, see == kSome, scale, logits, weights, values.c, s.d);
         Multiply<E>(s.d, t.padded, values);
       }

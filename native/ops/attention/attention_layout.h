@@ -147,6 +147,15 @@ inline int64_t Most(const Layout* layouts, int64_t batch, int64_t Layout::*count
   return n;
 }
 
+// Of the queries from column c of a block on, at most `most`.
+inline MaskBounds BoundsOf(const Layout& l, const Block& q, int64_t c, int64_t most) {
+  if (!l.query_segment) return q;
+  const int32_t *segment = l.query_segment + q.at + c, *order = l.query_order + q.at + c;
+  MaskBounds b{segment[0], segment[0], order[0], order[0]};
+  for (int64_t i = 1; i < most && c + i < q.count; ++i) Include(&b, segment[i], order[i]);
+  return b;
+}
+
 // Inside a parallel region: shares out body(pair, its layout, i) for i below layout.*count, over heads first
 // .. first + heads - 1 of all batch entries. Higher i come first: later queries see more keys, and short
 // tasks at the end even out what is left.

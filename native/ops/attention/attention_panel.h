@@ -52,11 +52,7 @@ int64_t CutStrips(const Layout& l, const Block& q, Strip* strips) {
   int64_t n = 0;
   for (int64_t c = 0; c < q.count; c += kStrip<E>, ++n) {
     const int64_t left = q.count - c, count = left < kStrip<E> ? left : kStrip<E>;
-    Strip& t = strips[n] = {q, c, count, kOnTiles<E> ? kStrip<E> : RoundUp(count, kLanes)};
-    if (!l.query_segment) continue;
-    const int32_t *segment = l.query_segment + q.at + c, *order = l.query_order + q.at + c;
-    static_cast<MaskBounds&>(t) = {segment[0], segment[0], order[0], order[0]};
-    for (int64_t i = 1; i < count; ++i) Include(&t, segment[i], order[i]);
+    strips[n] = {BoundsOf(l, q, c, count), c, count, kOnTiles<E> ? kStrip<E> : RoundUp(count, kLanes)};
   }
   return n;
 }
@@ -81,6 +77,24 @@ inline Vf Dot(Vf a, Vf b, Vf sum) {
   return Fma(a, b, sum);
 }
 
+#if PF_LANES == 16
+constexpr int kMicroRows = 8;  // 8 x 3 or 6 x 4 of 32 registers hold the product
+#else
+constexpr int kMicroRows = 4;  // 4 x 3 of 16
+#endif
+
+// Memory that is wanted next, asked for a few lines at a time while something else is computed: all at once
+// they would have to wait for each other.
+struct Ahead {
+  const Unit* at;
+  int64_t lines;  // a time
+
+  void Fetch() {
+    for (int64_t i = 0; i < lines; ++i, at += 16)
+      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+  }
+};
+
 // c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]; n is a multiple of kLanes. a is read one unit at a
 // time, so any strides do. On tiles a_column is 1, k a multiple of 16, and rows of a and c exist up to a
 // multiple of 16.
@@ -93,7 +107,16 @@ struct Product {
   float* c;
   int64_t c_row;
   bool accumulate;
+  Ahead ahead = {};
 };
+
+// Part i of `parts` of count units, for a product whose first operand is a block of keys or values.
+template <class E>
+inline Ahead PartOf(const Unit* from, int64_t count, int64_t i, int64_t parts) {
+  constexpr int64_t kTimes = kOnTiles<E> ? 1 : kKeyBlock / kMicroRows;
+  const int64_t lines = Units(Units(count, 16), parts);
+  return {from + i * lines * 16, Units(lines, kTimes)};
+}
 
 template <class E, int MR, int NR>
 void Micro(const Product& g) {
@@ -124,17 +147,12 @@ void Micro(const Product& g) {
     for (int j = 0; j < NR; ++j) StoreF(g.c + i * g.c_row + j * kLanes, sum[i][j]);
 }
 
-#if PF_LANES == 16
-constexpr int kMicroRows = 8;  // 8 x 3 or 6 x 4 of 32 registers hold the product
-#else
-constexpr int kMicroRows = 4;  // 4 x 3 of 16
-#endif
-
 template <class E, int NR>
 void MicroRows(int64_t m, const Product& g) {
   constexpr int kRows = NR == 4 ? 6 : kMicroRows;
   Product part = g;
   for (int64_t i = 0; i < m; i += kRows, part.a += kRows * g.a_row, part.c += kRows * g.c_row) {
+    part.ahead.Fetch();
     switch (m - i) {
       case 1: Micro<E, 1, NR>(part); break;
       case 2: Micro<E, 2, NR>(part); break;
@@ -152,6 +170,7 @@ void MicroRows(int64_t m, const Product& g) {
 
 #if defined(PF_TILES)
 inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
+  Ahead ahead = g.ahead;
   constexpr int64_t kTwo = 2 * kTileSide, kFour = 4 * kTileSide;
   if (n == kTileSide) {
     for (int64_t i = 0; i < m; i += kFour) {
@@ -159,6 +178,7 @@ inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
                           : m - i > kTwo        ? TileColumn<3>
                           : m - i > kTileSide   ? TileColumn<2>
                                                 : TileColumn<1>;
+      ahead.Fetch();
       column(g.k, g.a + i * g.a_row, g.a_row, g.b, g.b_row, g.c + i * g.c_row, g.c_row, g.accumulate);
     }
     return;
