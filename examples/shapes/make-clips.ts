@@ -4,7 +4,7 @@ import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 import { writeFileAtomically } from '../../lib/io/atomic.ts'
 import { encodeMp4 } from '../../lib/io/video.ts'
-import { caption, FPS, makeRng, randomSpec, renderClip, SIZE, type Split } from './world.ts'
+import { caption, FPS, makeRng, randomSpec, renderClip, type Shape, SIZE, type Split } from './world.ts'
 
 const usage =
   'Usage: node dist/examples/shapes/make-clips.js --out DIR --count N [--seed S] [--split train|heldout|all]'
@@ -14,25 +14,27 @@ export interface MakeClipsOptions {
   count: number
   seed?: number
   split?: Split
+  /** How many times as often as others a shape is drawn. */
+  often?: Partial<Record<Shape, number>>
   signal?: AbortSignal
   onClip?: (done: number) => void
 }
 
 /**
- * Writes `count` mp4 clips of the toy world and their `captions.jsonl` into `out`. Clip `i` depends on seed and `i` only,
- * so a larger set with the same seed starts with the smaller one.
+ * Writes `count` mp4 clips of the toy world and their `captions.jsonl` into `out`. Clip `i` depends on seed, `often` and
+ * `i` only, so a larger set with the same seed starts with the smaller one.
  *
  * @returns the path of the captions
  */
 export async function makeClips(options: MakeClipsOptions): Promise<string> {
-  const { out, count, seed = 1, split = 'train', signal, onClip } = options
+  const { out, count, seed = 1, split = 'train', often, signal, onClip } = options
   await mkdir(out, { recursive: true })
   const lines: string[] = new Array(count)
   let next = 0
   let done = 0
   const worker = async (): Promise<void> => {
     for (let i = next++; i < count; i = next++) {
-      const spec = randomSpec(makeRng(seed * 1_000_003 + i), split)
+      const spec = randomSpec(makeRng(seed * 1_000_003 + i), split, often)
       const video = `clip-${String(i).padStart(5, '0')}.mp4`
       await encodeMp4(join(out, video), renderClip(spec), {
         width: SIZE,

@@ -22,6 +22,8 @@ const { values: args } = parseArgs({
     out: { type: 'string', default: 'runs/shapes' },
     model: { type: 'string', default: 'examples/shapes/model' },
     clips: { type: 'string', default: '1600' },
+    /** How many times as often as another shape a cross is drawn. */
+    crosses: { type: 'string', default: '1' },
     'vae-steps': { type: 'string', default: '3000' },
     steps: { type: 'string', default: '12000' },
     batch: { type: 'string', default: '40' },
@@ -166,7 +168,8 @@ async function main(): Promise<void> {
   await mkdir(args.model, { recursive: true })
   if (parts.includes('clips')) {
     await rm(clips, { recursive: true, force: true })
-    await makeClips({ out: clips, count: Number(args.clips), seed, split: 'train' })
+    const often = { cross: Number(args.crosses) }
+    await makeClips({ out: clips, count: Number(args.clips), seed, split: 'train', often })
   }
   if (parts.includes('vae')) await trainVae()
   if (parts.includes('encode')) await encode()

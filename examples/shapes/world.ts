@@ -90,11 +90,21 @@ export function makeRng(seed: number): () => number {
   return uniformStream(seed)
 }
 
-/** Draws a clip of the split; the shape stays inside the picture and it moves at least a fifth of the picture's width. */
-export function randomSpec(rng: () => number, split: Split): ClipSpec {
+/**
+ * Draws a clip of the split; the shape stays inside the picture and it moves at least a fifth of the picture's width.
+ *
+ * @param often - how many times as often as others a shape is drawn, a whole number; 1 for those that are not named
+ */
+export function randomSpec(
+  rng: () => number,
+  split: Split,
+  often: Partial<Record<Shape, number>> = {},
+): ClipSpec {
   const pick = <T>(items: readonly T[]): T => items[Math.floor(rng() * items.length)] as T
   const between = (low: number, high: number): number => low + rng() * (high - low)
-  const combination = pick(combinations(split))
+  const combination = pick(
+    combinations(split).flatMap((c) => new Array(often[c.shape] ?? 1).fill(c) as (typeof c)[]),
+  )
   const background = pick(BACKGROUND_NAMES)
   const radius = between(minRadius, maxRadius)
   const travel = combination.motion === 'still' ? 0 : between(minTravel, maxTravel)

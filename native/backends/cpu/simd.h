@@ -59,6 +59,23 @@ static inline Vu Bf16Bits(Vf v) {
   return (rounded & ~nan) | (((u >> 16) | 0x40) & nan);
 #endif
 }
+#if defined(__AVX512BF16__)
+// Two vectors of 16 bits each, one after the other, by turns.
+static inline __m512i ByTurns(__m512i v) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), v);
+}
+#endif
+// Pairs of bf16, `low` in the lower halves.
+static inline Vu Bf16Pairs(Vf low, Vf high) {
+#if defined(__AVX512BF16__)
+  return (Vu)ByTurns((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  return Bf16Bits(low) | Bf16Bits(high) << 16;
+#endif
+}
 static inline Vh Narrow(Vu u) {
 #if defined(__AVX512F__)
   return (Vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u);

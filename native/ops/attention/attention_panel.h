@@ -414,7 +414,7 @@ inline void PutUnits(Unit* to, Vf first, Vf second) {
     const Vu both = (Vu)_mm512_ternarylogic_epi32((__m512i)low, (__m512i)high, _mm512_set1_epi32(-0x10000),
                                                   kFirstOrSecondAndThird);
 #else
-    const Vu both = Bf16Bits(first) | Bf16Bits(second) << 16;
+    const Vu both = Bf16Pairs(first, second);
 #endif
     memcpy(to, &both, sizeof(both));
   } else {
@@ -429,10 +429,7 @@ inline void StoreRows(Bf16* to, int64_t row, Vf first, Vf second, Unit* pairs) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_extracti64x4_epi64(0xf, both, 0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row), _mm512_maskz_extracti64x4_epi64(0xf, both, 1));
   if (!pairs) return;
-  alignas(64) static constexpr uint16_t kByTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(_mm512_load_si512(kByTurns), both));
+  _mm512_storeu_si512(pairs, ByTurns(both));
 #else
   StoreF(to, first);
   StoreF(to + row, second);

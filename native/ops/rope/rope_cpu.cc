@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "backends/cpu/rows.h"
 #include "ops/rope/rope.h"
 
@@ -18,6 +20,40 @@ void SpreadAngles(const float* cos, const float* sin, int64_t half, float* c, fl
   }
 }
 
+// bf16 in and out, with angles: a unit of 32 bits is a pair that is turned. Its halves are floats but for a
+// shift, and nothing has to be swapped.
+#if defined(__AVX512BF16__)
+template <class X, class Y>
+constexpr bool kByPairs = std::is_same_v<X, Bf16>&& std::is_same_v<Y, Bf16>;
+
+// Of every 32 values first those at even places, then the others.
+void Part(float* p, int64_t d) {
+  for (int64_t i = 0; i < d; i += 2 * kLanes) {
+    const Vf low = LoadF(p + i), high = LoadF(p + i + kLanes);
+    StoreF(p + i, __builtin_shuffle(low, high, 2 * kLaneIndex));
+    StoreF(p + i + kLanes, __builtin_shuffle(low, high, 2 * kLaneIndex + 1));
+  }
+}
+// A head; c and s are parted.
+void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r, Bf16* y) {
+  for (int64_t i = 0; i < d; i += 2 * kLanes) {
+    Vu pairs;
+    memcpy(&pairs, x + i, sizeof(pairs));
+    const Vf even = (Vf)(pairs << 16), odd = (Vf)(pairs & 0xffff0000u);
+    const Vf a = Fma(odd, LoadF(s + i), even * LoadF(c + i)) * r;
+    const Vf b = Fma(even, LoadF(s + i + kLanes), odd * LoadF(c + i + kLanes)) * r;
+    const Vu both = Bf16Pairs(a, b);
+    memcpy(y + i, &both, sizeof(both));
+  }
+}
+#else
+template <class X, class Y>
+constexpr bool kByPairs = false;
+void Part(float*, int64_t) {}
+template <class X, class Y>
+void TurnPairs(const X*, const float*, const float*, int64_t, float, Y*) {}
+#endif
+
 // Every head of the rows: y = rstd·(x·c + swap(x)·s), where c and s hold weight and angles of all heads.
 template <class X, class Y>
 void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buffers, int64_t stride) {
@@ -35,6 +71,11 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
         StoreN(c + i, cos ? v * LoadN(c + i, m) : v, m);
         if (cos) StoreN(s + i, SwapPairs(v) * LoadN(s + i, m), m);
       });
+    const bool by_pairs = kByPairs<X, Y> && cos && d % (2 * kLanes) == 0;
+    if (by_pairs) {
+      Part(c, d);
+      Part(s, d);
+    }
     const X* x = PfData<X>(a->in[0]) + n * heads * d;
     Y* y = PfData<Y>(a->out[0]) + n * heads * d;
     for (int64_t h = 0; h < heads; ++h) rstd[h] = w ? SquareSum(x + h * d, d) / d + eps : 1;
@@ -42,7 +83,15 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
       ForLanes(heads, [=](int64_t h, int64_t m) { StoreN(rstd + h, 1 / Sqrt(LoadN(rstd + h, m, 1)), m); });
     for (int64_t h = 0; h < heads; ++h) {
       const X* from = x + h * d;
+      // The next row is on its way, to be read and to be written, while this one is computed.
+      for (int64_t i = 0; i < d; i += 64 / sizeof(X)) __builtin_prefetch(from + heads * d + i, 0);
+      for (int64_t i = 0; i < d; i += 64 / sizeof(Y)) __builtin_prefetch(y + (h + heads) * d + i, 1);
       const float r = rstd[h];
+      if constexpr (kByPairs<X, Y>)
+        if (by_pairs) {
+          TurnPairs(from, c, s, d, r, y + h * d);
+          continue;
+        }
       WriteRow(y + h * d, d, [=](int64_t i, int64_t m) {
         const Vf v = LoadN(from + i, m);
         Vf t = v;
