@@ -24,11 +24,11 @@ const TYPES = new Map(Object.entries(DTYPES).map(([name, { code }]) => [code, na
 const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].bytes : 0)
 const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
 
-// What the two kernels with large buffers borrow (matmul_cpu.cc, attention_forward.h), in bytes.
+// What the two kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
 const TILE = { rows: 256, columns: 512, packed: 256 } as const
 const PACKED_HEADS = 48 * 2 ** 20
-const QUERIES = 48
-const KEYS = 64
+const QUERIES = { strip: 48, block: 144 } as const
+const KEYS = { block: 64, group: 4 } as const
 const CUBLAS_WORKSPACE = 32 * 2 ** 20
 
 const ATTENTION: ReadonlySet<OpName> = new Set<OpName>(['attention', 'attention_backward'])
@@ -68,13 +68,16 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
   if (op === 'attention') {
     const [batch, length, heads, d] = (b as Operand).shape as [number, number, number, number]
     const head = 2 * length * d * ((b as Operand).dtype === 'bf16' && products ? 2 : 4)
-    return Math.min(PACKED_HEADS, batch * heads * head) + threads * 4 * QUERIES * (2 * KEYS + 2 * d)
+    return (
+      Math.min(PACKED_HEADS, batch * heads * head) +
+      threads * 4 * (QUERIES.block * 2 * d + 2 * KEYS.block * QUERIES.strip)
+    )
   }
   if (op === 'attention_backward') {
     const [batch, length, heads, d] = (b as Operand).shape as [number, number, number, number]
     // k, v, q and the output's gradient once by rows and, but for v, once by columns; dq, delta and the log-sum in f32.
     const head = length * (7 * d * ((b as Operand).dtype === 'bf16' && products ? 2 : 4) + 4 * (d + 2))
-    const tile = 5 * KEYS * QUERIES + 2 * KEYS * d
+    const tile = 3.5 * KEYS.block * QUERIES.strip + 2 * KEYS.group * KEYS.block * d
     return Math.max(head, Math.min(PACKED_HEADS, batch * heads * head)) + threads * 4 * tile
   }
   return 0

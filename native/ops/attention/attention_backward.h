@@ -75,6 +75,7 @@ struct Backward {
 
   void PackKeys(const Head& h, int64_t pair, const Block& k, float* buffer) const {
     const int64_t offset = KeyOffset(pair, k.start), at = k.at - h.first_key;
+    for (int i : {1, 2}) FetchRows(a->in[i], offset, Step(), k.count, s.d);
     PackRows<E>(a->in[1], offset, Step(), k.count, k.padded, s.d, buffer, h.k_rows + at * units);
     PackRows<E>(a->in[2], offset, Step(), k.count, k.padded, s.d, buffer, h.v_rows + at * units);
     PackSummed<E>(a->in[1], offset, Step(), k.count, k.padded, s.d, width, buffer,
@@ -83,6 +84,7 @@ struct Backward {
   void PackQueries(const Head& h, int64_t pair, const Block& q, float* buffer) const {
     const int64_t offset = QueryOffset(pair, q.start), at = q.at - h.first_query;
     const PfView &x = a->in[0], &out = a->in[5], &dout = a->in[7];
+    for (const PfView* v : {&x, &dout, &out}) FetchRows(*v, offset, Step(), q.count, s.d);
     const int64_t strip = StripOf(q);
     for (int64_t c = 0; c < q.padded; c += strip) {
       const int64_t left = q.count - c, some = left < 0 ? 0 : left < strip ? left : strip;

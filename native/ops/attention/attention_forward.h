@@ -289,9 +289,11 @@ int32_t RunForward(const PfArgs* a, const AttentionShape& s) {
       } else {
         const auto head_of = [&](int64_t pair) { return packed + (pair - first) * head_units; };
         share(&Layout::key_count, most_keys, [&](int64_t pair, const Layout& l, int64_t k) {
+          forward.FetchKeys(pair, l.keys[k]);
           forward.Pack(pair, l.keys[k], 0, head_of(pair), row_buffer);
         });
         share(&Layout::query_count, most_queries, [&](int64_t pair, const Layout& l, int64_t q) {
+          forward.FetchQueries(pair, l.queries[q]);
           forward.Attend(l, pair, l.queries[q], 0, l.key_count, 0, false, head_of(pair), buffer);
         });
       }
