@@ -10,7 +10,7 @@ struct Head {
   int64_t first_key, first_query;
   Unit *k_rows, *v_rows, *k_pairs;                    // per key block
   Unit *q_columns, *do_columns, *q_pairs, *do_pairs;  // per query block
-  float *dq, *delta, *lse;                            // [width, padded] and, for the last two, [padded]
+  float *dq, *delta, *lse;  // [width, columns] by strips and, for the last two, [padded]
 };
 
 template <class E>
@@ -39,7 +39,7 @@ struct Backward {
                        2 * (queries / kPer) * width,
                    16);
   }
-  static constexpr int64_t kGroup = 8;
+  static constexpr int64_t kGroup = 4;
   // Logits and their gradients of a strip, both of a block as the units of the products, and the gradients of
   // a group of key blocks.
   static constexpr int64_t kTileUnits = 2 * kStripTile + (kPer == 1 ? 0 : 3 * kTile / kPer);
