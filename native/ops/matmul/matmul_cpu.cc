@@ -133,7 +133,7 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
     status = ForTiles(
         args, p.batch * rows * columns, p.batch * p.m * p.n * p.k,
         [&](int64_t tile, int thread, char* error) {
-          const int64_t row = tile / columns % rows, column = tile % columns, entry = tile / (rows * columns);
+          const int64_t row = tile % rows, column = tile / rows % columns, entry = tile / (rows * columns);
           const int64_t m0 = row * tile_m, n0 = column * tile_n;
           const int last_m = row == rows - 1, last_n = column == columns - 1;
           const OnednnGemm& g = gemms[last_m][last_n];
