@@ -287,7 +287,7 @@ constexpr double kSweepLoss = 0.2;
 // order, so the choice changes no bit.
 template <class E>
 int32_t RunBackward(const PfArgs* a, const AttentionShape& s) {
-  const Layout* layouts = MakeLayouts(a, s, kBlockSizes<E>(kBackwardBlock<E>));
+  const Layout* layouts = MakeLayouts(a, s, BlockSizesOf<E>(kBackwardBlock<E>));
   if (!layouts) return NoMemory(a, "attention_backward");
   Backward<E> backward(a, s);
   const int64_t pairs = s.batch * s.heads, threads = omp_get_max_threads();

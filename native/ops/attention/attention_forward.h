@@ -245,7 +245,7 @@ struct Forward {
 
 template <class E>
 int32_t RunForward(const PfArgs* a, const AttentionShape& s) {
-  const Layout* layouts = MakeLayouts(a, s, kBlockSizes<E>(kForwardBlock<E>));
+  const Layout* layouts = MakeLayouts(a, s, BlockSizesOf<E>(kForwardBlock<E>));
   if (!layouts) return NoMemory(a, "attention");
   Forward<E> forward(a, s);
   if (!MakeTurns(a, s, forward.turns)) return NoMemory(a, "attention");

@@ -38,7 +38,7 @@ template <class E>
 constexpr int64_t kBackwardBlock = kOnTiles<E> ? 64 : 48;
 // Tiles are filled by keys and by pairs of keys or queries, elsewhere vectors by queries.
 template <class E>
-constexpr BlockSizes kBlockSizes(int64_t queries) {
+constexpr BlockSizes BlockSizesOf(int64_t queries) {
   return {queries, kOnTiles<E> ? 32 : kLanes, kOnTiles<E> ? 32 : 2};
 }
 
