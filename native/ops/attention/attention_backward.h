@@ -180,10 +180,8 @@ struct Backward {
       return i < count ? See(all[i], k) : kNothing;
     }
   };
-  // False, and nothing is computed, if the strip sees none of the keys.
-  bool Compute(const Layout& l, const Head& h, const Block& q, const Block& k, Visibility see, int64_t c,
+  void Compute(const Layout& l, const Head& h, const Block& q, const Block& k, Visibility see, int64_t c,
                const Tile& t) const {
-    if (see == kNothing) return false;
     const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
     Product g{units, h.k_rows + kj * units, units, 1, h.q_columns + qi * units, n, t.p, kStrip<E>, false};
     Multiply<E>(k.count, n, g);
@@ -195,7 +193,6 @@ struct Backward {
       Weigh<true>(l, h, q, k, c, n, t);
     else
       Weigh<false>(l, h, q, k, c, n, t);
-    return true;
   }
   // Only tiles have more than one strip, and what one does not see is still summed over.
   void Clear(const Block& k, int64_t c, const Tile& t) const {
@@ -228,11 +225,15 @@ struct Backward {
       for (int64_t j = k0; j < k1; ++j) {
         const Block& k = l.keys[j];
         if (See(q, k) == kNothing) continue;
-        for (int64_t c = 0; c < q.padded; c += StripOf(q))
-          if (!Compute(l, h, q, k, strips.Seen(c, k), c, t))
+        for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
+          const Visibility see = strips.Seen(c, k);
+          if (see == kNothing) {
             Clear(k, c, t);
-          else if (with_dq)
-            AddQueryGradient(h, q, k, c, t);
+            continue;
+          }
+          Compute(l, h, q, k, see, c, t);
+          if (with_dq) AddQueryGradient(h, q, k, c, t);
+        }
         float *dkj = dk + (j - k0) * size, *dvj = dv + (j - k0) * size;
         Multiply<E>(k.count, width, {sums, t.p_rows, kTileRow, 1, h.do_pairs + at, width, dvj, width, true});
         Multiply<E>(k.count, width, {sums, t.ds_rows, kTileRow, 1, h.q_pairs + at, width, dkj, width, true});
@@ -253,9 +254,12 @@ struct Backward {
     const Strips strips(l, q);
     for (int64_t j = 0; j < l.key_count; ++j) {
       if (See(q, l.keys[j]) == kNothing) continue;
-      for (int64_t c = 0; c < q.padded; c += StripOf(q))
-        if (Compute(l, h, q, l.keys[j], strips.Seen(c, l.keys[j]), c, t))
-          AddQueryGradient(h, q, l.keys[j], c, t);
+      for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
+        const Visibility see = strips.Seen(c, l.keys[j]);
+        if (see == kNothing) continue;
+        Compute(l, h, q, l.keys[j], see, c, t);
+        AddQueryGradient(h, q, l.keys[j], c, t);
+      }
     }
     WriteQueries(h, pair, q, RowBuffer(mine));
   }

@@ -147,12 +147,12 @@ inline int64_t Most(const Layout* layouts, int64_t batch, int64_t Layout::*count
   return n;
 }
 
-// Of the queries from column c of a block on, at most `most`.
-inline MaskBounds BoundsOf(const Layout& l, const Block& q, int64_t c, int64_t most) {
+// Of `count` queries from column c of a block on.
+inline MaskBounds BoundsOf(const Layout& l, const Block& q, int64_t c, int64_t count) {
   if (!l.query_segment) return q;
   const int32_t *segment = l.query_segment + q.at + c, *order = l.query_order + q.at + c;
   MaskBounds b{segment[0], segment[0], order[0], order[0]};
-  for (int64_t i = 1; i < most && c + i < q.count; ++i) Include(&b, segment[i], order[i]);
+  for (int64_t i = 1; i < count; ++i) Include(&b, segment[i], order[i]);
   return b;
 }
 

@@ -22,21 +22,21 @@ void SpreadAngles(const float* cos, const float* sin, int64_t half, float* c, fl
 
 // bf16 in and out, with angles: a unit of 32 bits is a pair that is turned. Its halves are floats but for a
 // shift, and nothing has to be swapped.
-#if defined(__AVX512BF16__)
 template <class X, class Y>
 constexpr bool kByPairs = std::is_same_v<X, Bf16>&& std::is_same_v<Y, Bf16>;
+constexpr int64_t kPairValues = 2 * kLanes;
 
-// Of every 32 values first those at even places, then the others.
-void Part(float* p, int64_t d) {
-  for (int64_t i = 0; i < d; i += 2 * kLanes) {
+// Of every kPairValues values first those at even places, then the others.
+void EvenFirst(float* p, int64_t d) {
+  for (int64_t i = 0; i < d; i += kPairValues) {
     const Vf low = LoadF(p + i), high = LoadF(p + i + kLanes);
     StoreF(p + i, __builtin_shuffle(low, high, 2 * kLaneIndex));
     StoreF(p + i + kLanes, __builtin_shuffle(low, high, 2 * kLaneIndex + 1));
   }
 }
-// A head; c and s are parted.
+// One head, with c and s as EvenFirst leaves them.
 void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r, Bf16* y) {
-  for (int64_t i = 0; i < d; i += 2 * kLanes) {
+  for (int64_t i = 0; i < d; i += kPairValues) {
     Vu pairs;
     memcpy(&pairs, x + i, sizeof(pairs));
     const Vf even = (Vf)(pairs << 16), odd = (Vf)(pairs & 0xffff0000u);
@@ -46,13 +46,6 @@ void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r
     memcpy(y + i, &both, sizeof(both));
   }
 }
-#else
-template <class X, class Y>
-constexpr bool kByPairs = false;
-void Part(float*, int64_t) {}
-template <class X, class Y>
-void TurnPairs(const X*, const float*, const float*, int64_t, float, Y*) {}
-#endif
 
 // Every head of the rows: y = rstd·(x·c + swap(x)·s), where c and s hold weight and angles of all heads.
 template <class X, class Y>
@@ -61,6 +54,7 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
   const float *cos = PfData<float>(a->in[2]), *sin = PfData<float>(a->in[3]);
   float* rstds = PfData<float>(a->out[1]);
   const float eps = static_cast<float>(PfParams<RopeParams>(a).eps);
+  const bool by_pairs = kByPairs<X, Y> && cos && d % kPairValues == 0;
 #pragma omp parallel for schedule(static) if (shape.rows * heads * d > kParallelWork)
   for (int64_t n = 0; n < shape.rows; ++n) {
     float *c = buffers + omp_get_thread_num() * stride, *s = c + angles, *rstd = s + angles;
@@ -71,10 +65,9 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
         StoreN(c + i, cos ? v * LoadN(c + i, m) : v, m);
         if (cos) StoreN(s + i, SwapPairs(v) * LoadN(s + i, m), m);
       });
-    const bool by_pairs = kByPairs<X, Y> && cos && d % (2 * kLanes) == 0;
     if (by_pairs) {
-      Part(c, d);
-      Part(s, d);
+      EvenFirst(c, d);
+      EvenFirst(s, d);
     }
     const X* x = PfData<X>(a->in[0]) + n * heads * d;
     Y* y = PfData<Y>(a->out[0]) + n * heads * d;
