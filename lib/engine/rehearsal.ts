@@ -27,7 +27,7 @@ const product = (values: readonly number[]): number => values.reduce((a, b) => a
 // What the two kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
 const TILE = { rows: 256, columns: 512, packed: 256 } as const
 const PACKED_HEADS = 48 * 2 ** 20
-const QUERIES = { strip: 48, block: 144 } as const
+const QUERIES = { strip: 48, block: 144, backward: 128 } as const
 const KEYS = { block: 64, group: 4 } as const
 const CUBLAS_WORKSPACE = 32 * 2 ** 20
 
@@ -77,8 +77,13 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
     const [batch, length, heads, d] = (b as Operand).shape as [number, number, number, number]
     // k, v, q and the output's gradient once by rows and, but for v, once by columns; dq, delta and the log-sum in f32.
     const head = length * (7 * d * ((b as Operand).dtype === 'bf16' && products ? 2 : 4) + 4 * (d + 2))
-    const tile = 3.5 * KEYS.block * QUERIES.strip + 2 * KEYS.group * KEYS.block * d
-    return Math.max(head, Math.min(PACKED_HEADS, batch * heads * head)) + threads * 4 * tile
+    // Logits and their gradients of a strip; both of a block, and for a group what dq sums, in bf16.
+    const tile =
+      KEYS.block * (2 * QUERIES.strip + (1 + KEYS.group / 2) * QUERIES.backward + 2 * KEYS.group * d)
+    // One head a thread where heads are many, as many as there is room for where they are few.
+    const each = threads - 1 <= 0.2 * batch * heads && threads * head <= PACKED_HEADS
+    const packed = each ? threads * head : Math.max(head, Math.min(PACKED_HEADS, batch * heads * head))
+    return packed + threads * 4 * tile
   }
   return 0
 }

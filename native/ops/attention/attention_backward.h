@@ -39,10 +39,11 @@ struct Backward {
                        2 * (queries / kPer) * width,
                    16);
   }
-  static constexpr int64_t kGroup = 4;
-  // Logits and their gradients of a strip, both of a block as the units of the products, and the gradients of
-  // a group of key blocks.
-  static constexpr int64_t kTileUnits = 2 * kStripTile + (kPer == 1 ? 0 : 3 * kTile / kPer);
+  // Key blocks that a query block meets in a row, and those of them that one sum into dq takes together.
+  static constexpr int64_t kGroup = 4, kSummed = kOnTiles<E> ? kGroup : 1;
+  // Logits and their gradients of a strip, both of a block as the units of the products, those of dq for
+  // kSummed blocks, and the gradients of a group of key blocks.
+  static constexpr int64_t kTileUnits = 2 * kStripTile + (kPer == 1 ? 0 : (2 + kSummed) * kTile / kPer);
   int64_t ThreadUnits() const {
     return RoundUp(kTileUnits + 2 * kGroup * kKeyBlock * width + kBufferRows * RoundUp(s.d, 16), 16);
   }
@@ -110,8 +111,9 @@ struct Backward {
 
   // Weights and gradients of the logits of one tile, as the units of the products that follow.
   struct Tile {
-    float *p, *ds;                      // of a strip, [keys, kStrip]
-    Unit *p_rows, *ds_rows, *ds_pairs;  // the first two [keys, kTileRow], the last strip by strip
+    float *p, *ds;           // of a strip, [keys, kStrip]
+    Unit *p_rows, *ds_rows;  // the same as pairs of queries, [kChunk queries, keys, kTileRow]
+    Unit* ds_pairs;          // and as pairs of keys, [strips, kSummed blocks of keys, kStrip]
 
     explicit Tile(Unit* mine)
         : p(reinterpret_cast<float*>(mine)),
@@ -124,15 +126,21 @@ struct Backward {
         ds_rows = ds_pairs = mine + kTile;
       }
     }
-    Unit* Pairs(int64_t c) const { return ds_pairs + c * (kKeyBlock / kPer); }
+    // Of the strip at column c, of the block that begins `key` padded keys after the first.
+    Unit* Pairs(int64_t c, int64_t key) const {
+      return ds_pairs + (c * kKeyBlock * kSummed + key * kStrip<E>) / kPer;
+    }
+    // Where the chunk with column c of p_rows or ds_rows begins.
+    static int64_t Chunk(int64_t c) { return c / kChunk * kKeyBlock * kTileRow; }
   };
-  static constexpr int64_t kTileRow = kBackwardBlock<E> / kPer;  // units of a row of p_rows and ds_rows
+  // On tiles a row of a chunk fills one.
+  static constexpr int64_t kChunk = kOnTiles<E> ? kPer * kTileSide : kBackwardBlock<E>;
+  static constexpr int64_t kTileRow = kChunk / kPer;
 
   // The strip from column c on. The gradients lack the factor `scale`, which dq and dk get at the end.
   template <bool kMask>
   void Weigh(const Layout& l, const Head& h, const Block& q, const Block& k, int64_t c, int64_t n,
-             const Tile& t) const {
-    Unit* pairs = t.Pairs(c);
+             const Tile& t, Unit* pairs) const {
     for (int64_t v = 0; v < n; v += kLanes) {
       const int64_t at = q.at - h.first_query + c + v;
       const Vf minus = -LoadF(h.lse + at), delta = LoadF(h.delta + at);
@@ -151,8 +159,8 @@ struct Backward {
         }
       } else {
         const int64_t row = 2 * kTileRow;  // in values
-        Bf16* p_row = reinterpret_cast<Bf16*>(t.p_rows) + c + v;
-        Bf16* ds_row = reinterpret_cast<Bf16*>(t.ds_rows) + c + v;
+        Bf16* p_row = reinterpret_cast<Bf16*>(t.p_rows + Tile::Chunk(c)) + c % kChunk + v;
+        Bf16* ds_row = reinterpret_cast<Bf16*>(t.ds_rows + Tile::Chunk(c)) + c % kChunk + v;
         int64_t j = 0;
         for (; j + 1 < k.count; j += 2, p_row += 2 * row, ds_row += 2 * row) {
           const Vf p0 = weight(j), p1 = weight(j + 1), ds0 = gradient(j, p0), ds1 = gradient(j + 1, p1);
@@ -180,34 +188,85 @@ struct Backward {
       return i < count ? See(all[i], k) : kNothing;
     }
   };
+  // Logits of a strip, their gradients, and both as units; `pairs` is where those of dq go.
   void Compute(const Layout& l, const Head& h, const Block& q, const Block& k, Visibility see, int64_t c,
-               const Tile& t) const {
+               const Tile& t, Unit* pairs) const {
     const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
-    Product g{units, h.k_rows + kj * units, units, 1, h.q_columns + qi * units, n, t.p, kStrip<E>, false};
+    Product g{units, h.k_rows + kj * units, units, kRowColumn<E>, h.q_columns + qi * units, n, t.p, kStrip<E>,
+              false};
     Multiply<E>(k.count, n, g);
     g.a = h.v_rows + kj * units;
     g.b = h.do_columns + qi * units;
     g.c = t.ds;
     Multiply<E>(k.count, n, g);
     if (see == kSome)
-      Weigh<true>(l, h, q, k, c, n, t);
+      Weigh<true>(l, h, q, k, c, n, t, pairs);
     else
-      Weigh<false>(l, h, q, k, c, n, t);
+      Weigh<false>(l, h, q, k, c, n, t, pairs);
   }
-  // Only tiles have more than one strip, and what one does not see is still summed over.
+  // What a strip that is not seen adds to the sums of its chunk.
   void Clear(const Block& k, int64_t c, const Tile& t) const {
-    for (int64_t j = 0; j < k.count; ++j)
-      for (Unit* rows : {t.p_rows, t.ds_rows})
-        memset(rows + j * kTileRow + c / kPer, 0, kStrip<E> / kPer * sizeof(Unit));
+    for (Unit* rows : {t.p_rows, t.ds_rows})
+      for (int64_t j = 0; j < k.count; ++j)
+        memset(rows + Tile::Chunk(c) + j * kTileRow + c % kChunk / kPer, 0, kStrip<E> / kPer * sizeof(Unit));
   }
-  void AddQueryGradient(const Head& h, const Block& q, const Block& k, int64_t c, const Tile& t) const {
-    const int64_t qi = q.at - h.first_query + c, kj = k.at - h.first_key, n = StripOf(q);
-    Product g = SummedKeys<E>(k, h.k_pairs + kj / kPer * width, width);
-    g.b = t.Pairs(c);
-    g.b_row = kStrip<E>;
-    g.c = h.dq + qi * width;
-    g.c_row = n;
-    Multiply<E>(s.d, n, g);
+  // The query block's dq from key blocks [k0, k1), at most kSummed, whose tiles have been computed. Those
+  // that a strip sees in a row are one sum.
+  void AddQueryGradient(const Layout& l, const Head& h, const Block& q, const Strips& strips, int64_t k0,
+                        int64_t k1, const Tile& t) const {
+    for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
+      const auto seen = [&](int64_t j) { return strips.Seen(c, l.keys[j]) != kNothing; };
+      const int64_t qi = q.at - h.first_query + c, n = StripOf(q);
+      for (int64_t j = k0; j < k1; ++j) {
+        if (!seen(j)) continue;
+        const Block& first = l.keys[j];
+        while (j + 1 < k1 && seen(j + 1)) ++j;
+        Product g = SummedKeys<E>(l.keys[j], h.k_pairs + (first.at - h.first_key) / kPer * width, width);
+        g.k += (l.keys[j].at - first.at) / kPer;
+        g.b = t.Pairs(c, first.at - l.keys[k0].at);
+        g.b_row = kStrip<E>;
+        g.c = h.dq + qi * width;
+        g.c_row = n;
+        Multiply<E>(s.d, n, g);
+      }
+    }
+  }
+  // What one query block adds to dk and dv of one key block, [keys, width], which begins `key` padded keys
+  // after the first that the next sum into dq takes.
+  void AddKeyGradients(const Layout& l, const Head& h, const Block& q, const Strips& strips, const Block& k,
+                       const Tile& t, int64_t key, float* dk, float* dv) const {
+    // Chunks between these have something to sum.
+    int64_t from = q.padded, to = 0;
+    for (int64_t c = 0; c < q.padded; c += StripOf(q))
+      if (strips.Seen(c, k) != kNothing) {
+        const int64_t chunk = c / kChunk * kChunk, end = chunk + kChunk;
+        if (chunk < from) from = chunk;
+        to = end < q.padded ? end : q.padded;
+      }
+    if (from >= to) return;
+    for (int64_t c = from; c < to; c += StripOf(q)) {
+      const Visibility see = strips.Seen(c, k);
+      if (see == kNothing)
+        Clear(k, c, t);
+      else
+        Compute(l, h, q, k, see, c, t, t.Pairs(c, key));
+    }
+    const int64_t at = (q.at - h.first_query + from) / kPer * width,
+                  column = kOnTiles<E> ? Tile::Chunk(kChunk) : 1;
+    Product g{(to - from) / kPer,
+              t.p_rows + Tile::Chunk(from),
+              kTileRow,
+              column,
+              h.do_pairs + at,
+              width,
+              dv,
+              width,
+              true};
+    Multiply<E>(k.count, width, g);
+    g.a = t.ds_rows + Tile::Chunk(from);
+    g.b = h.q_pairs + at;
+    g.c = dk;
+    Multiply<E>(k.count, width, g);
   }
   // dk and dv of key blocks [k0, k1), at most kGroup, over query blocks [q0, q1), in order; dq of those too
   // when asked. What a query block needs is fetched once for all of the group.
@@ -221,22 +280,12 @@ struct Backward {
     for (int64_t i = q0; i < q1; ++i) {
       const Block& q = l.queries[i];
       const Strips strips(l, q);
-      const int64_t at = (q.at - h.first_query) / kPer * width, sums = q.padded / kPer;
-      for (int64_t j = k0; j < k1; ++j) {
-        const Block& k = l.keys[j];
-        if (See(q, k) == kNothing) continue;
-        for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
-          const Visibility see = strips.Seen(c, k);
-          if (see == kNothing) {
-            Clear(k, c, t);
-            continue;
-          }
-          Compute(l, h, q, k, see, c, t);
-          if (with_dq) AddQueryGradient(h, q, k, c, t);
-        }
-        float *dkj = dk + (j - k0) * size, *dvj = dv + (j - k0) * size;
-        Multiply<E>(k.count, width, {sums, t.p_rows, kTileRow, 1, h.do_pairs + at, width, dvj, width, true});
-        Multiply<E>(k.count, width, {sums, t.ds_rows, kTileRow, 1, h.q_pairs + at, width, dkj, width, true});
+      for (int64_t j = k0, first = k0; j < k1; ++j) {
+        const int64_t at = (j - k0) * size;
+        AddKeyGradients(l, h, q, strips, l.keys[j], t, l.keys[j].at - l.keys[first].at, dk + at, dv + at);
+        if (j + 1 < k1 && j + 1 - first < kSummed) continue;
+        if (with_dq) AddQueryGradient(l, h, q, strips, first, j + 1, t);
+        first = j + 1;
       }
     }
     for (int64_t j = k0; j < k1; ++j, dk += size, dv += size) {
@@ -252,14 +301,15 @@ struct Backward {
   void Queries(const Layout& l, const Head& h, int64_t pair, const Block& q, Unit* mine) const {
     const Tile t(mine);
     const Strips strips(l, q);
-    for (int64_t j = 0; j < l.key_count; ++j) {
-      if (See(q, l.keys[j]) == kNothing) continue;
-      for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
-        const Visibility see = strips.Seen(c, l.keys[j]);
-        if (see == kNothing) continue;
-        Compute(l, h, q, l.keys[j], see, c, t);
-        AddQueryGradient(h, q, l.keys[j], c, t);
-      }
+    for (int64_t first = 0; first < l.key_count; first += kSummed) {
+      const int64_t end = first + kSummed < l.key_count ? first + kSummed : l.key_count;
+      for (int64_t j = first; j < end; ++j)
+        for (int64_t c = 0; c < q.padded; c += StripOf(q)) {
+          const Block& k = l.keys[j];
+          const Visibility see = strips.Seen(c, k);
+          if (see != kNothing) Compute(l, h, q, k, see, c, t, t.Pairs(c, k.at - l.keys[first].at));
+        }
+      AddQueryGradient(l, h, q, strips, first, end, t);
     }
     WriteQueries(h, pair, q, RowBuffer(mine));
   }
@@ -299,8 +349,8 @@ int32_t RunBackward(const PfArgs* a, const AttentionShape& s) {
   const int64_t most_keys = Most(layouts, s.batch, &Layout::key_count);
   const int64_t most_spans = Most(layouts, s.batch, &Layout::span_count);
   LongestSpan(layouts, s.batch, &backward.keys, &backward.queries);
-  const bool local =
-      backward.HeadUnits() <= LocalUnits() && SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
+  const bool local = HeadsAtOnce(threads, backward.HeadUnits()) == threads &&
+                     SpansBalance(layouts, s.heads, 0, pairs, kSweepLoss);
   if (!local) {
     backward.keys = Most(layouts, s.batch, &Layout::key_length);
     backward.queries = Most(layouts, s.batch, &Layout::query_length);

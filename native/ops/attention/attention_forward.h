@@ -24,8 +24,8 @@ inline Product SummedKeys(const Block& k, const Unit* keys, int64_t width) {
   Product g{};
   g.k = SummedUnits<E>(k);
   g.a = keys;
-  g.a_row = kOnTiles<E> ? g.k : 1;
-  g.a_column = kOnTiles<E> ? 1 : width;
+  g.a_row = kOnTiles<E> ? kTurned : 1;
+  g.a_column = kOnTiles<E> ? kTurned * width : width;
   g.accumulate = true;
   return g;
 }
@@ -208,7 +208,8 @@ struct Forward {
         const Strip& t = strips[i];
         const Visibility see = See(t, k);
         if (see == kNothing) continue;
-        Product scores{units, k_rows, units, 1, columns + t.c * units, t.padded, logits, t.padded, false};
+        Product scores{units,    k_rows, units,    kRowColumn<E>, columns + t.c * units,
+                       t.padded, logits, t.padded, false};
         Product values = SummedKeys<E>(k, v_pairs, width);
         values.b = weights;
         values.c = o + t.c * width;

@@ -35,7 +35,7 @@ constexpr int64_t kStrip = kOnTiles<E> ? 16 : 48;
 template <class E>
 constexpr int64_t kForwardBlock = kOnTiles<E> ? 128 : 144;
 template <class E>
-constexpr int64_t kBackwardBlock = kOnTiles<E> ? 64 : 48;
+constexpr int64_t kBackwardBlock = kOnTiles<E> ? 128 : 48;
 // Tiles are filled by keys and by pairs of keys or queries, elsewhere vectors by queries.
 template <class E>
 constexpr BlockSizes BlockSizesOf(int64_t queries) {
@@ -96,8 +96,8 @@ struct Ahead {
 };
 
 // c[m, n] (=|+=) sum over k units of a[m, k] b[k, n]; n is a multiple of kLanes. a is read one unit at a
-// time, so any strides do. On tiles a_column is 1, k a multiple of 16, and rows of a and c exist up to a
-// multiple of 16.
+// time, so any strides do. On tiles k is a multiple of 16, rows of a and c exist up to a multiple of 16, 16
+// units of a row of a lie together, and a_column is how far it is to the next 16.
 struct Product {
   int64_t k;
   const Unit* a;
@@ -109,6 +109,10 @@ struct Product {
   bool accumulate;
   Ahead ahead = {};
 };
+
+// a_column of operands whose rows are contiguous.
+template <class E>
+constexpr int64_t kRowColumn = kOnTiles<E> ? kTileSide : 1;
 
 // Part i of `parts` of count units, for a product whose first operand is a block of keys or values.
 template <class E>
@@ -179,7 +183,8 @@ inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
                           : m - i > kTileSide   ? TileColumn<2>
                                                 : TileColumn<1>;
       ahead.Fetch();
-      column(g.k, g.a + i * g.a_row, g.a_row, g.b, g.b_row, g.c + i * g.c_row, g.c_row, g.accumulate);
+      column(g.k, g.a + i * g.a_row, g.a_row, g.a_column, g.b, g.b_row, g.c + i * g.c_row, g.c_row,
+             g.accumulate);
     }
     return;
   }
@@ -191,7 +196,7 @@ inline void MultiplyTiles(int64_t m, int64_t n, const Product& g) {
       const auto block = two_down     ? two_across ? TileBlock<2, 2> : TileBlock<2, 1>
                              : two_across ? TileBlock<1, 2>
                                       : TileBlock<1, 1>;
-      block(g.k, a, g.a_row, b, g.b_row, c, g.c_row, g.accumulate);
+      block(g.k, a, g.a_row, g.a_column, b, g.b_row, c, g.c_row, g.accumulate);
     }
 }
 #endif
@@ -328,7 +333,8 @@ inline void Transpose(const float* const from[], float* to, int64_t to_row) {
 }
 
 // What PackPairs gives, as the first operand of a product: on tiles its rows must lie along the summed
-// dimension, so it is turned round to [width, padded / 2].
+// dimension, so 16 pairs at a time are turned round to [padded / 32, width, 16]. Blocks that lie end to end
+// are one such operand.
 template <class E>
 void PackSummed(const PfView& v, int64_t offset, int64_t step, int64_t count, int64_t padded, int64_t d,
                 int64_t width, float* buffer, Unit* to) {
@@ -340,7 +346,7 @@ void PackSummed(const PfView& v, int64_t offset, int64_t step, int64_t count, in
     for (int64_t c = 0; c < width; c += 4) {
       const float* at[kTurned];
       for (int r = 0; r < kTurned; ++r) at[r] = buffer + r * width + c;
-      Transpose(at, reinterpret_cast<float*>(to + c * (padded / 2) + i / 2), padded / 2);
+      Transpose(at, reinterpret_cast<float*>(to + i / 2 * width + c * kTurned), kTurned);
     }
   }
 }

@@ -5,10 +5,15 @@
 
 #if defined(__AMX_BF16__) || defined(PF_EMULATE_AMX)
 #define PF_TILES
+#endif
 
 namespace {
-
 constexpr int64_t kTileSide = 16;
+}
+
+#if defined(PF_TILES)
+
+namespace {
 
 #if defined(PF_EMULATE_AMX)
 
@@ -101,10 +106,11 @@ inline void TileDot() {
 
 #endif
 
-// c[16 MT, 16 NT] (=|+=) a[16 MT, k] b[k, 16 NT]: four tiles of sums, two of a, two of b.
+// c[16 MT, 16 NT] (=|+=) a[16 MT, k] b[k, 16 NT]: four tiles of sums, two of a, two of b. From one tile of a
+// to the next along the sum it is a_step units.
 template <int MT, int NT>
-void TileBlock(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
-               int64_t c_row, bool accumulate) {
+void TileBlock(int64_t k, const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_row,
+               float* c, int64_t c_row, bool accumulate) {
   const int64_t down = kTileSide * c_row;
   if (accumulate) {
     TileLoad<0>(c, c_row);
@@ -117,7 +123,7 @@ void TileBlock(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, i
     TileZero<2>();
     TileZero<3>();
   }
-  for (int64_t i = 0; i < k; i += kTileSide, a += kTileSide, b += kTileSide * b_row) {
+  for (int64_t i = 0; i < k; i += kTileSide, a += a_step, b += kTileSide * b_row) {
     TileLoad<4>(a, a_row);
     TileLoad<6>(b, b_row);
     TileDot<0, 4, 6>();
@@ -139,8 +145,8 @@ void TileBlock(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, i
 
 // c[16 MT, 16] (=|+=) a[16 MT, k] b[k, 16]: MT tiles of sums keep the multiplier busy while one is added to.
 template <int MT>
-void TileColumn(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
-                int64_t c_row, bool accumulate) {
+void TileColumn(int64_t k, const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_row,
+                float* c, int64_t c_row, bool accumulate) {
   const int64_t down = kTileSide * c_row;
   if (accumulate) {
     TileLoad<0>(c, c_row);
@@ -153,7 +159,7 @@ void TileColumn(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, 
     if constexpr (MT > 2) TileZero<2>();
     if constexpr (MT > 3) TileZero<3>();
   }
-  for (int64_t i = 0; i < k; i += kTileSide, a += kTileSide, b += kTileSide * b_row) {
+  for (int64_t i = 0; i < k; i += kTileSide, a += a_step, b += kTileSide * b_row) {
     TileLoad<7>(b, b_row);
     TileLoad<4>(a, a_row);
     TileDot<0, 4, 7>();
