@@ -146,8 +146,7 @@ struct Backward {
       const Vf minus = -LoadF(h.lse + at), delta = LoadF(h.delta + at);
       const auto weight = [&](int64_t j) {
         Vf p = Exp2<kPer == 2>(Fma(LoadF(t.p + j * kStrip<E> + v), Set1(scale2), minus));
-        if constexpr (kMask)
-          p = WhereSeen(l, q.at + c + v, l.key_segment[k.start + j], l.key_order[k.start + j], p, (Vf){});
+        if constexpr (kMask) p = WhereSeen(l, q, k, c + v, j, p, (Vf){});
         return p;
       };
       const auto gradient = [&](int64_t j, Vf p) { return p * (LoadF(t.ds + j * kStrip<E> + v) - delta); };

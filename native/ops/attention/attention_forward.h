@@ -44,24 +44,37 @@ struct Softmax {
   // Turns NV vectors of queries, from column c of the block on, of a tile of logits s [keys, n] into weights;
   // o are their outputs so far [d, n], rescaled when the reference moves.
   template <int NV, bool kMask>
-  void Columns(const Layout& l, const Block& q, const Block& k, float scale, int64_t c, int64_t n, float* s,
-               Unit* weights, float* o, int64_t d) {
+  void Columns(const Layout& l, const Block& q, const Block& k, float scale, int64_t c, int64_t n,
+               const float* s, Unit* weights, float* o, int64_t d) {
     if constexpr (kOnTiles<E>) n = kStrip<E>;  // so that the compiler knows
     const Vf never = Set1(-INFINITY);
+    Vf before[NV], part[NV];
+    for (int v = 0; v < NV; ++v) before[v] = LoadF(reference + c + v * kLanes);
+    const auto any = [&](const Vf* x, auto test) {
+      bool found = false;
+      for (int v = 0; v < NV; ++v) found |= AnyLane(test(x[v]));
+      return found;
+    };
+    // A weight may grow to 2^8 before everything is rescaled: that costs no accuracy and saves most
+    // rescaling, and where no sum says that one has, the maximum need not be known.
+    constexpr float kSlack = 8, kMost = 1 << 8;
+    if (!any(before, [&](Vf x) { return x == never; })) {
+      Weights<NV, kMask>(l, q, k, scale, c, n, s, weights, before, part);
+      if (!any(part, [&](Vf x) { return x > kMost; })) {
+        AddSums<NV>(c, part);
+        return;
+      }
+    }
+
     // One chain of maxima would be as long as it takes; kChains of them overlap.
     constexpr int kChains = NV > 2 ? 1 : 4 / NV;
     Vf top[kChains][NV];
     for (auto& chain : top)
       for (Vf& t : chain) t = never;
     const auto raise = [&](int64_t j, int chain) {
-      float* row = s + j * n;
       for (int v = 0; v < NV; ++v) {
-        Vf t = LoadF(row + v * kLanes);
-        if constexpr (kMask) {
-          t = WhereSeen(l, q.at + c + v * kLanes, l.key_segment[k.start + j], l.key_order[k.start + j], t,
-                        never);
-          StoreF(row + v * kLanes, t);
-        }
+        Vf t = LoadF(s + j * n + v * kLanes);
+        if constexpr (kMask) t = WhereSeen(l, q, k, c + v * kLanes, j, t, never);
         top[chain][v] = Max(t, top[chain][v]);
       }
     };
@@ -72,50 +85,59 @@ struct Softmax {
     for (int i = 1; i < kChains; ++i)
       for (int v = 0; v < NV; ++v) top[0][v] = Max(top[i][v], top[0][v]);
 
-    Vf minus[NV], total[NV];
     for (int v = 0; v < NV; ++v) {
-      float* ours = reference + c + v * kLanes;
-      const Vf before = LoadF(ours), now = top[0][v] == never ? never : top[0][v] * scale;
-      Vf after = before;
-      total[v] = LoadF(sum + c + v * kLanes);
-      // A weight may grow to 2^8 before everything is rescaled: that costs no accuracy and saves most
-      // rescaling.
-      constexpr float kSlack = 8;
-      if (AnyLane(now > before + kSlack)) {
-        after = Max(now, before);
-        const Vf shrink = after == before ? Set1(1) : Exp2<false>(before - after);
-        total[v] *= shrink;
-        for (int64_t i = 0; i < d; ++i) {
-          float* value = o + i * n + v * kLanes;
-          StoreF(value, LoadF(value) * shrink);
-        }
-        StoreF(ours, after);
+      const Vf now = top[0][v] == never ? never : top[0][v] * scale;
+      if (!AnyLane(now > before[v] + kSlack)) continue;
+      const Vf after = Max(now, before[v]);
+      const Vf shrink = after == before[v] ? Set1(1) : Exp2<false>(before[v] - after);
+      float* total = sum + c + v * kLanes;
+      StoreF(total, LoadF(total) * shrink);
+      for (int64_t i = 0; i < d; ++i) {
+        float* value = o + i * n + v * kLanes;
+        StoreF(value, LoadF(value) * shrink);
       }
-      minus[v] = after == never ? (Vf){} : -after;
+      StoreF(reference + c + v * kLanes, after);
+      before[v] = after;
     }
-    for (j = 0; j < k.count; j += kPerUnit<E>) {
-      const float* row = s + j * n;
+    Weights<NV, kMask>(l, q, k, scale, c, n, s, weights, before, part);
+    AddSums<NV>(c, part);
+  }
+  template <int NV>
+  void AddSums(int64_t c, const Vf* part) {
+    for (int v = 0; v < NV; ++v) {
+      float* total = sum + c + v * kLanes;
+      StoreF(total, LoadF(total) + part[v]);
+    }
+  }
+
+  // Weights of NV vectors against these references, as units of the second product, and their sums.
+  template <int NV, bool kMask>
+  void Weights(const Layout& l, const Block& q, const Block& k, float scale, int64_t c, int64_t n,
+               const float* s, Unit* weights, const Vf* references, Vf* sums) {
+    Vf minus[NV];
+    for (int v = 0; v < NV; ++v) {
+      minus[v] = references[v] == Set1(-INFINITY) ? (Vf){} : -references[v];
+      sums[v] = (Vf){};
+    }
+    for (int64_t j = 0; j < k.count; j += kPerUnit<E>) {
       const bool pair = kPerUnit<E> == 2 && j + 1 < k.count;
       for (int v = 0; v < NV; ++v) {
-        const auto weight = [&](const float* from) {
-          const Vf t = LoadF(from);
-          const Vf p = Exp2<kPerUnit<E> == 2>(Fma(t, Set1(scale), minus[v]));
-          return kMask ? (t == never ? (Vf){} : p) : p;
+        const auto weight = [&](int64_t key) {
+          const Vf p = Exp2<kPerUnit<E> == 2>(Fma(LoadF(s + key * n + v * kLanes), Set1(scale), minus[v]));
+          return kMask ? WhereSeen(l, q, k, c + v * kLanes, key, p, (Vf){}) : p;
         };
-        const Vf first = weight(row + v * kLanes);
-        const Vf second = pair ? weight(row + n + v * kLanes) : (Vf){};
-        total[v] += first + second;
+        const Vf first = weight(j), second = pair ? weight(j + 1) : (Vf){};
+        sums[v] += first + second;
         PutUnits<E>(weights + j / kPerUnit<E> * n + v * kLanes, first, second);
       }
     }
-    for (j = Units(k.count, kPerUnit<E>); j < SummedUnits<E>(k); ++j)
+    for (int64_t j = Units(k.count, kPerUnit<E>); j < SummedUnits<E>(k); ++j)
       memset(weights + j * n, 0, NV * sizeof(Vf));
-    for (int v = 0; v < NV; ++v) StoreF(sum + c + v * kLanes, total[v]);
   }
 
   // A strip of the block.
   void Weigh(const Layout& l, const Block& q, const Strip& t, const Block& k, bool mask, float scale,
-             float* s, Unit* weights, float* o, int64_t d) {
+             const float* s, Unit* weights, float* o, int64_t d) {
     constexpr int kAtOnce = kOnTiles<E> ? 1 : 3;
     const auto columns = [&](auto count, int64_t at) {
       constexpr int kCount = decltype(count)::value;

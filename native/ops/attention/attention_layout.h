@@ -223,9 +223,10 @@ inline Vi LoadI(const int32_t* p) {
   return v;
 }
 
-// v where the queries from padded place `query` on see the key of these mask values, otherwise `other`.
-inline Vf WhereSeen(const Layout& l, int64_t query, int32_t segment, int32_t order, Vf v, Vf other) {
-  const Vi seen = (LoadI(l.query_segment + query) == segment) & (LoadI(l.query_order + query) >= order);
+// v where the queries from column c of q on see key j of k, otherwise `other`.
+inline Vf WhereSeen(const Layout& l, const Block& q, const Block& k, int64_t c, int64_t j, Vf v, Vf other) {
+  const int32_t segment = l.key_segment[k.start + j], order = l.key_order[k.start + j];
+  const Vi seen = (LoadI(l.query_segment + q.at + c) == segment) & (LoadI(l.query_order + q.at + c) >= order);
   return seen ? v : other;
 }
 
