@@ -89,10 +89,21 @@ static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w
     // One row after the other: written in turns the two are half as fast, past the caches slower than either.
     for (int k = 0; k < 2; ++k) {
       Y* y = large + (2 * row + k) * 2 * w;
+      // Lines come to be written before they are: the order of stores leaves too little time for that.
+      constexpr int64_t kAhead = 512 / sizeof(Y), kLine = 64 / sizeof(Y);
+      const auto ahead = [=](int64_t j) {
+        for (int64_t i = 2 * j; i < 2 * (j + kLanes); i += kLine) __builtin_prefetch(y + i + kAhead, 1);
+      };
       int64_t j = 0;
       if (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16) && factor == 1)
-        for (; j + kLanes <= w; j += kLanes) RepeatBits(reinterpret_cast<const Bf16*>(x) + j, y + 2 * j);
-      for (; j + kLanes <= w; j += kLanes) PutTwice(y + 2 * j, factor * LoadF(x + j));
+        for (; j + kLanes <= w; j += kLanes) {
+          ahead(j);
+          RepeatBits(reinterpret_cast<const Bf16*>(x) + j, y + 2 * j);
+        }
+      for (; j + kLanes <= w; j += kLanes) {
+        ahead(j);
+        PutTwice(y + 2 * j, factor * LoadF(x + j));
+      }
       for (; j < w; ++j) y[2 * j] = y[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
     }
   });
