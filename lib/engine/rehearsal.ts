@@ -25,7 +25,7 @@ const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].byt
 const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
 
 // What the two kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
-const TILE = { rows: 256, columns: 512, packed: 256 } as const
+const TILE = { rows: 256, columns: 512, packedRows: 128, packedColumns: 256 } as const
 const PACKED_HEADS = 48 * 2 ** 20
 const QUERIES = { strip: 48, block: 144, backward: 128 } as const
 const KEYS = { block: 64, group: 4 } as const
@@ -36,7 +36,8 @@ const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 
 
 // ChooseTile of matmul_cpu.cc.
 function tileOf(m: number, n: number, k: number, packed: boolean): [number, number] {
-  let [rows, columns] = [Math.min(m, TILE.rows), Math.min(n, packed ? TILE.packed : TILE.columns)]
+  let rows = Math.min(m, packed ? TILE.packedRows : TILE.rows)
+  let columns = Math.min(n, packed ? TILE.packedColumns : TILE.columns)
   for (;;) {
     const tiles = Math.ceil(m / rows) * Math.ceil(n / columns)
     if (tiles >= 16 || (2 * rows * columns + 16 * (rows + columns)) * k <= 8 << 20) return [rows, columns]

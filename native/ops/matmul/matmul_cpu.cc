@@ -71,11 +71,18 @@ void PlainTile(const OnednnGemm& g, const T* a, const T* b, float* c) {
     }
 }
 
-// Tiles are a function of the shape alone. Tall tiles share the cost of repacking b; more, smaller ones only
-// while a machine with many cores would otherwise idle.
+// Tall tiles share the cost of repacking b. Where that has been done before, a tile's rows had better leave
+// room for its columns in the second-level cache.
+constexpr int64_t kTall = 256, kTallPacked = 128;
+
+// Tiles are a function of the shape alone; more, smaller ones only while a machine with many cores would
+// otherwise idle.
 void ChooseTile(const Problem& p, int64_t* tile_m, int64_t* tile_n) {
-  int64_t m = p.m < 256 ? p.m : 256, n = p.n < 512 ? p.n : 512;
-  if (p.packed_tile_bytes) n = p.n < kOnednnPackColumns ? p.n : kOnednnPackColumns;
+  int64_t m = p.m < kTall ? p.m : kTall, n = p.n < 512 ? p.n : 512;
+  if (p.packed_tile_bytes) {
+    m = p.m < kTallPacked ? p.m : kTallPacked;
+    n = p.n < kOnednnPackColumns ? p.n : kOnednnPackColumns;
+  }
   for (;;) {
     const int64_t tiles = p.batch * ((p.m + m - 1) / m) * ((p.n + n - 1) / n);
     const int64_t cost = (2 * m * n + 16 * (m + n)) * p.k;
@@ -249,7 +256,7 @@ int32_t pf_cpu_matmul_packed(const PfArgs* args) {
   bool plain = x.dtype == PF_F32 && w.dtype == PF_BF16;  // never round an f32 input to meet a bf16 weight
   if (!plain) {
     // A height this layout has no vector kernel for: go back to the plain weight.
-    const OnednnGemm probe = {m < 256 ? m : 256,
+    const OnednnGemm probe = {m < kTallPacked ? m : kTallPacked,
                               w.n < kOnednnPackColumns ? w.n : kOnednnPackColumns,
                               k,
                               k,
