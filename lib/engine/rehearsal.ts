@@ -24,7 +24,7 @@ const TYPES = new Map(Object.entries(DTYPES).map(([name, { code }]) => [code, na
 const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].bytes : 0)
 const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
 
-// What the two kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
+// What the kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
 const TILE = { rows: 256, columns: 512, packedRows: 128, packedColumns: 256 } as const
 const PACKED_HEADS = 48 * 2 ** 20
 const QUERIES = { strip: 48, block: 144, backward: 128 } as const
@@ -55,11 +55,15 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
   if (op === 'matmul' || op === 'matmul_packed') {
     const shape = (outputs[0] as Operand).shape
     const n = shape[shape.length - 1] as number
-    const [rows, columns] = tileOf(product(shape) / n, n, a?.shape.at(-1) as number, op === 'matmul_packed')
+    const m = product(shape) / n
+    const k = product(a?.shape ?? []) / m
+    const [rows, columns] = tileOf(m, n, k, op === 'matmul_packed')
     const tile = 4 * rows * columns
-    // Biases are read as f32; a plain weight is copied where its type has no products.
+    // Biases are read as f32; a plain weight is copied where its type has no products, packed where many rows share it.
     const bias = inputs[2]?.dtype === 'bf16' ? 4 * n : 0
-    return wide(a ?? null) + (op === 'matmul' ? wide(b ?? null) : 0) + bias + threads * tile
+    const packs = products && [a, b].every((x) => x?.dtype === 'bf16') && m >= 512 && k >= 256 && k <= 2560
+    const weight = op === 'matmul_packed' ? 0 : packs ? bytesOf(b ?? null) : wide(b ?? null)
+    return wide(a ?? null) + weight + bias + threads * tile
   }
   if (op === 'conv3d') {
     // The weight in the kernel's own order, and where bf16 has no products everything else as well.

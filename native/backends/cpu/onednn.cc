@@ -336,6 +336,16 @@ size_t OnednnPackBytes(int64_t n, int64_t k, int32_t dtype) {
   return total;
 }
 
+size_t OnednnPackTileBytes(int64_t n, int64_t k, int64_t dtype, char* error) {
+  const OnednnKernel* layout = PackLayout(n, k, dtype, error);
+  return layout ? (dnnl_memory_desc_get_size(&layout->b) + 63) / 64 * 64 : 0;
+}
+int32_t OnednnPackTile(const void* b, int64_t b_row, int64_t b_column, int64_t n, int64_t k, int64_t dtype,
+                       void* tile, char* error) {
+  const OnednnKernel* layout = PackLayout(n, k, dtype, error);
+  if (!layout) return PF_ERR_DEVICE;
+  return Reorder(Matrix(k, n, dtype, b_row, b_column), b, layout->b, tile, error);
+}
 int32_t OnednnPack(const void* w, int64_t n, int64_t k, int32_t dtype, void* blob, char* error) {
   PackHeader header;
   size_t total;
@@ -345,9 +355,7 @@ int32_t OnednnPack(const void* w, int64_t n, int64_t k, int32_t dtype, void* blo
   const char* from = static_cast<const char*>(w);
   for (int64_t n0 = 0; n0 < n; n0 += kOnednnPackColumns) {
     const int64_t count = n - n0 < kOnednnPackColumns ? n - n0 : kOnednnPackColumns;
-    const dnnl_memory_desc_t plain = Matrix(k, count, dtype, 1, k);
-    const int32_t status = Reorder(plain, from + n0 * k * PfSize(dtype),
-                                   count == kOnednnPackColumns ? header.full : header.tail, to, error);
+    const int32_t status = OnednnPackTile(from + n0 * k * PfSize(dtype), 1, k, count, k, dtype, to, error);
     if (status != PF_OK) return status;
     to += header.tile_bytes;
   }

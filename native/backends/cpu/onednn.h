@@ -37,6 +37,10 @@ int32_t OnednnRunGemm(const OnednnKernel* kernel, const void* a, const void* b, 
 // Packed weights: a header, then tiles of kOnednnPackColumns outputs, each in the layout its kernels like
 // best.
 static constexpr int64_t kOnednnPackColumns = 256;
+// Bytes of a tile of n outputs, 0 with a message when oneDNN refuses; b[k, n] of any strides as such a tile.
+size_t OnednnPackTileBytes(int64_t n, int64_t k, int64_t dtype, char* error);
+int32_t OnednnPackTile(const void* b, int64_t b_row, int64_t b_column, int64_t n, int64_t k, int64_t dtype,
+                       void* tile, char* error);
 // What w[n, k] is stored as: bf16 only where that is fast.
 int32_t OnednnPackDType(int32_t dtype);
 // w is plain [n, k] of the stored dtype.

@@ -1,3 +1,4 @@
+
 #include "ops/matmul/matmul.h"
 #include "ops/matmul/tiles.h"
 
@@ -168,6 +169,41 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
   return status;
 }
 
+// Whether a tile of a packed b has more than reference loops for these rows of a.
+bool PackedRuns(const Problem& p, char* error) {
+  const int64_t m = p.m < kTallPacked ? p.m : kTallPacked,
+                n = p.n < kOnednnPackColumns ? p.n : kOnednnPackColumns;
+  OnednnKernel* kernel = OnednnGetGemm({m, n, p.k, p.a_row, p.a_column, 0, 0, n, p.dtype, 1}, error);
+  const bool runs = kernel && OnednnGetRank(kernel) != kRankReference;
+  OnednnRelease(kernel);
+  return runs;
+}
+
+// Many rows pay for packing b first, which oneDNN else does again for every tile of them, as long as packed
+// columns and rows fit the second-level cache together. In f32 nothing is gained (docs/kernels.md).
+constexpr int64_t kManyRows = 512, kShortSum = 2560;
+
+int32_t PackFor(const PfArgs* args, const char* op, Problem* p) {
+  char* error = args->context->error;
+  const bool worth =
+      p->dtype == PF_BF16 && p->batch == 1 && p->m >= kManyRows && p->k >= 256 && p->k <= kShortSum;
+  if (!worth || !PackedRuns(*p, error)) return PF_OK;
+  const int64_t full = p->n < kOnednnPackColumns ? p->n : kOnednnPackColumns;
+  const int64_t tiles = (p->n + full - 1) / full, size = PfSize(static_cast<int32_t>(p->dtype));
+  const int64_t bytes = OnednnPackTileBytes(full, p->k, p->dtype, error);
+  if (!bytes) return PF_ERR_DEVICE;
+  char* packed = static_cast<char*>(Scratch(args, tiles * bytes));
+  if (!packed) return NoMemory(args, op);
+  const int32_t status = ForTiles(args, tiles, p->m * p->n * p->k, [&](int64_t tile, int, char* error) {
+    const int64_t n0 = tile * full, n = p->n - n0 < full ? p->n - n0 : full;
+    return OnednnPackTile(p->b + n0 * p->b_column * size, p->b_row, p->b_column, n, p->k, p->dtype,
+                          packed + tile * bytes, error);
+  });
+  p->b = packed;
+  p->packed_tile_bytes = bytes;
+  return status;
+}
+
 }  // namespace
 
 int32_t pf_cpu_matmul(const PfArgs* args) {
@@ -202,7 +238,8 @@ int32_t pf_cpu_matmul(const PfArgs* args) {
            static_cast<int>(params.activation),
            params.accumulate != 0};
   if (!p.a || !p.b || (PfPresent(bias) && !p.end.bias)) return NoMemory(args, "matmul");
-  return Run(args, "matmul", p);
+  status = PackFor(args, "matmul", &p);
+  return status == PF_OK ? Run(args, "matmul", p) : status;
 }
 
 int32_t pf_cpu_matmul_pack(const PfArgs* args) {
@@ -253,23 +290,9 @@ int32_t pf_cpu_matmul_packed(const PfArgs* args) {
   p.packed_tile_bytes = w.tile_bytes ? w.tile_bytes : 1;
   p.a_row = k;
   p.a_column = 1;
-  bool plain = x.dtype == PF_F32 && w.dtype == PF_BF16;  // never round an f32 input to meet a bf16 weight
-  if (!plain) {
-    // A height this layout has no vector kernel for: go back to the plain weight.
-    const OnednnGemm probe = {m < kTallPacked ? m : kTallPacked,
-                              w.n < kOnednnPackColumns ? w.n : kOnednnPackColumns,
-                              k,
-                              k,
-                              1,
-                              0,
-                              0,
-                              w.n < kOnednnPackColumns ? w.n : kOnednnPackColumns,
-                              w.dtype,
-                              1};
-    OnednnKernel* kernel = OnednnGetGemm(probe, args->context->error);
-    plain = !kernel || OnednnGetRank(kernel) == kRankReference;
-    OnednnRelease(kernel);
-  }
+  // Never round an f32 input to meet a bf16 weight. A height this layout has no vector kernel for: go back to
+  // the plain weight.
+  const bool plain = (x.dtype == PF_F32 && w.dtype == PF_BF16) || !PackedRuns(p, args->context->error);
   if (plain) {
     void* weight = Scratch(args, w.n * k * PfSize(static_cast<int32_t>(w.dtype)));
     if (!weight) return NoMemory(args, "matmul_packed");

@@ -78,6 +78,7 @@ PF_CASES(matmul) {
     Product(test, 2, 20, 24, 40, trans, true);
     Product(test, 3, 20, 24, 300, trans);  // long and narrow: its sums may be cut
   }
+  for (int trans = 0; trans < 4; ++trans) Product(test, 0, 530, 300, 260, trans);  // so tall that b is packed
   Product(test, 0, 300, 530, 64, 0);
   Product(test, 0, 300, 530, 64, 3);
   Product(test, 0, 260, 520, 270, 2);
@@ -139,7 +140,10 @@ PF_CASES(matmul) {
         Packed(table, bf16, m, 33, 17, 2);
         Packed(table, bf16, m, 512, 129, 0);
       }
-      for (int trans = 0; trans < 4; ++trans) SameBits(table, bf16, trans, 300, 540, 1500);
+      for (int trans = 0; trans < 4; ++trans) {
+        SameBits(table, bf16, trans, 300, 540, 1500);
+        SameBits(table, bf16, trans, 600, 300, 300);
+      }
       SameBits(table, bf16, 1, 64, 48, 9000);
     }
   });
