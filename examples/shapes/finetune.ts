@@ -32,7 +32,7 @@ const { values: args } = parseArgs({
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
     prior: { type: 'string', default: '20' },
-    steps: { type: 'string', default: '500' },
+    steps: { type: 'string', default: '2000' },
     rank: { type: 'string', default: '4' },
     'learning-rate': { type: 'string', default: '1.5e-3' },
     // A new word is a matter of how text is read.
