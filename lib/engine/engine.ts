@@ -37,8 +37,12 @@ export interface EngineOptions {
   maxMemory?: number
 }
 
-// Commands are numbers in one shared buffer, so that queueing an op costs a single call into the addon.
+// Commands are numbers in one shared buffer, one after the other and ended by END: one call into the addon takes an op with
+// the allocations and frees before it.
 const COMMAND_LIMIT = 512
+const END = -1
+// Allocations and frees that wait for an op leave it this much room.
+const MOST_WAITING = 120
 const OP_RUN = 0
 const OP_ALLOC = 1
 const OP_FREE = 2
@@ -61,6 +65,9 @@ export interface StandIn {
 export class Engine {
   #native: NativeBinding | undefined
   #commands = new Float64Array(COMMAND_LIMIT)
+  // Where the next command goes, and whether what waits there is handed over at the end of this turn at the latest.
+  #at = 0
+  #turn = false
   #options: EngineOptions = {}
   #freeIds: number[] = []
   #nextId = 0
@@ -121,23 +128,26 @@ export class Engine {
 
   /** Queues an allocation of `bytes` and returns its storage id. */
   alloc(bytes: number): number {
-    const addon = this.#start()
+    this.#start()
     const id = this.#freeIds.pop() ?? this.#nextId++
     const c = this.#commands
-    c[0] = OP_ALLOC
-    c[1] = id
-    c[2] = bytes
-    addon.submit()
+    const at = this.#at
+    c[at] = OP_ALLOC
+    c[at + 1] = id
+    c[at + 2] = bytes
+    this.#wait(at + 3)
     return id
   }
 
   free(storage: number): void {
     // What a rehearsal left to the garbage collector.
     if (storage >= REHEARSED && !this.#rehearsing) return
+    this.#start()
     const c = this.#commands
-    c[0] = OP_FREE
-    c[1] = storage
-    this.#start().submit()
+    const at = this.#at
+    c[at] = OP_FREE
+    c[at + 1] = storage
+    this.#wait(at + 2)
     // Commands run in order, so the id may name a new storage at once.
     this.#freeIds.push(storage)
   }
@@ -149,26 +159,61 @@ export class Engine {
     outputs: readonly (Operand | null)[],
     scalars: readonly number[],
   ): void {
-    const addon = this.#start()
+    this.#start()
     const c = this.#commands
-    c[0] = OP_RUN
-    c[1] = OPS[op].id
-    c[2] = inputs.length
-    c[3] = outputs.length
-    c[4] = scalars.length
-    let at = 5
+    let at = this.#at
+    c[at] = OP_RUN
+    c[at + 1] = OPS[op].id
+    c[at + 2] = inputs.length
+    c[at + 3] = outputs.length
+    c[at + 4] = scalars.length
+    at += 5
     for (let i = 0; i < inputs.length; i++) at = putOperand(c, at, inputs[i] as Operand | null)
     for (let i = 0; i < outputs.length; i++) at = putOperand(c, at, outputs[i] as Operand | null)
     for (let i = 0; i < scalars.length; i++) c[at++] = scalars[i] as number
-    addon.submit()
+    this.#submit(at)
+  }
+
+  /** Hands over everything up to `end`. */
+  #submit(end: number): void {
+    this.#commands[end] = END
+    this.#at = 0
+    this.#start().submit()
+  }
+
+  /** Keeps what stands up to `end` for the next op, or for the end of this turn. */
+  #wait(end: number): void {
+    if (this.#rehearsing || end > MOST_WAITING) {
+      this.#submit(end)
+      return
+    }
+    this.#at = end
+    if (this.#turn) return
+    this.#turn = true
+    queueMicrotask(() => {
+      this.#turn = false
+      this.#flush()
+    })
+  }
+
+  /** Comes before whatever else is asked of the addon. */
+  #flush(): void {
+    if (this.#at > 0) this.#submit(this.#at)
+  }
+
+  /** The addon with nothing left to be handed over. */
+  #flushed(): NativeBinding {
+    const addon = this.#start()
+    this.#flush()
+    return addon
   }
 
   write(storage: number, byteOffset: number, data: ArrayBufferView): void {
-    this.#start().write(storage, byteOffset, data)
+    this.#flushed().write(storage, byteOffset, data)
   }
 
   async read(storage: number, byteOffset: number, target: ArrayBufferView): Promise<void> {
-    await wrapAsync(this.#start().read(storage, byteOffset, target))
+    await wrapAsync(this.#flushed().read(storage, byteOffset, target))
   }
 
   /**
@@ -181,11 +226,14 @@ export class Engine {
 
   /** Runs `fn`, which must be synchronous, with its commands belonging to a job. */
   within<T>(job: number, fn: () => T): T {
+    // What waits belongs to the job it was queued in.
+    this.#flush()
     const before = this.#commands[JOB] as number
     this.#commands[JOB] = job
     try {
       return fn()
     } finally {
+      this.#flush()
       this.#commands[JOB] = before
     }
   }
@@ -195,7 +243,7 @@ export class Engine {
    * @throws the first error of the job since its last fence; the job works again afterwards.
    */
   async idle(job = 0): Promise<void> {
-    if (this.#native) await wrapAsync(this.within(job, () => (this.#native as NativeBinding).fence()))
+    if (this.#native) await wrapAsync(this.within(job, () => this.#flushed().fence()))
   }
 
   /**
@@ -204,7 +252,7 @@ export class Engine {
    */
   async cancel(job?: number): Promise<void> {
     if (!this.#native) return
-    this.#native.cancel(job)
+    this.#flushed().cancel(job)
     await this.idle(job).catch(() => undefined)
   }
 
@@ -219,18 +267,18 @@ export class Engine {
 
   /** Queues a copy with conversion from a mapped file into an operand. */
   load(target: Operand, file: number, byteOffset: number, dtype: DType): void {
+    this.#flushed()
     const c = this.#commands
     c[0] = OP_LOAD
     c[1] = file
     c[2] = byteOffset
     c[3] = DTYPES[dtype].code
-    putOperand(c, 4, target)
-    this.#start().submit()
+    this.#submit(putOperand(c, 4, target))
   }
 
   /** A storage that is the mapped bytes themselves: read-only, shared, nothing copied. */
   map(file: number, byteOffset: number, bytes: number): number {
-    const addon = this.#start()
+    this.#flushed()
     const id = this.#freeIds.pop() ?? this.#nextId++
     const c = this.#commands
     c[0] = OP_MAP
@@ -238,17 +286,17 @@ export class Engine {
     c[2] = file
     c[3] = byteOffset
     c[4] = bytes
-    addon.submit()
+    this.#submit(5)
     return id
   }
 
   /** Exact bytes: `live` in tensors, `cached` kept for reuse, `peak` of live, and commands still queued. */
   memory(): { live: number; cached: number; peak: number; queued: number } {
-    return this.#native ? this.#native.memory() : { live: 0, cached: 0, peak: 0, queued: 0 }
+    return this.#native ? this.#flushed().memory() : { live: 0, cached: 0, peak: 0, queued: 0 }
   }
 
   resetPeak(): void {
-    this.#native?.resetPeak()
+    if (this.#native) this.#flushed().resetPeak()
   }
 
   packBytes(n: number, k: number, dtype: DType): number {
@@ -280,7 +328,7 @@ export class Engine {
 
   /** Lets a stand-in take the commands of synchronous work; for `Rehearsal`. */
   standIn<T>(standIn: StandIn, fn: () => T): T {
-    const real = this.#start()
+    const real = this.#flushed()
     const [freeIds, nextId, rehearsing] = [this.#freeIds, this.#nextId, this.#rehearsing]
     this.#native = standIn.binding
     this.#freeIds = standIn.freeIds

@@ -107,39 +107,48 @@ class Addon : public Napi::Addon<Addon> {
     return info.Env().Undefined();
   }
 
-  // Length of the command in the buffer, walking its operands; 0 when it is malformed.
-  size_t CommandLength() const {
-    const auto operand = [this](size_t at) -> size_t {
-      return commands_[at] < 0 ? 1 : 4 + static_cast<size_t>(commands_[at + 3]);
+  // Length of the command at `begin` of the buffer, walking its operands; 0 when it is malformed.
+  size_t CommandLength(size_t begin) const {
+    const double* c = commands_ + begin;
+    const size_t most = command_length_ - begin;
+    const auto operand = [c](size_t at) -> size_t {
+      return c[at] < 0 ? 1 : 4 + static_cast<size_t>(c[at + 3]);
     };
-    switch (static_cast<CommandKind>(static_cast<int>(commands_[0]))) {
+    switch (static_cast<CommandKind>(static_cast<int>(c[0]))) {
       case CommandKind::kAlloc: return 3;
       case CommandKind::kFree: return 2;
       case CommandKind::kMap: return 5;
       case CommandKind::kLoad: return 4 + operand(4);
       case CommandKind::kRun: {
         size_t at = 5;
-        for (int i = static_cast<int>(commands_[2] + commands_[3]); i > 0; --i) {
+        for (int i = static_cast<int>(c[2] + c[3]); i > 0; --i) {
           at += operand(at);
-          if (at + 8 > command_length_) return 0;
+          if (at + 8 > most) return 0;
         }
-        return at + static_cast<size_t>(commands_[4]);
+        return at + static_cast<size_t>(c[4]);
       }
       default: return 0;
     }
   }
 
+  // Every command up to the first negative word.
   Napi::Value Submit(const Napi::CallbackInfo& info) {
     Engine& engine = Running(info.Env());
-    const size_t length = CommandLength();
-    if (length == 0 || length >= command_length_) Throw(info.Env(), "ERR_DEVICE", "malformed command");
-    Command& command = next_;
-    command.kind = static_cast<CommandKind>(static_cast<int>(commands_[0]));
-    command.job = Job();
-    command.words.assign(commands_ + 1, commands_ + length);
-    if (command.kind == CommandKind::kLoad) command.file = FileOf(static_cast<int>(commands_[1]));
-    if (command.kind == CommandKind::kMap) command.file = FileOf(static_cast<int>(commands_[2]));
-    engine.Submit(command);
+    size_t count = 0;
+    for (size_t at = 0; commands_[at] >= 0; ++count) {
+      const size_t length = CommandLength(at), end = at + length;
+      if (length == 0 || end + 1 >= command_length_) Throw(info.Env(), "ERR_DEVICE", "malformed command");
+      if (count == next_.size()) next_.emplace_back();
+      Command& command = next_[count];
+      const double* words = commands_ + at;
+      command.kind = static_cast<CommandKind>(static_cast<int>(words[0]));
+      command.job = Job();
+      command.words.assign(words + 1, words + length);
+      if (command.kind == CommandKind::kLoad) command.file = FileOf(static_cast<int>(words[1]));
+      if (command.kind == CommandKind::kMap) command.file = FileOf(static_cast<int>(words[2]));
+      at = end;
+    }
+    engine.Submit({next_.data(), count});
     return Napi::Value();
   }
 
@@ -172,7 +181,7 @@ class Addon : public Napi::Addon<Addon> {
     command.job = Job();
     command.words = {info[0].ToNumber().DoubleValue(), info[1].ToNumber().DoubleValue()};
     command.payload.assign(bytes.data, bytes.data + bytes.size);
-    Running(info.Env()).Submit(command);
+    Running(info.Env()).Submit({&command, 1});
     return info.Env().Undefined();
   }
 
@@ -208,7 +217,7 @@ class Addon : public Napi::Addon<Addon> {
     command.target = bytes.data;
     command.bytes = bytes.size;
     command.done = Settler(info.Env(), std::move(pending));
-    engine.Submit(command);
+    engine.Submit({&command, 1});
     return promise;
   }
 
@@ -220,7 +229,7 @@ class Addon : public Napi::Addon<Addon> {
     command.kind = CommandKind::kFence;
     command.job = Job();
     command.done = Settler(info.Env(), std::move(pending));
-    engine.Submit(command);
+    engine.Submit({&command, 1});
     return promise;
   }
 
@@ -351,7 +360,7 @@ class Addon : public Napi::Addon<Addon> {
       if (error.empty()) job[0] = measure();
       settle(std::move(error));
     };
-    engine.Submit(command);
+    engine.Submit({&command, 1});
     return promise;
   }
 
@@ -389,7 +398,7 @@ class Addon : public Napi::Addon<Addon> {
   Napi::ObjectReference commands_reference_;
   double* commands_ = nullptr;
   size_t command_length_ = 0;
-  Command next_;
+  std::vector<Command> next_;  // taken again and again, each with room for its words
   int pending_count_ = 0;
   int next_file_ = 1;
   std::map<int, std::shared_ptr<MappedFile>> files_;

@@ -100,13 +100,14 @@ std::unique_lock<std::mutex> Engine::Lock() {
   return std::unique_lock(mutex_);
 }
 
-void Engine::Submit(Command& command) {
+void Engine::Submit(std::span<Command> commands) {
   bool wake;
   {
     const auto lock = Lock();
-    queue_.push_back(std::move(command));
-    command.words.clear();
-    if (!spare_.empty()) {
+    for (Command& command : commands) {
+      queue_.push_back(std::move(command));
+      command.words.clear();
+      if (spare_.empty()) continue;
       command.words.swap(spare_.back());
       spare_.pop_back();
     }

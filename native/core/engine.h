@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -48,8 +49,8 @@ class Engine {
   Engine(const PfBackendTable* backend, int threads, int device, size_t max_memory);
   ~Engine();  // drops the queue, waits for the running op
 
-  // Takes the command; what is left in its place is an empty one with room for words, to be filled again.
-  void Submit(Command& command);
+  // Takes the commands; what is left in their place are empty ones with room for words, to be filled again.
+  void Submit(std::span<Command> commands);
   // Drops the queued ops of a job, or all; allocations, frees and fences stay, and whoever waits for a
   // dropped op is told.
   void Cancel(std::optional<int> job);
