@@ -15,7 +15,7 @@ export interface NativeBinding {
     commands: Float64Array
   }): { backend: string; threads: number }
   close(): void
-  /** Queues the command that stands in the shared buffer. */
+  /** Queues the commands that stand in the shared buffer, up to the first negative word. */
   submit(): void
   /** Queues a copy of host bytes into a storage. */
   write(storage: number, byteOffset: number, data: ArrayBufferView): void

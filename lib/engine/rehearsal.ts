@@ -26,6 +26,8 @@ const product = (values: readonly number[]): number => values.reduce((a, b) => a
 
 // What the kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
 const TILE = { rows: 256, columns: 512, packedRows: 128, packedColumns: 256 } as const
+// From how many rows on, and for which sums, a plain bf16 weight is packed (PackFor).
+const PACKS = { rows: 512, least: 256, most: 2560 } as const
 const PACKED_HEADS = 48 * 2 ** 20
 const QUERIES = { strip: 48, block: 144, backward: 128 } as const
 const KEYS = { block: 64, group: 4 } as const
@@ -61,7 +63,8 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
     const tile = 4 * rows * columns
     // Biases are read as f32; a plain weight is copied where its type has no products, packed where many rows share it.
     const bias = inputs[2]?.dtype === 'bf16' ? 4 * n : 0
-    const packs = products && [a, b].every((x) => x?.dtype === 'bf16') && m >= 512 && k >= 256 && k <= 2560
+    const plain = products && product(b?.shape ?? []) === n * k && [a, b].every((x) => x?.dtype === 'bf16')
+    const packs = plain && m >= PACKS.rows && k >= PACKS.least && k <= PACKS.most
     const weight = op === 'matmul_packed' ? 0 : packs ? bytesOf(b ?? null) : wide(b ?? null)
     return wide(a ?? null) + weight + bias + threads * tile
   }

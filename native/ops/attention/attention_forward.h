@@ -24,8 +24,8 @@ inline Product SummedKeys(const Block& k, const Unit* keys, int64_t width) {
   Product g{};
   g.k = SummedUnits<E>(k);
   g.a = keys;
-  g.a_row = kOnTiles<E> ? kTurned : 1;
-  g.a_column = kOnTiles<E> ? kTurned * width : width;
+  g.a_row = kOnTiles<E> ? kTileSide : 1;
+  g.a_column = kOnTiles<E> ? kTileSide * width : width;
   g.accumulate = true;
   return g;
 }
@@ -55,9 +55,9 @@ struct Softmax {
       for (int v = 0; v < NV; ++v) found |= AnyLane(test(x[v]));
       return found;
     };
-    // A weight may grow to 2^8 before everything is rescaled: that costs no accuracy and saves most
-    // rescaling, and where no sum says that one has, the maximum need not be known.
-    constexpr float kSlack = 8, kMost = 1 << 8;
+    // Weights may sum to 2^8 in a tile before everything is rescaled: that costs no accuracy and saves most
+    // rescaling, and until then the maximum need not be known.
+    constexpr float kMost = 1 << 8;
     if (!any(before, [&](Vf x) { return x == never; })) {
       Weights<NV, kMask>(l, q, k, scale, c, n, s, weights, before, part);
       if (!any(part, [&](Vf x) { return x > kMost; })) {
@@ -87,7 +87,7 @@ struct Softmax {
 
     for (int v = 0; v < NV; ++v) {
       const Vf now = top[0][v] == never ? never : top[0][v] * scale;
-      if (!AnyLane(now > before[v] + kSlack)) continue;
+      if (!AnyLane(now > before[v])) continue;
       const Vf after = Max(now, before[v]);
       const Vf shrink = after == before[v] ? Set1(1) : Exp2<false>(before[v] - after);
       float* total = sum + c + v * kLanes;

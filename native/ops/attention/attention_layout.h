@@ -199,9 +199,9 @@ inline void LongestSpan(const Layout* layouts, int64_t batch, int64_t* keys, int
     }
 }
 
-// Where one task finds packed operands: long spans share them, short ones pack their own, which then never
-// leave the core's cache. Three quarters of the second level is what such a span may take. The choice changes
-// no bit of any result.
+// Where a task of forward finds packed operands: long spans share them, short ones pack their own, which then
+// never leave the core's cache. Three quarters of the second level is what such a span may take. The choice
+// changes no bit of any result.
 inline int64_t LocalUnits() {
   static const int64_t units = [] {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -1,4 +1,3 @@
-
 #include "ops/matmul/matmul.h"
 #include "ops/matmul/tiles.h"
 
