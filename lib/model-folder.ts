@@ -24,7 +24,7 @@ export interface ModelFolder {
   readonly kind: NetworkKind
   /** `pyraflow.json`, with what the published variant is known for where it says nothing. */
   readonly config: PipelineConfig
-  /** Whether the text encoders are those of a published model, and not the word encoder of toy models. */
+  /** Whether the text encoders are networks as published models have them, and not a word encoder. */
   readonly published: boolean
 }
 

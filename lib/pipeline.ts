@@ -33,6 +33,10 @@ export interface PipelineConfig {
   guidanceScale?: number
   videoGuidanceScale?: number
   seconds?: number
+  /** Appended to every prompt that is not empty. Default: what the text encoder says, for published ones a list of praise. */
+  promptSuffix?: string
+  /** The negative prompt of callers that give none. Default: what the text encoder says. */
+  negativePrompt?: string
 }
 
 /** Where the parts of a pipeline were loaded from. */

@@ -1,8 +1,9 @@
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, test } from 'vitest'
 import { type ClipScore, scoreClip } from '../examples/shapes/scorer.ts'
+import { TEXT_SEED, writeTextEncoders } from '../examples/shapes/text-encoders.ts'
 import {
   BACKGROUND_NAMES,
   type ClipSpec,
@@ -23,6 +24,9 @@ import {
 } from '../examples/shapes/world.ts'
 import { decodeVideo, encodeMp4, hasFfmpeg } from '../lib/io/video.ts'
 import { shuffle } from '../lib/tensor/shuffle.ts'
+import { PromptEncoder } from '../lib/text/prompt-encoder.ts'
+import { PromptTokenizers } from '../lib/text/prompt-tokenizers.ts'
+import { relativeL2 } from './golden.ts'
 
 const attributes = ['colour', 'shape', 'motion', 'background'] as const
 const size = { width: SIZE, height: SIZE, count: FRAMES }
@@ -184,5 +188,60 @@ describe('the toy world', () => {
     const spec = { colour: 'red', shape: 'circle', background: 'grey' } as const
     expect(caption({ ...spec, motion: 'right' })).toBe('a red circle moving right on a grey background')
     expect(caption({ ...spec, motion: 'still' })).toBe('a red circle standing still on a grey background')
+  })
+})
+
+describe('the text encoders of the toy model', () => {
+  test('are what the recipe writes, to the last bit', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'pyraflow-shapes-text-'))
+    folders.push(folder)
+    await writeTextEncoders(folder, TEXT_SEED)
+    const parts = (await readdir(folder)).sort()
+    expect(parts).toEqual(['text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2'])
+    for (const part of parts) {
+      for (const name of await readdir(join(folder, part))) {
+        const [made, kept] = await Promise.all(
+          [folder, 'examples/shapes/model'].map((dir) => readFile(join(dir, part, name))),
+        )
+        expect(made.equals(kept), join(part, name)).toBe(true)
+      }
+    }
+  })
+
+  test('see every word of a caption as one token, and tell all captions apart', async () => {
+    const warnings: string[] = []
+    const onWarning = (message: string): number => warnings.push(message)
+    const encoder = await PromptEncoder.fromPretrained('examples/shapes/model', { onWarning })
+    const all = combinations('all').flatMap((c) =>
+      BACKGROUND_NAMES.map((background) => caption({ ...c, background })),
+    )
+    const { t5, clip } = encoder.tokenize(all)
+    // Nine words, and one mark of T5, two of CLIP.
+    for (const row of t5.mask) expect(row.filter(Boolean)).toHaveLength(10)
+    for (const row of clip[0]) expect(row.indexOf(row.at(-1) as number)).toBe(10)
+    expect(warnings).toEqual([])
+    // Another word in one place has to show in both features, also in those of the whole text.
+    const some = ['red circle moving right', 'blue circle moving right', 'red cross moving right']
+    const features = await encoder.encode(
+      [...some, 'red circle moving left'].map((s) => `a ${s} on a grey background`),
+    )
+    for (const tensor of [features.embeds, features.pooled]) {
+      const values = await tensor.read()
+      const row = values.length / 4
+      for (const i of [1, 2, 3]) {
+        expect(relativeL2(values.subarray(i * row, (i + 1) * row), values.subarray(0, row))).toBeGreaterThan(
+          0.2,
+        )
+      }
+      tensor.dispose()
+    }
+    encoder.dispose()
+  })
+
+  test('spell a word that they do not know', async () => {
+    const tokenizers = PromptTokenizers.fromPretrained('examples/shapes/model')
+    const { t5, clip } = tokenizers.encode(['zebra', 'orange'], () => undefined)
+    expect(t5.mask.map((row) => row.filter(Boolean).length)).toEqual([7, 2])
+    expect(clip[0].map((row) => row.indexOf(row.at(-1) as number))).toEqual([6, 2])
   })
 })

@@ -9,6 +9,7 @@ import { gelu } from '../lib/ops/pointwise.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import type { TextEncoder, TextFeatures } from '../lib/text/encoder.ts'
+import { LazyPromptEncoder } from '../lib/text/lazy-encoder.ts'
 import { loadTextEncoder } from '../lib/text/load.ts'
 import { PromptEncoder } from '../lib/text/prompt-encoder.ts'
 import { PromptNetworks } from '../lib/text/prompt-networks.ts'
@@ -145,6 +146,21 @@ describe('tokenizers of a model folder', () => {
     warnings.length = 0
     PromptTokenizers.fromPretrained(dir).encode([`${'red '.repeat(127)}a fox`], (m) => warnings.push(m))
     expect(warnings[0]).toBe('The prompt is longer than 128 tokens; T5 does not see "a fox"')
+  })
+
+  test('make shorter T5 rows than the published ones where a model says so', () => {
+    const dir = modelFolder('flux')
+    const path = join(dir, 'tokenizer_2', 'tokenizer_config.json')
+    const config = JSON.parse(readFileSync(path, 'utf8'))
+    writeFileSync(path, JSON.stringify({ ...config, model_max_length: 3 }))
+    const warnings: string[] = []
+    const { t5 } = PromptTokenizers.fromPretrained(dir).encode(['a red fox', ''], (m) => warnings.push(m))
+    expect(t5.mask).toEqual([
+      [1, 1, 1],
+      [1, 0, 0],
+    ])
+    expect(warnings).toEqual(['The prompt is longer than 3 tokens; T5 does not see "fox"'])
+    expect(new LazyPromptEncoder(dir, { cache: false }).maxLength).toBe(3)
   })
 
   test.each([
@@ -298,6 +314,13 @@ describe('the text encoder of a model folder', () => {
     ])
     expect(video.recipe).toMatchObject({ prompt: 'a red fox', negativePrompt: defaultNegativePrompt })
     expect(video.frames.length).toBe(64 * 64 * 3)
+
+    // pyraflow.json may know better.
+    encode.mockClear()
+    const config = { ...pipe.config, promptSuffix: '!', negativePrompt: '' }
+    const own = await new Pipeline({ ...pipe, config }).generate({ prompt: 'red', ...small }).result()
+    expect(own.recipe.negativePrompt).toBe('')
+    expect(encode.mock.calls.map(([prompts]) => prompts)).toEqual([['red!', '']])
     pipe.dispose()
     encode.mockRestore()
     emitted.mockRestore()

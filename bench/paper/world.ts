@@ -5,8 +5,7 @@ import { caption, FRAMES, makeRng, randomSpec, renderClip, SIZE } from '../../ex
 import type { LatentNormalisation } from '../../lib/flow/normalise.ts'
 import { CausalVideoVAE } from '../../lib/models/causal-vae.ts'
 import { encodeClip, latentShape } from '../../lib/train/encode-clip.ts'
-import { LatentDataset, writeLatents } from '../../lib/train/index.ts'
-import { wordEncoder } from '../toy.ts'
+import { CachedTextEncoder, encodeTexts, LatentDataset, writeLatents } from '../../lib/train/index.ts'
 
 export const MODEL = 'examples/shapes/model'
 
@@ -15,7 +14,7 @@ export interface World {
   readonly train: LatentDataset
   readonly unseen: LatentDataset
   readonly vae: CausalVideoVAE
-  readonly text: ReturnType<typeof wordEncoder>
+  readonly text: CachedTextEncoder
   dispose(): void
 }
 
@@ -39,10 +38,13 @@ export async function openWorld(
   }
   const train = await open('train', 11)
   const unseen = await open('unseen', 12)
+  const texts = join(dir, 'text')
+  await encodeTexts(MODEL, [...train.captions, ...unseen.captions], texts)
+  const text = await CachedTextEncoder.open(texts)
   return {
-    ...{ train, unseen, vae, text: wordEncoder() },
+    ...{ train, unseen, vae, text },
     dispose: () => {
-      for (const x of [train, unseen, vae]) x.dispose()
+      for (const x of [train, unseen, vae, text]) x.dispose()
     },
   }
 }

@@ -2,11 +2,19 @@ import { cpSync } from 'node:fs'
 import { mkdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { CausalVideoVAE, Pipeline, WordEncoder } from '../../lib/index.ts'
+import { CausalVideoVAE, Pipeline } from '../../lib/index.ts'
 import { writeFileAtomically } from '../../lib/io/atomic.ts'
 import { contactSheet } from '../../lib/io/contact-sheet.ts'
 import { encodeMp4 } from '../../lib/io/video.ts'
-import { encodeLatents, FineTune, LatentDataset, openDataset, Trainer } from '../../lib/train/index.ts'
+import {
+  CachedTextEncoder,
+  encodeLatents,
+  encodeTexts,
+  FineTune,
+  LatentDataset,
+  openDataset,
+  Trainer,
+} from '../../lib/train/index.ts'
 import { scoreClip } from './scorer.ts'
 import {
   COLOURS,
@@ -65,9 +73,6 @@ await main()
 async function main(): Promise<void> {
   await rm(args.out, { recursive: true, force: true })
   cpSync(args.model, base, { recursive: true })
-  // The word encoder is frozen, and a word that is added to it leaves the vectors of the others alone.
-  const words = WordEncoder.fromPretrained(join(args.model, 'text_encoder')).withWords([args.colour])
-  await words.save(join(base, 'text_encoder'))
   const data = await encodeClips()
   const before = args['skip-before'] ? undefined : await evaluate('before', [])
   const { adapter, ...training } = await train(data)
@@ -113,7 +118,10 @@ async function encodeClips(): Promise<LatentDataset> {
 
 async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds: number; adapter: string }> {
   const targets = args.targets.split(',')
-  const tune = await FineTune.open(base, { lora: { rank: Number(args.rank), seed, targets } })
+  const texts = join(args.out, 'text')
+  await encodeTexts(base, data.captions, texts)
+  const text = await CachedTextEncoder.open(texts)
+  const tune = await FineTune.open(base, { text, lora: { rank: Number(args.rank), seed, targets } })
   const began = performance.now()
   const cpu = process.cpuUsage()
   const trainer = new Trainer({
@@ -142,6 +150,7 @@ async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds
   const { user, system } = process.cpuUsage(cpu)
   trainer.dispose()
   tune.dispose()
+  text.dispose()
   return { seconds, cpuSeconds: (user + system) / 1e6, adapter }
 }
 

@@ -1,10 +1,12 @@
 import { mkdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { CausalVideoVAE, Generator, PyramidFluxTransformer, WordEncoder } from '../../lib/index.ts'
+import { CausalVideoVAE, Generator, PyramidFluxTransformer } from '../../lib/index.ts'
 import { writeFileAtomically } from '../../lib/io/atomic.ts'
 import {
+  CachedTextEncoder,
   encodeLatents,
+  encodeTexts,
   LatentDataset,
   openDataset,
   type TrainEvent,
@@ -13,7 +15,7 @@ import {
 } from '../../lib/train/index.ts'
 import { makeClips } from './make-clips.ts'
 import { ditConfig, vaeConfig } from './networks.ts'
-import { VOCABULARY } from './world.ts'
+import { TEXT_SEED, writeTextEncoders } from './text-encoders.ts'
 
 // Makes the toy model from nothing: clips, VAE, latents, DiT, and the folder that the demo loads. Every part can be
 // repeated alone (--only) and continues where it stopped.
@@ -32,7 +34,7 @@ const { values: args } = parseArgs({
     from: { type: 'string' },
     'image-ratio': { type: 'string', default: '0.5' },
     'learning-rate': { type: 'string', default: '1e-3' },
-    only: { type: 'string', default: 'clips,vae,encode,dit,export' },
+    only: { type: 'string', default: 'clips,vae,encode,text,dit,export' },
     seed: { type: 'string', default: '1' },
   },
 })
@@ -42,6 +44,7 @@ const dtype = args.dtype === 'bf16' ? 'bf16' : 'f32'
 const parts = args.only.split(',')
 const clips = join(args.out, 'clips')
 const latents = join(args.out, 'latents')
+const texts = join(args.out, 'text')
 const size = { width: 128, height: 128, frames: 25 }
 
 async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise<void> {
@@ -63,6 +66,12 @@ async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise
       }
     } else console.error(label, JSON.stringify(event))
   }
+}
+
+async function drawClips(): Promise<void> {
+  await rm(clips, { recursive: true, force: true })
+  const often = { cross: Number(args.crosses) }
+  await makeClips({ out: clips, count: Number(args.clips), seed, split: 'train', often })
 }
 
 async function trainVae(): Promise<void> {
@@ -113,7 +122,7 @@ async function encode(): Promise<void> {
 
 async function trainDit(): Promise<void> {
   const data = await LatentDataset.open(latents)
-  const text = new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 })
+  const text = await CachedTextEncoder.open(texts)
   const generator = new Generator(seed).stream('dit')
   const how = { dtype, train: true } as const
   const model = args.from
@@ -141,13 +150,19 @@ async function trainDit(): Promise<void> {
   await follow('dit', trainer.run({ resume: true }))
   await trainer.save(join(args.model, 'diffusion_transformer'), 'bf16')
   trainer.dispose()
+  text.dispose()
+}
+
+/** The text encoders, and the features that they give for every caption. */
+async function encodeCaptions(): Promise<void> {
+  await writeTextEncoders(args.model, TEXT_SEED)
+  const data = await LatentDataset.open(latents)
+  await encodeTexts(args.model, data.captions, texts)
+  data.dispose()
 }
 
 async function exportModel(): Promise<void> {
   const data = await LatentDataset.open(latents)
-  await new WordEncoder({ vocabulary: VOCABULARY, dim: 64, maxLength: 12, seed: 7 }).save(
-    join(args.model, 'text_encoder'),
-  )
   const config = {
     normalisation: data.normalisation,
     sizes: [[128, 128]],
@@ -157,6 +172,9 @@ async function exportModel(): Promise<void> {
     videoSteps: [6, 6, 6],
     guidanceScale: 3,
     videoGuidanceScale: 2.5,
+    // The published models' praise and blame are not words of this world.
+    promptSuffix: '',
+    negativePrompt: '',
   }
   await writeFileAtomically(join(args.model, 'pyraflow.json'), `${JSON.stringify(config, null, 2)}\n`)
   data.dispose()
@@ -166,13 +184,22 @@ await main()
 
 async function main(): Promise<void> {
   await mkdir(args.model, { recursive: true })
-  if (parts.includes('clips')) {
-    await rm(clips, { recursive: true, force: true })
-    const often = { cross: Number(args.crosses) }
-    await makeClips({ out: clips, count: Number(args.clips), seed, split: 'train', often })
+  const steps = {
+    clips: drawClips,
+    vae: trainVae,
+    encode,
+    text: encodeCaptions,
+    dit: trainDit,
+    export: exportModel,
   }
-  if (parts.includes('vae')) await trainVae()
-  if (parts.includes('encode')) await encode()
-  if (parts.includes('dit')) await trainDit()
-  if (parts.includes('export')) await exportModel()
+  for (const [name, step] of Object.entries(steps)) {
+    if (!parts.includes(name)) continue
+    const [began, cpu] = [performance.now(), process.cpuUsage()]
+    await step()
+    const { user, system } = process.cpuUsage(cpu)
+    const seconds = (performance.now() - began) / 1000
+    console.error(
+      `${name}: ${seconds.toFixed(0)} s, ${((user + system) / 1e6).toFixed(0)} s of processor time`,
+    )
+  }
 }

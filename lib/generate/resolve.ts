@@ -78,7 +78,7 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
   const recipe: Recipe = {
     prompt: '',
     ...(promptChanges?.length ? { promptChanges: sortedChanges(promptChanges) } : {}),
-    negativePrompt: options.negativePrompt ?? parent?.negativePrompt ?? pipeline.text.negativePrompt ?? '',
+    negativePrompt: options.negativePrompt ?? parent?.negativePrompt ?? negativeOf(pipeline),
     width: options.width ?? sizeOfSource(continueFrom, vae.spatialFactor)?.width ?? width,
     height: options.height ?? sizeOfSource(continueFrom, vae.spatialFactor)?.height ?? height,
     frames,
@@ -104,6 +104,10 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
   checkSize(pipeline, recipe)
   checkLength(recipe, frames)
   return recipe
+}
+
+function negativeOf({ config, text }: Pipeline): string {
+  return config.negativePrompt ?? text.negativePrompt ?? ''
 }
 
 /** Latent frames to make; one more when continuing, to be counted like a video that begins with its last frame. */

@@ -17,7 +17,7 @@ export class PromptFeatures {
     recipes: readonly Recipe[],
     options: { signal: AbortSignal | undefined; onWarning: (message: string) => void },
   ): Promise<PromptFeatures> {
-    const made = new PromptFeatures(pipeline.text.promptSuffix ?? '')
+    const made = new PromptFeatures(pipeline.config.promptSuffix ?? pipeline.text.promptSuffix ?? '')
     const texts = new Set<string>()
     for (const { prompt, promptChanges = [], negativePrompt } of recipes) {
       for (const text of [prompt, ...promptChanges.map((change) => change.prompt)])

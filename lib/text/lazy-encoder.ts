@@ -15,7 +15,7 @@ import {
 import { PromptEncoder, type PromptEncoderOptions } from './prompt-encoder.ts'
 import { promptMemory, type TextMemory } from './prompt-memory.ts'
 import { promptWidths } from './prompt-networks.ts'
-import { T5_LENGTH } from './prompt-tokenizers.ts'
+import { promptLength } from './prompt-tokenizers.ts'
 
 /** How a text encoder comes and goes. */
 export interface LazyEncoderOptions extends Pick<PromptEncoderOptions, 'dtype' | 'onWarning'> {
@@ -32,7 +32,7 @@ export interface LazyEncoderOptions extends Pick<PromptEncoderOptions, 'dtype' |
 export class LazyPromptEncoder implements TextEncoder {
   readonly promptSuffix: string = promptSuffix
   readonly negativePrompt: string = defaultNegativePrompt
-  readonly maxLength: number = T5_LENGTH
+  readonly maxLength: number
   readonly jointDim: number
   readonly pooledDim: number
   readonly #dir: string
@@ -48,6 +48,7 @@ export class LazyPromptEncoder implements TextEncoder {
     const { joint, pooled } = promptWidths(dir)
     this.jointDim = joint
     this.pooledDim = pooled
+    this.maxLength = promptLength(dir)
   }
 
   /** Features of R prompts; see {@link encodeEach}. */

@@ -2,7 +2,7 @@ import { PyraflowError } from '../engine/errors.ts'
 import { defaultNegativePrompt, promptSuffix } from '../models/presets.ts'
 import { type EncodeOptions, emitWarning, type TextEncoder, type TextFeatures } from './encoder.ts'
 import { PromptNetworks, type PromptTokens } from './prompt-networks.ts'
-import { PromptTokenizers, T5_LENGTH } from './prompt-tokenizers.ts'
+import { PromptTokenizers } from './prompt-tokenizers.ts'
 import type { T5Options } from './t5-encoder.ts'
 
 /** How to load the text encoder of a published model. */
@@ -15,7 +15,7 @@ export interface PromptEncoderOptions extends T5Options {
 export class PromptEncoder implements TextEncoder {
   readonly promptSuffix: string = promptSuffix
   readonly negativePrompt: string = defaultNegativePrompt
-  readonly maxLength: number = T5_LENGTH
+  readonly maxLength: number
   readonly networks: PromptNetworks
   readonly tokenizers: PromptTokenizers
   readonly #warn: (message: string) => void
@@ -28,6 +28,7 @@ export class PromptEncoder implements TextEncoder {
   ) {
     this.networks = networks
     this.tokenizers = tokenizers
+    this.maxLength = tokenizers.t5Length
     this.#warn = options.onWarning ?? emitWarning
     const places = Math.min(...networks.clip.map((model) => model.config.positions))
     if (tokenizers.clip.length === networks.clip.length && tokenizers.clipLength <= places) return

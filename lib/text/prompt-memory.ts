@@ -2,7 +2,7 @@ import { join } from 'node:path'
 import { clipClasses } from './clip-text.ts'
 import { TextConfig } from './network.ts'
 import { textLayoutOf, textLayouts } from './prompt-networks.ts'
-import { T5_LENGTH } from './prompt-tokenizers.ts'
+import { promptLength } from './prompt-tokenizers.ts'
 import { T5_CLASSES } from './t5-encoder.ts'
 
 /** What a text encoder takes. */
@@ -38,13 +38,14 @@ export function promptMemory(
   const c = new TextConfig(join(dir, `text_encoder${t5}`), T5_CLASSES)
   const [d, f, n] = [c.size('d_model'), c.size('d_ff'), c.size('num_layers')]
   const heads = c.size('num_heads')
+  const row = promptLength(dir)
   const layer = 4 * d * heads * c.size('d_kv') + 3 * d * f + 2 * d
   const table = c.size('vocab_size') * d
   const clipSize = clips.reduce((sum, { all }) => sum + all, 0)
   // One prompt's layer at work, the states of all, and the bias of T5 as channels of three operands.
-  const work = T5_LENGTH * (3 * f + 8 * d + prompts * (d + 3 * heads * (T5_LENGTH + 1)))
+  const work = row * (3 * f + 8 * d + prompts * (d + 3 * heads * (row + 1)))
   const passing = keep ? 0 : clipSize + layer + (bytes === 4 ? table : 0)
-  const products = clips.reduce((sum, { layers, length }) => sum + layers * length, n * layer * T5_LENGTH)
+  const products = clips.reduce((sum, { layers, length }) => sum + layers * length, n * layer * row)
   return {
     kept: keep ? bytes * (clipSize + n * layer + table + d) : 0,
     peak: bytes * (passing + work),

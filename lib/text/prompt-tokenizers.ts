@@ -1,11 +1,25 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
+import { readJsonObject } from '../io/pretrained.ts'
 import { type PromptTokens, textLayoutOf, textLayouts } from './prompt-networks.ts'
-import { TextTokenizer } from './tokenizer.ts'
+import { lengthOf, TextTokenizer } from './tokenizer.ts'
 
-/** Tokens of a T5 row; CLIP's comes from its tokenizer_config.json. */
-export const T5_LENGTH = 128
+/** Tokens of a T5 row of the published models, whose tokenizer itself would take more (spec/text.md). */
+const T5_LENGTH = 128
+
+/** Tokens of a T5 row for a tokenizer_config.json that gives this length: smaller models may take fewer than the published. */
+function t5Length(maxLength: number | undefined): number {
+  return Math.min(maxLength ?? T5_LENGTH, T5_LENGTH)
+}
+
+/** Tokens of a T5 row of a model folder; only the tokenizer_config.json is read. @throws ERR_CHECKPOINT when it is no JSON */
+export function promptLength(dir: string): number {
+  const path = join(dir, `tokenizer${textLayouts[textLayoutOf(dir)].t5}`, 'tokenizer_config.json')
+  if (!existsSync(path)) return T5_LENGTH
+  const remedy = 'Download the whole tokenizer folder.'
+  return t5Length(lengthOf(readJsonObject(path, { expected: 'a file of the tokenizer', remedy })))
+}
 
 // Where a CLIP tokenizer says nothing of its length.
 const CLIP_LENGTH = 77
@@ -39,11 +53,14 @@ export class PromptTokenizers {
   readonly t5: TextTokenizer
   /** Tokens of a CLIP row: what the first CLIP tokenizer says counts for all. */
   readonly clipLength: number
+  /** Tokens of a T5 row. */
+  readonly t5Length: number
 
   constructor(clip: readonly TextTokenizer[], t5: TextTokenizer) {
     this.clip = clip
     this.t5 = t5
     this.clipLength = clip[0]?.maxLength ?? CLIP_LENGTH
+    this.t5Length = t5Length(t5.maxLength)
   }
 
   /**
@@ -68,7 +85,7 @@ export class PromptTokenizers {
           warn(`The prompt is longer than ${length} tokens; ${name} does not see "${row.cut}"`)
         return row
       })
-    const t5 = rows(this.t5, T5_LENGTH, 'T5')
+    const t5 = rows(this.t5, this.t5Length, 'T5')
     return {
       t5: { ids: t5.map(({ ids }) => ids), mask: t5.map(({ mask }) => mask) },
       clip: this.clip.map((tokenizer, i) => {

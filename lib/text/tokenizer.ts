@@ -68,9 +68,7 @@ export class TextTokenizer {
     this.#start = 'bos' in names ? [idOf('bos_token', names.bos)] : []
     this.#end = idOf('eos_token', names.eos)
     this.#pad = idOf('pad_token', names.pad)
-    const length = config.model_max_length
-    // Some files hold a number of thirty digits for "no limit".
-    this.maxLength = Number.isSafeInteger(length) && (length as number) > 0 ? (length as number) : undefined
+    this.maxLength = lengthOf(config)
   }
 
   /**
@@ -114,6 +112,11 @@ export class TextTokenizer {
     const cut = all.length > room ? this.#tokenizer.decode(all.slice(room)).trim() : ''
     return { ids, mask: ids.map((_, i) => (i < tokens ? 1 : 0)), cut }
   }
+}
+
+/** Longest row by a tokenizer_config.json. Some hold a number of thirty digits for "no limit", which is none here. */
+export function lengthOf({ model_max_length: length }: JsonObject): number | undefined {
+  return Number.isSafeInteger(length) && (length as number) > 0 ? (length as number) : undefined
 }
 
 /** The text of a special token, which these files give as a string or as an object. */

@@ -60,15 +60,6 @@ export class WordEncoder implements ImmediateTextEncoder {
     return new WordEncoder(config)
   }
 
-  /**
-   * An encoder that knows more words. Those it knew keep their vectors, which depend on their place in the vocabulary, and
-   * so do their prompts; a network has to learn what the new ones mean.
-   */
-  withWords(words: readonly string[]): WordEncoder {
-    const vocabulary = [...new Set([...this.config.vocabulary, ...words.map((word) => word.toLowerCase())])]
-    return new WordEncoder({ ...this.config, vocabulary })
-  }
-
   async save(dir: string): Promise<void> {
     mkdirSync(dir, { recursive: true })
     const config = { _class_name: 'WordEncoder', ...this.config }
