@@ -131,22 +131,29 @@ class Addon : public Napi::Addon<Addon> {
     }
   }
 
-  // Every command up to the first negative word.
+  // Every command up to the first negative word, as one batch; those that need a file are batches of their
+  // own.
   Napi::Value Submit(const Napi::CallbackInfo& info) {
     Engine& engine = Running(info.Env());
-    size_t count = 0;
-    for (size_t at = 0; commands_[at] >= 0; ++count) {
-      const size_t length = CommandLength(at), end = at + length;
-      if (length == 0 || end + 1 >= command_length_) Throw(info.Env(), "ERR_DEVICE", "malformed command");
-      if (count == next_.size()) next_.emplace_back();
-      Command& command = next_[count];
+    size_t count = 0, length = 0;
+    bool alone = true;
+    for (size_t at = 0; commands_[at] >= 0; at += length) {
+      length = CommandLength(at);
+      if (length == 0 || at + length + 1 >= command_length_)
+        Throw(info.Env(), "ERR_DEVICE", "malformed command");
       const double* words = commands_ + at;
-      command.kind = static_cast<CommandKind>(static_cast<int>(words[0]));
-      command.job = Job();
-      command.words.assign(words + 1, words + length);
-      if (command.kind == CommandKind::kLoad) command.file = FileOf(static_cast<int>(words[1]));
-      if (command.kind == CommandKind::kMap) command.file = FileOf(static_cast<int>(words[2]));
-      at = end;
+      const auto kind = static_cast<CommandKind>(static_cast<int>(words[0]));
+      const bool load = kind == CommandKind::kLoad, map = kind == CommandKind::kMap;
+      if (alone || load || map) {
+        if (count == next_.size()) next_.emplace_back();
+        next_[count].job = Job();
+        next_[count++].words.clear();
+      }
+      Command& batch = next_[count - 1];
+      batch.words.push_back(static_cast<double>(length + 1));
+      batch.words.insert(batch.words.end(), words, words + length);
+      alone = load || map;
+      if (alone) batch.file = FileOf(static_cast<int>(words[load ? 1 : 2]));
     }
     engine.Submit({next_.data(), count});
     return Napi::Value();

@@ -58,6 +58,13 @@ void Pause() {
 #endif
 }
 
+// body(step) for the steps of a batch: length, kind, operands.
+template <class Body>
+void ForSteps(Command& batch, Body body) {
+  for (size_t at = 0; at < batch.words.size(); at += static_cast<size_t>(batch.words[at]))
+    body(batch.words.data() + at);
+}
+
 double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -119,10 +126,14 @@ void Engine::Submit(std::span<Command> commands) {
 
 void Engine::Cancel(std::optional<int> job) {
   std::lock_guard lock(mutex_);
-  for (Command& command : queue_)
-    if (job.value_or(command.job) == command.job &&
-        (command.kind == CommandKind::kRun || command.kind == CommandKind::kLoad))
-      command.kind = CommandKind::kDropped;
+  for (Command& command : queue_) {
+    if (command.kind != CommandKind::kBatch || job.value_or(command.job) != command.job) continue;
+    ForSteps(command, [](double* w) {
+      const auto kind = static_cast<CommandKind>(w[1]);
+      if (kind == CommandKind::kRun || kind == CommandKind::kLoad)
+        w[1] = static_cast<double>(CommandKind::kDropped);
+    });
+  }
 }
 
 bool Engine::Start() {
@@ -139,9 +150,11 @@ void Engine::Loop() {
   Command command;
   for (;;) {
     // Commands come in bursts, and waking a thread takes longer than a small op.
-    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
-    while (queued_ == 0 && !stop_ && std::chrono::steady_clock::now() < until)
-      for (int i = 0; i < 16; ++i) Pause();
+    if (queued_ == 0) {
+      const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
+      while (queued_ == 0 && !stop_ && std::chrono::steady_clock::now() < until)
+        for (int i = 0; i < 16; ++i) Pause();
+    }
     {
       auto lock = Lock();
       if (command.words.capacity() > 0 && spare_.size() < kMostSpare)
@@ -193,33 +206,8 @@ void Engine::Release(Slot& slot) {
 }
 
 void Engine::Execute(Command& command) {
-  const auto& w = command.words;
   job_ = command.job;
   switch (command.kind) {
-    case CommandKind::kRun:
-      if (!Failed()) Run(w);
-      break;
-    case CommandKind::kAlloc: {
-      const size_t id = static_cast<size_t>(w[0]), bytes = static_cast<size_t>(w[1]);
-      if (id >= slots_.size()) slots_.resize(id + 1);
-      slots_[id].job = job_;
-      if (Failed()) break;  // its users are skipped anyway
-      slots_[id].data = allocator_.Allocate(bytes);
-      if (!slots_[id].data) {
-        FailWith("ERR_MEMORY", NoRoom(bytes));
-        break;
-      }
-      slots_[id].bytes = bytes;
-      slots_[id].allocated = true;
-      break;
-    }
-    case CommandKind::kFree:
-      if (static_cast<size_t>(w[0]) < slots_.size()) Release(slots_[static_cast<size_t>(w[0])]);
-      break;
-    case CommandKind::kLoad:
-      if (!Failed()) Load(command);
-      break;
-    case CommandKind::kMap: Map(command); break;
     case CommandKind::kWrite:
       if (!Failed()) Write(command);
       break;
@@ -232,20 +220,47 @@ void Engine::Execute(Command& command) {
       command.done(TakeError(job_));
       break;
     }
-    case CommandKind::kDropped: FailWith("ERR_ABORTED", "work was dropped by engine.cancel()"); break;
+    default: ForSteps(command, [&](double* w) { Step(static_cast<CommandKind>(w[1]), w + 2, command.file); });
   }
 }
 
-void Engine::Map(const Command& command) {
-  const auto& w = command.words;
+void Engine::Step(CommandKind kind, const double* w, const std::shared_ptr<MappedFile>& file) {
+  switch (kind) {
+    case CommandKind::kRun:
+      if (!Failed()) Run(w);
+      break;
+    case CommandKind::kAlloc: Allocate(static_cast<size_t>(w[0]), static_cast<size_t>(w[1])); break;
+    case CommandKind::kFree:
+      if (static_cast<size_t>(w[0]) < slots_.size()) Release(slots_[static_cast<size_t>(w[0])]);
+      break;
+    case CommandKind::kLoad:
+      if (!Failed()) Load(w, file.get());
+      break;
+    case CommandKind::kMap: Map(w, file); break;
+    default: FailWith("ERR_ABORTED", "work was dropped by engine.cancel()");
+  }
+}
+
+void Engine::Allocate(size_t id, size_t bytes) {
+  if (id >= slots_.size()) slots_.resize(id + 1);
+  Slot& slot = slots_[id];
+  slot.job = job_;
+  if (Failed()) return;  // its users are skipped anyway
+  slot.data = allocator_.Allocate(bytes);
+  if (!slot.data) return FailWith("ERR_MEMORY", NoRoom(bytes));
+  slot.bytes = bytes;
+  slot.allocated = true;
+}
+
+void Engine::Map(const double* w, const std::shared_ptr<MappedFile>& file) {
   const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[2]),
                bytes = static_cast<size_t>(w[3]);
   if (id >= slots_.size()) slots_.resize(id + 1);
-  if (!command.file || offset + bytes > command.file->size())
+  if (!file || offset + bytes > file->size())
     return FailWith("ERR_IO", "a mapped tensor lies outside its file");
   Slot& slot = slots_[id];
   slot.job = job_;
-  const char* const source = command.file->data() + offset;
+  const char* const source = file->data() + offset;
   if (backend_->memory) {  // a device does not see the file: its bytes are sent once
     if (Failed()) return;
     slot.data = allocator_.Allocate(bytes);
@@ -258,7 +273,7 @@ void Engine::Map(const Command& command) {
   } else {
     slot.data = const_cast<char*>(source);
     slot.bytes = bytes;
-    slot.file = command.file;
+    slot.file = file;
   }
   slot.written = true;
 }
@@ -298,7 +313,7 @@ void Engine::Read(Command& command) {
   command.done(TakeError(job_));
 }
 
-bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view, Slot** slot) {
+bool Engine::ReadOperand(const double* w, size_t* at, PfView* view, Slot** slot) {
   const double storage = w[(*at)++];
   *view = PfView{};
   if (storage < 0) {
@@ -317,7 +332,7 @@ bool Engine::ReadOperand(const std::vector<double>& w, size_t* at, PfView* view,
   return true;
 }
 
-void Engine::Run(const std::vector<double>& w) {
+void Engine::Run(const double* w) {
   const int op = static_cast<int>(w[0]), n_in = static_cast<int>(w[1]), n_out = static_cast<int>(w[2]),
             n_scalars = static_cast<int>(w[3]);
   constexpr int kMost = 16;
@@ -346,7 +361,7 @@ void Engine::Run(const std::vector<double>& w) {
   if (!backend_->kernels[op])
     return FailWith("ERR_DEVICE", std::string(kOpNames[op]) + ": not available on " + backend_->name);
 
-  PfArgs args{in, out, w.data() + at, n_in, n_out, n_scalars, nullptr};
+  PfArgs args{in, out, w + at, n_in, n_out, n_scalars, nullptr};
   std::string error;
   const bool timed = profiling_ || trace_;
   const double begin = timed ? Now() : 0;
@@ -386,14 +401,13 @@ int32_t Engine::Call(int op, PfArgs* args, std::string* error) {
   return status;
 }
 
-void Engine::Load(const Command& command) {
+void Engine::Load(const double* w, MappedFile* file) {
   size_t at = 3;
   PfView view;
   Slot* slot = nullptr;
-  if (!ReadOperand(command.words, &at, &view, &slot))
-    return FailWith("ERR_DEVICE", "load: the target tensor was lost");
-  const int32_t from = static_cast<int32_t>(command.words[2]);
-  size_t offset = static_cast<size_t>(command.words[1]);
+  if (!ReadOperand(w, &at, &view, &slot)) return FailWith("ERR_DEVICE", "load: the target tensor was lost");
+  const int32_t from = static_cast<int32_t>(w[2]);
+  size_t offset = static_cast<size_t>(w[1]);
   const int64_t n = PfCount(view), step = 1 << 20;
   const PfMemory* const memory = backend_->memory;
   const bool converts = from != view.dtype;
@@ -415,7 +429,7 @@ void Engine::Load(const Command& command) {
       buffer.resize(bytes);
       read = buffer.data();
     }
-    if (!command.file || !command.file->Read(offset, read, bytes)) {
+    if (!file || !file->Read(offset, read, bytes)) {
       status = PF_ERR_IO;
       error = "a weight file ended early: it was truncated or replaced while loading";
       break;

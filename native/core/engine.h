@@ -20,7 +20,7 @@
 #include "core/backend.h"
 #include "core/mapped_file.h"
 
-// First number of a command in the shared buffer; the same values stand in lib/engine/engine.ts.
+// First number of a command in the shared buffer; those up to kMap stand in lib/engine/engine.ts too.
 enum class CommandKind : int {
   kRun = 0,
   kAlloc = 1,
@@ -30,17 +30,21 @@ enum class CommandKind : int {
   kWrite = 5,
   kRead = 6,
   kFence = 7,
-  kDropped = 8
+  kDropped = 8,
+  kBatch = 9
 };
 
 struct Command {
-  CommandKind kind = CommandKind::kDropped;
+  CommandKind kind = CommandKind::kBatch;
   int job = 0;
-  std::vector<double> words;              // as in the shared buffer, from word 1 on
+  // kBatch: commands as in the shared buffer, each behind its length with this word; else the operands of
+  // one. An op comes with what allocates and frees around it: a thread fetches one row of numbers sooner than
+  // three.
+  std::vector<double> words;
   std::vector<char> payload;              // kWrite
   void* target = nullptr;                 // kRead
   size_t bytes = 0;                       // kRead
-  std::shared_ptr<MappedFile> file;       // kLoad, kMap
+  std::shared_ptr<MappedFile> file;       // of a batch's kLoad, kMap
   std::function<void(std::string)> done;  // kRead, kFence: called on the engine thread with the error or ""
 };
 
@@ -76,15 +80,17 @@ class Engine {
   std::unique_lock<std::mutex> Lock();
   void Loop();
   void Execute(Command& command);
-  void Run(const std::vector<double>& words);
-  void Load(const Command& command);
-  void Map(const Command& command);
+  void Step(CommandKind kind, const double* words, const std::shared_ptr<MappedFile>& file);
+  void Run(const double* words);
+  void Allocate(size_t id, size_t bytes);
+  void Load(const double* words, MappedFile* file);
+  void Map(const double* words, const std::shared_ptr<MappedFile>& file);
   void Write(const Command& command);
   void Read(Command& command);
   bool Start();  // on the engine thread, once
   // One call of a kernel with scratch memory; the status, and the kernel's sentence in *error.
   int32_t Call(int op, PfArgs* args, std::string* error);
-  bool ReadOperand(const std::vector<double>& words, size_t* at, PfView* view, Slot** slot);
+  bool ReadOperand(const double* words, size_t* at, PfView* view, Slot** slot);
   bool Failed() const { return !fatal_.empty() || (!errors_.empty() && errors_.count(job_)); }
   void FailWith(const std::string& code, const std::string& message);
   void FailWith(int32_t status, const char* error);
