@@ -60,6 +60,10 @@ const shared = {
     .optional(),
   maxLoss: z.number().positive().optional(),
   optimizer,
+  /** What is not trained on: a latent cache (dit) or clips (vae). */
+  validation: z.string().optional(),
+  validateEvery: positive.optional(),
+  validationClips: positive.optional(),
 }
 
 /** Settings of `train` for the velocity network. */
@@ -95,10 +99,6 @@ export const ditSettings = z.strictObject({
   checkpointRatio: share.optional(),
   /** Go through every branch before the first step. */
   rehearse: z.boolean().default(false),
-  /** Latent cache of clips that are not trained on. */
-  validation: z.string().optional(),
-  validateEvery: positive.optional(),
-  validationClips: positive.optional(),
   /** Videos to look at while training; they need `vae`. */
   samplePrompts: z.array(z.string()).min(1).optional(),
   sampleEvery: positive.optional(),
@@ -192,10 +192,11 @@ export function checkNetwork(network: Record<string, unknown> | undefined, defau
 }
 
 /** @throws UsageError for settings of which one means nothing without the other. */
-export function checkTogether(s: DitSettings): void {
-  const pairs: [keyof DitSettings, keyof DitSettings][] = [
-    ['validateEvery', 'validation'],
-    ['validation', 'validateEvery'],
+export function checkTogether(s: DitSettings | VaeSettings): void {
+  const both: (keyof DitSettings & keyof VaeSettings)[] = ['validation', 'validateEvery']
+  needs(s, [both, [...both].reverse()])
+  if (s.task === 'vae') return
+  needs(s, [
     ['sampleEvery', 'samplePrompts'],
     ['samplePrompts', 'sampleEvery'],
     ['samplePrompts', 'vae'],
@@ -204,8 +205,11 @@ export function checkTogether(s: DitSettings): void {
     ['loraTargets', 'loraRank'],
     ['loraRank', 'init'],
     ['variant', 'init'],
-  ]
-  for (const [given, missing] of pairs) {
+  ])
+}
+
+function needs<S extends object>(s: S, pairs: readonly (readonly (keyof S & string)[])[]): void {
+  for (const [given, missing] of pairs as [keyof S & string, keyof S & string][]) {
     if (s[given] !== undefined && s[missing] === undefined)
       throw new UsageError(`--${kebab(given)} needs --${kebab(missing)}`)
   }

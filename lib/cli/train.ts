@@ -76,8 +76,8 @@ export function addTrain(program: Command): void {
   )
   option(command, '--text-cache <dir>', 'dit: text cache that encode made, instead of a text encoder')
   option(command, '--vae <dir>', 'dit: VAE to put into the finished model folder')
-  option(command, '--validation <dir>', 'dit: latent cache of clips that are not trained on')
-  option(command, '--validate-every <n>', 'dit: steps between validations', wholeNumber)
+  option(command, '--validation <dir>', 'what is not trained on: a latent cache (dit) or clips (vae)')
+  option(command, '--validate-every <n>', 'steps between validations', wholeNumber)
   option(
     command,
     '--sample-prompts <text>',
@@ -109,7 +109,7 @@ async function run(flags: TrainFlags, command: Command): Promise<void> {
     throw new UsageError(`--${kebab(key)} is not a setting of task ${task}`)
   }
   const settings = resolveSettings(schema, command, flags.config)
-  if (settings.task === 'dit') checkTogether(settings)
+  checkTogether(settings)
   const { networkDefaults } = await import('../models/load-network.ts')
   const { CAUSAL_VAE_DEFAULTS } = await import('../models/causal-vae.ts')
   checkNetwork(
@@ -155,7 +155,9 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
   const { CausalVideoVAE, Generator, Lpips, PatchDiscriminator } = await import('../index.ts')
   const { openDataset, VaeTrainer } = await import('../train/index.ts')
   const { width, height, frames, fps } = s
-  const data = await openDataset(s.data, defined({ width, height, frames, fps }))
+  const size = defined({ width, height, frames, fps })
+  const data = await openDataset(s.data, size)
+  const validation = s.validation === undefined ? undefined : await openDataset(s.validation, size)
   const model = s.init
     ? await CausalVideoVAE.fromPretrained(s.init, { dtype: s.dtype, train: true })
     : CausalVideoVAE.create(s.network ?? {}, {
@@ -177,6 +179,7 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
     ...(trainerOptions(s) as ReturnType<typeof trainerOptions> & { out: string }),
     model,
     data,
+    ...defined({ validation, validateEvery: s.validateEvery, validationClips: s.validationClips }),
     klWeight: s.klWeight,
     pixelWeight: s.pixelWeight,
     ...(s.crops ? { crops: s.crops } : {}),

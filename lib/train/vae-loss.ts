@@ -118,6 +118,13 @@ export class VaeLoss {
     return { loss, metrics }
   }
 
+  /** The terms of (12) that judge a reconstruction by itself, and their sum; a discriminator's verdict is none of them. */
+  *validationSteps({ decoded, target, posterior }: Reconstruction): Steps<StepLoss> {
+    const { loss: nll, ...terms } = yield* this.#nllSteps(decoded, target)
+    const kl = klLoss(posterior)
+    return { loss: axpby(nll, kl, 1, this.options.klWeight ?? 1e-6), metrics: { ...terms, kl } }
+  }
+
   // (11), with the mean over frames taken term by term.
   *#nllSteps(
     decoded: Tensor,

@@ -2,7 +2,7 @@ import { join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
 import { writeSafetensors } from '../io/safetensors.ts'
 import { type CausalVideoVAE, samplePosterior } from '../models/causal-vae.ts'
-import type { Lpips } from '../models/lpips.ts'
+import { Lpips } from '../models/lpips.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { cast } from '../ops/cast.ts'
 import { concat, slice } from '../ops/copy.ts'
@@ -16,6 +16,7 @@ import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type RunSettings, runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 import { type AdversarialOptions, type LastLayer, VaeLoss } from './vae-loss.ts'
+import { checkVaeValidation, type VaeValidationLoss, vaeValidationLoss } from './vae-validation.ts'
 
 /** Random windows of a clip. Single frames teach colours and outlines at a fraction of the cost of moving ones. */
 export interface VaeCrop {
@@ -52,6 +53,10 @@ export interface VaeTrainerOptions extends RateOptions, RunSettings {
     optimizer?: AdamWOptions | undefined
   }
   optimizer?: AdamWOptions
+  /** Clips that are not trained on, whose loss `validateEvery` asks for; they may have another size. */
+  validation?: Dataset
+  /** Clips of `validation` to use; default all. */
+  validationClips?: number
 }
 
 function activeCrops(crops: readonly VaeCrop[], step: number): VaeCrop[] {
@@ -115,12 +120,16 @@ export class VaeTrainer {
       })
     }
     runSettings(options)
+    if (options.validation) checkVaeValidation(model, options.validation, options.validationClips)
     this.#options = options
     const { pixelWeight, klWeight, perceptual, adversarial } = options
     this.loss = new VaeLoss({ pixelWeight, klWeight, perceptual, adversarial })
     // At once, not when a late crop or the adversarial term begins.
     const shapes = crops.length > 0 ? crops.map((c) => [c.frames, c.size, c.size]) : [[frames, height, width]]
     for (const shape of shapes) this.loss.checkShape([options.batchSize, 3, ...shape])
+    for (const { height, width } of options.validation?.buckets ?? []) {
+      if (perceptual) Lpips.checkSize(height, width)
+    }
     if (adversarial && ![...adversarial.discriminator.parameters.values()].every((p) => p.requiresGrad)) {
       throw new PyraflowError('ERR_OPTION', {
         what: 'adversarial.discriminator',
@@ -145,6 +154,7 @@ export class VaeTrainer {
     try {
       yield* runTraining({
         ...runSettings(o),
+        ...(o.validation && { validate: () => this.validate(options.signal) }),
         out: o.out,
         steps: o.steps,
         learningRates: ratesOf(o, 'cosine'),
@@ -159,6 +169,24 @@ export class VaeTrainer {
     } finally {
       await batches.close()
     }
+  }
+
+  /**
+   * Loss of the validation clips, with the moving average of the weights. @throws ERR_OPTION without such clips; ERR_IO;
+   * ERR_ABORTED
+   */
+  async validate(signal?: AbortSignal): Promise<VaeValidationLoss> {
+    const { model, validation, validationClips: clips } = this.#options
+    if (!validation) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'validation',
+        expected: 'clips that are not trained on',
+        received: 'none',
+      })
+    }
+    return await this.optimizer.withEma(() =>
+      vaeValidationLoss(model, this.loss, validation, { clips, signal }),
+    )
   }
 
   *#forward(
