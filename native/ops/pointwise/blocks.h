@@ -65,3 +65,17 @@ static inline void Map(int64_t n, const float* a, const float* b, const float* c
   for (; i + kLanes <= n; i += kLanes) StoreF(y + i, f(LoadF(a + i), LoadF(b + i), LoadF(c + i)));
   if (i < n) StoreN(y + i, f(LoadN(a + i, n - i), LoadN(b + i, n - i), LoadN(c + i, n - i)), n - i);
 }
+
+// y[i] = f(p[i]...) straight from storage to storage, two vectors at a time; y may be one of the operands.
+template <class T, class F, class... P>
+static inline void MapStored(int64_t n, T* y, F f, const P*... p) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    StorePair(y + i, f(LoadF(p + i)...), f(LoadF(p + i + kLanes)...));
+  for (; i < n; i += kLanes) StoreN(y + i, f(LoadN(p + i, n - i)...), n - i);
+}
+// Whether a kernel may skip the buffers: what is there has one type.
+template <class... V>
+static inline bool OneType(const PfView& v, const V&... others) {
+  return ((!PfPresent(others) || others.dtype == v.dtype) && ...);
+}

@@ -23,6 +23,36 @@ void BlockNoiseRows(const BlockCovariance& covariance, int64_t n, float* top, fl
   }
 }
 
+// y = v twice + beta·noise, 2 kLanes values.
+void PutOver(const float* noise, Vf v, float beta, float* y) {
+  StorePair(y, TwiceLow(v) + beta * LoadF(noise), TwiceHigh(v) + beta * LoadF(noise + kLanes));
+}
+void PutOver(const Bf16* noise, Vf v, float beta, Bf16* y) {
+  // Both values of a 32-bit unit get the same of v.
+  Vu pairs;
+  memcpy(&pairs, noise, sizeof(pairs));
+  const Vf low = v + beta * (Vf)(pairs << 16), high = v + beta * (Vf)(pairs & 0xffff0000u);
+  const Vu both = Bf16Pairs(low, high);
+  memcpy(y, &both, sizeof(both));
+}
+
+// Noise that is given, everything of one type: nothing but memory to move.
+template <class T>
+void AddNoise(const T* x, const T* noise, float alpha, float beta, int64_t row_pairs, int64_t w, T* y) {
+  ForRowPairs(row_pairs, w, [=](int64_t pair) {
+    const T* from = x + pair * w;
+    for (int64_t row = 2 * pair; row < 2 * pair + 2; ++row) {
+      const T* n = noise + row * 2 * w;
+      T* to = y + row * 2 * w;
+      int64_t j = 0;
+      for (; j + kLanes <= w; j += kLanes) PutOver(n + 2 * j, alpha * LoadF(from + j), beta, to + 2 * j);
+      for (; j < w; ++j)
+        for (int64_t k = 2 * j; k < 2 * j + 2; ++k)
+          to[k] = FromFloat<T>(alpha * ToFloat(from[j]) + beta * ToFloat(n[k]));
+    }
+  });
+}
+
 }  // namespace
 
 int32_t pf_cpu_renoise(const PfArgs* args) {
@@ -36,6 +66,11 @@ int32_t pf_cpu_renoise(const PfArgs* args) {
   const float alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
   const int64_t w = y.dims[y.rank - 1] / 2, row_pairs = PfCount(y) / (4 * w);
   const bool has_x = PfPresent(x), has_noise = PfPresent(noise);
+  if (has_x && has_noise && OneType(y, x, noise)) {
+    PF_FLOAT_DISPATCH(y, T,
+                      { AddNoise(PfData<T>(x), PfData<T>(noise), alpha, beta, row_pairs, w, PfData<T>(y)); });
+    return PF_OK;
+  }
   constexpr int64_t kBlocks = kBlock / 2;  // 2x2 blocks handled at once: two rows of kBlock values
   const int64_t group = w < kBlocks / 2 ? kBlocks / w : 1;
   ForTasks((row_pairs + group - 1) / group, PfCount(y), [&](int64_t task) {
