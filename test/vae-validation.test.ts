@@ -1,6 +1,7 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import sharp from 'sharp'
 import { afterAll, expect, test } from 'vitest'
 import { PyraflowError } from '../lib/engine/errors.ts'
 import { klLoss } from '../lib/models/causal-vae.ts'
@@ -10,9 +11,11 @@ import { mse } from '../lib/ops/mse.ts'
 import { mean } from '../lib/ops/reduce.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
+import { drain } from '../lib/tensor/tape.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { Dataset } from '../lib/train/dataset.ts'
 import { bestCheckpoint } from '../lib/train/run.ts'
+import { reconstructionSteps } from '../lib/train/vae-samples.ts'
 import { VaeTrainer, type VaeTrainerOptions } from '../lib/train/vae-trainer.ts'
 import { fakeClips, tinyVae } from './fixtures/tiny.ts'
 
@@ -82,6 +85,32 @@ test('a run validates, keeps the best checkpoint, and trains as it would without
   expect(with2.validations[1]).toBeLessThan(with2.validations[0])
   expect((await bestCheckpoint(join(folder, 'with')))?.step).toBe(4)
   expect((await losses('without')).steps).toEqual(with2.steps)
+})
+
+test('a run shows clips beside their reconstructions, made with the moving average of the weights', async () => {
+  const { model, validation, make } = setUp('shown', { samples: { every: 4, clips: 2, shownFrames: 3 } })
+  const trainer = make()
+  let files: readonly string[] = []
+  for await (const event of trainer.run()) if (event.type === 'samples') files = event.files
+  expect(files).toHaveLength(1)
+  const { width, height } = await sharp(files[0]).metadata()
+  // Two columns of three frames, two rows under labels.
+  const frame = validation.options.width
+  expect(width).toBeGreaterThanOrEqual(2 * 3 * frame)
+  expect(height).toBeGreaterThanOrEqual(2 * frame)
+  const bytes = await validation.load(0)
+  const made = scope(() => keep(drain(reconstructionSteps(model, bytes, validation.options))))
+  expect(made.shape).toEqual([1, 9, frame, frame, 3])
+  made.dispose()
+  await expect(
+    setUp('none', { samples: { clips: 0 } })
+      .make()
+      .sample(1, folder),
+  ).rejects.toMatchObject({
+    code: 'ERR_OPTION',
+  })
+  trainer.dispose()
+  model.dispose()
 })
 
 test('clips that cannot be used are refused, or left out where the data set may', async () => {

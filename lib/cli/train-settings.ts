@@ -64,6 +64,8 @@ const shared = {
   validation: z.string().optional(),
   validateEvery: positive.optional(),
   validationClips: positive.optional(),
+  /** Steps between grids of videos (dit) or of clips beside their reconstructions (vae). */
+  sampleEvery: positive.optional(),
 }
 
 /** Settings of `train` for the velocity network. */
@@ -101,7 +103,6 @@ export const ditSettings = z.strictObject({
   rehearse: z.boolean().default(false),
   /** Videos to look at while training; they need `vae`. */
   samplePrompts: z.array(z.string()).min(1).optional(),
-  sampleEvery: positive.optional(),
   /** How they are made: the options of `samples` besides prompts, interval and VAE. */
   sampleOptions: z
     .strictObject({
@@ -127,6 +128,8 @@ export const ditSettings = z.strictObject({
 export const vaeSettings = z.strictObject({
   task: z.literal('vae'),
   ...shared,
+  /** Clips shown in every grid. */
+  sampleClips: positive.optional(),
   width: positive,
   height: positive,
   frames: positive,

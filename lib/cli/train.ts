@@ -84,7 +84,12 @@ export function addTrain(program: Command): void {
     'dit: prompt of a video to show while training (may be repeated)',
     (text: string, before: string[] | undefined) => [...(before ?? []), text],
   )
-  option(command, '--sample-every <n>', 'dit: steps between such videos', wholeNumber)
+  option(
+    command,
+    '--sample-every <n>',
+    'steps between such videos, or (vae) between grids of reconstructed clips',
+    wholeNumber,
+  )
   addObjectiveFlags(command)
   addFineTuneFlags(command)
   option(command, '--width <px>', 'vae: clips are scaled to cover this width and cropped', wholeNumber)
@@ -180,6 +185,7 @@ async function trainVae(s: VaeSettings, flags: TrainFlags, signal: AbortSignal):
     model,
     data,
     ...defined({ validation, validateEvery: s.validateEvery, validationClips: s.validationClips }),
+    samples: defined({ every: s.sampleEvery, clips: s.sampleClips }),
     klWeight: s.klWeight,
     pixelWeight: s.pixelWeight,
     ...(s.crops ? { crops: s.crops } : {}),

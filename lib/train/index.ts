@@ -57,5 +57,7 @@ export {
 } from './text-cache.ts'
 export { type ObjectiveOptions, type RehearsedBranch, Trainer, type TrainerOptions } from './trainer.ts'
 export { type AdversarialOptions, VaeLoss, type VaeLossOptions } from './vae-loss.ts'
+export type { ReconstructionOptions } from './vae-samples.ts'
 export { VaeTrainer, type VaeTrainerOptions } from './vae-trainer.ts'
+export type { VaeValidationLoss } from './vae-validation.ts'
 export type { ValidationLoss } from './validation.ts'

@@ -14,8 +14,10 @@ import { Tensor } from '../tensor/tensor.ts'
 import type { ClipBatch, Dataset } from './dataset.ts'
 import { AdamW, type AdamWOptions } from './optimizer.ts'
 import { type RunSettings, runSettings, runTraining, type StepLoss, type TrainEvent } from './run.ts'
+import { gridPath } from './samples.ts'
 import { type RateOptions, ratesOf } from './schedule.ts'
 import { type AdversarialOptions, type LastLayer, VaeLoss } from './vae-loss.ts'
+import { type ReconstructionOptions, reconstructionGrid } from './vae-samples.ts'
 import { checkVaeValidation, type VaeValidationLoss, vaeValidationLoss } from './vae-validation.ts'
 
 /** Random windows of a clip. Single frames teach colours and outlines at a fraction of the cost of moving ones. */
@@ -57,6 +59,8 @@ export interface VaeTrainerOptions extends RateOptions, RunSettings {
   validation?: Dataset
   /** Clips of `validation` to use; default all. */
   validationClips?: number
+  /** Clips shown beside their reconstructions, every so many steps. */
+  samples?: ReconstructionOptions
 }
 
 function activeCrops(crops: readonly VaeCrop[], step: number): VaeCrop[] {
@@ -154,7 +158,12 @@ export class VaeTrainer {
     try {
       yield* runTraining({
         ...runSettings(o),
-        ...(o.validation && { validate: () => this.validate(options.signal) }),
+        ...(o.validation &&
+          o.validateEvery !== undefined && { validate: () => this.validate(options.signal) }),
+        ...(o.samples?.every !== undefined && {
+          sampleEvery: o.samples.every,
+          sample: (step: number, dir: string) => this.sample(step, dir, options.signal),
+        }),
         out: o.out,
         steps: o.steps,
         learningRates: ratesOf(o, 'cosine'),
@@ -187,6 +196,18 @@ export class VaeTrainer {
     return await this.optimizer.withEma(() =>
       vaeValidationLoss(model, this.loss, validation, { clips, signal }),
     )
+  }
+
+  /**
+   * Writes clips and what the moving average of the weights makes of them as a contact sheet into `dir`, and names it.
+   * @throws ERR_IO; ERR_OPTION for a number of clips that is none; ERR_ABORTED
+   */
+  async sample(step: number, dir: string, signal?: AbortSignal): Promise<string[]> {
+    const { model, validation, data, samples } = this.#options
+    const path = await gridPath(dir, step)
+    const how = { ...samples, signal }
+    await this.optimizer.withEma(() => reconstructionGrid(model, validation ?? data, how, path))
+    return [path]
   }
 
   *#forward(
