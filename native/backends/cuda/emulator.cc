@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "backends/cuda/emulator_hopper.h"
+
 namespace emulator {
 
 Place place;
@@ -102,6 +104,8 @@ std::map<int, Barrier> barriers;
 Context scheduler;
 int current = 0, threads = 0, alive = 0, or_value[2];
 uint64_t changes = 0;
+size_t shared = 0;
+bool stopped = false;
 const std::function<void()>* body = nullptr;
 alignas(1024) unsigned char dynamic[kMostShared];
 char error[256];
@@ -122,6 +126,7 @@ int CountBits(uint32_t mask) { return __builtin_popcount(mask); }
 bool RunBlock(bool reverse) {
   warps.assign((threads + 31) / 32, Warp{});
   barriers.clear();
+  AsyncReset(threads);
   alive = threads;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
@@ -139,12 +144,17 @@ bool RunBlock(bool reverse) {
       if (!fibers[current].alive) continue;
       place.thread = fibers[current].thread;
       Switch(&scheduler, &fibers[current].context);
+      if (stopped) return false;
     }
     if (changes == before) {
       snprintf(error, sizeof(error), "kernel is stuck: %d of %d threads of block (%u, %u, %u) wait for ever",
                alive, threads, place.block.x, place.block.y, place.block.z);
       return false;
     }
+  }
+  if (const char* left = AsyncLeft()) {
+    snprintf(error, sizeof(error), "%s", left);
+    return false;
   }
   return true;
 }
@@ -153,7 +163,16 @@ bool RunBlock(bool reverse) {
 
 int Linear() { return current; }
 void* Dynamic() { return dynamic; }
+size_t SharedBytes() { return shared; }
 const char* Error() { return error; }
+void Progress() { ++changes; }
+
+void Stop(const char* reason) {
+  snprintf(error, sizeof(error), "kernel stopped in block (%u, %u, %u): %s", place.block.x, place.block.y,
+           place.block.z, reason);
+  stopped = true;
+  for (;;) Wait();
+}
 
 void Wait() {
   const int me = current;
@@ -170,6 +189,14 @@ void BlockBarrier(int id, int count) {
     return;
   }
   while (barrier.round == round) Wait();
+}
+
+void BlockArrive(int id, int count) {
+  Barrier& barrier = barriers[id];
+  ++changes;
+  if (++barrier.arrived < count) return;
+  barrier.arrived = 0;
+  ++barrier.round;
 }
 
 int BlockOr(int value) {
@@ -233,6 +260,8 @@ bool Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   static const char* const order = getenv("PYRAFLOW_EMULATOR_ORDER");
   const bool reverse = order && !strcmp(order, "reverse");
   body = &kernel;
+  shared = shared_bytes;
+  stopped = false;
   place.block_dim = block;
   place.grid_dim = grid;
   for (unsigned z = 0; z < grid.z; ++z)

@@ -45,8 +45,13 @@ extern Place place;  // of the fiber that runs
 int Linear();                          // index of the thread in its block
 void Wait();                           // lets the other threads run; the caller looks again
 void BlockBarrier(int id, int count);  // count 0: all threads of the block
+void BlockArrive(int id, int count);   // counts, and does not wait
 int BlockOr(int value);                // __syncthreads_or
 void* Dynamic();                       // dynamic shared memory of this block
+size_t SharedBytes();                  // of it
+void Progress();                       // something happened that a waiting thread may wait for
+// Gives up: the launch fails with this reason.
+[[noreturn]] void Stop(const char* reason);
 
 // All threads of a warp that are in the mask give `bytes` (at most 64) and receive those of every lane.
 struct WarpValues {
@@ -85,6 +90,10 @@ static inline int __syncthreads_or(int value) { return emulator::BlockOr(value);
 static inline void __syncwarp(uint32_t mask = 0xffffffffu) {
   const char nothing = 0;
   emulator::WarpExchange(mask, &nothing, 1);
+}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int from, int = 32) {
+  return emulator::Shuffle(mask, value, from);
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int = 32) {
