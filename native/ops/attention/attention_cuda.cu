@@ -1,5 +1,6 @@
 #include <initializer_list>
 
+#include "ops/attention/attention_hopper.cuh"
 #include "ops/attention/attention_mma_backward.cuh"
 #include "ops/attention/attention_simt.cuh"
 
@@ -37,8 +38,11 @@ int32_t pf_cuda_attention(const PfArgs* a) {
   Mask mask;
   PF_TRY(MakeMask(a, s, &mask));
   const RowTurn* turn = turned ? turns : nullptr;
-  return AllBf16(a, {0, 1, 2}) && s.d <= kMostForwardMma ? ForwardMma(a, s, turn, mask)
-                                                         : ForwardSimt(a, s, turn, mask);
+  if (!AllBf16(a, {0, 1, 2}) || s.d > kMostForwardMma) return ForwardSimt(a, s, turn, mask);
+  ForwardCall call{};
+  PF_TRY(MakeForwardCall(a, s, turn, mask, &call));
+  int32_t status;
+  return TryForwardHopper(a, s, call, &status) ? status : ForwardMma(a, s, call);
 }
 
 int32_t pf_cuda_attention_backward(const PfArgs* a) {

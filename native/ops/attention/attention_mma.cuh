@@ -191,6 +191,37 @@ __device__ __forceinline__ void StoreRows(const float (&acc)[kM][kN][4], unsigne
   }
 }
 
+// Turns the logits of a warp's 16 rows into weights exp(unit' s - top), unit' in powers of two, and takes
+// them into the rows' greatest logits and sums; what was summed before shrinks by `shrink`. Whether any did.
+template <int kN>
+__device__ __forceinline__ bool Weigh(float (&s)[kN][4], float unit, float (&top)[2], float (&sum)[2],
+                                      float (&shrink)[2]) {
+  bool grows = false;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float most = top[h];
+#pragma unroll
+    for (int n = 0; n < kN; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+    const float zero = most == -INFINITY ? 0 : most * unit;
+    shrink[h] = Exp2(top[h] * unit - zero);
+    grows |= most > top[h];
+    top[h] = most;
+    float add = 0;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& p = s[n][2 * h + c];
+        p = Exp2(fmaf(p, unit, -zero));
+        add += p;
+      }
+    sum[h] = sum[h] * shrink[h] + add;
+  }
+  return grows;
+}
+
 // A warp has 16 kM queries and one of kSplit parts of the output's columns: warps that differ in the part
 // compute the same logits, which costs less than rows of 512 sums per thread would.
 template <int D, int M, int Keys, int Split>
@@ -303,29 +334,7 @@ __global__ void __launch_bounds__(Plan::kThreads) ForwardMmaKernel(ForwardCall c
       bool grows = false;
       float shrink[kM][2];
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float most = top[m][h];
-#pragma unroll
-          for (int n = 0; n < kN; ++n) most = fmaxf(most, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-          most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-          most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-          const float zero = most == -INFINITY ? 0 : most * call.unit;
-          shrink[m][h] = Exp2(top[m][h] * call.unit - zero);
-          grows |= most > top[m][h];
-          top[m][h] = most;
-          float add = 0;
-#pragma unroll
-          for (int n = 0; n < kN; ++n)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              float& p = s[m][n][2 * h + c];
-              p = Exp2(fmaf(p, call.unit, -zero));
-              add += p;
-            }
-          sum[m][h] = sum[m][h] * shrink[m][h] + add;
-        }
+      for (int m = 0; m < kM; ++m) grows |= Weigh(s[m], call.unit, top[m], sum[m], shrink[m]);
       if (__any_sync(0xffffffffu, grows))
 #pragma unroll
         for (int m = 0; m < kM; ++m)
@@ -370,21 +379,25 @@ int32_t LaunchForwardMma(const PfArgs* a, const AttentionShape& s, ForwardCall c
 
 constexpr int kMostForwardMma = 512;
 
-inline int32_t ForwardMma(const PfArgs* a, const AttentionShape& s, const RowTurn* turns, const Mask& mask) {
-  ForwardCall call{};
-  PF_TRY(MakeRows(a, a->in[0], turns, &call.q));
-  PF_TRY(MakeRows(a, a->in[1], turns ? turns + 1 : nullptr, &call.k));
-  PF_TRY(MakeRows(a, a->in[2], nullptr, &call.v));
+inline int32_t MakeForwardCall(const PfArgs* a, const AttentionShape& s, const RowTurn* turns,
+                               const Mask& mask, ForwardCall* call) {
+  PF_TRY(MakeRows(a, a->in[0], turns, &call->q));
+  PF_TRY(MakeRows(a, a->in[1], turns ? turns + 1 : nullptr, &call->k));
+  PF_TRY(MakeRows(a, a->in[2], nullptr, &call->v));
   const float scale = static_cast<float>(PfParams<AttentionParams>(a).scale);
-  call.mask = mask;
-  call.heads = static_cast<int>(s.heads);
-  call.lq = static_cast<int>(s.lq);
-  call.lk = static_cast<int>(s.lk);
-  call.chunks = static_cast<int>(CeilDiv(s.d, 8));
-  call.unit = fmaxf(fabsf(scale) * kLog2E, 1e-30f);  // hidden logits stay -inf at scale 0
-  call.negate = scale < 0;
-  call.o = MakeOutRows(a->out[0]);
-  call.lse = PfData<float>(a->out[1]);
+  call->mask = mask;
+  call->heads = static_cast<int>(s.heads);
+  call->lq = static_cast<int>(s.lq);
+  call->lk = static_cast<int>(s.lk);
+  call->chunks = static_cast<int>(CeilDiv(s.d, 8));
+  call->unit = fmaxf(fabsf(scale) * kLog2E, 1e-30f);  // hidden logits stay -inf at scale 0
+  call->negate = scale < 0;
+  call->o = MakeOutRows(a->out[0]);
+  call->lse = PfData<float>(a->out[1]);
+  return PF_OK;
+}
+
+inline int32_t ForwardMma(const PfArgs* a, const AttentionShape& s, const ForwardCall& call) {
   if (s.d <= 64) return LaunchForwardMma<ForwardPlan<64, 2, 64, 1>>(a, s, call);
   if (s.d <= 128) return LaunchForwardMma<ForwardPlan<128, 2, 32, 1>>(a, s, call);
   return LaunchForwardMma<ForwardPlan<512, 1, 32, 2>>(a, s, call);

@@ -50,6 +50,26 @@ __device__ __forceinline__ bool Seen(int32_t row_segment, int32_t row_order, int
          (kRowsAreQueries ? row_order >= column_order : column_order >= row_order);
 }
 
+// The same of kTile columns, a part of a tile of bounds or several of them.
+template <bool kRowsAreQueries, int kTile>
+__device__ __forceinline__ Visibility SeeColumns(const MaskBounds& rows, const MaskBounds* bounds, int tiles,
+                                                 int tile) {
+  if constexpr (kTile <= kBoundsTile) {
+    return SeeTile<kRowsAreQueries>(rows, bounds[tile * kTile / kBoundsTile]);
+  } else {
+    constexpr int kParts = kTile / kBoundsTile;
+    bool any = false, all = true;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (tile * kParts + i >= tiles) break;
+      const Visibility see = SeeTile<kRowsAreQueries>(rows, bounds[tile * kParts + i]);
+      any |= see != kNothing;
+      all &= see == kAll;
+    }
+    return all ? kAll : any ? kSome : kNothing;
+  }
+}
+
 // The tiles of kTile columns that any of a block's rows meets, in ascending order; a warp looks at 32 at a
 // time, and all warps of the block find the same.
 template <bool kRowsAreQueries, int kRows, int kTile>
@@ -57,7 +77,7 @@ class TileWalk {
  public:
   // The rows begin at `first`, a multiple of kRows.
   static __device__ TileWalk Over(const Mask& mask, int first, int columns) {
-    static_assert(kRows % kBoundsTile == 0 && kBoundsTile % kTile == 0);
+    static_assert(kRows % kBoundsTile == 0 && (kBoundsTile % kTile == 0 || kTile % kBoundsTile == 0));
     TileWalk walk;
     walk.bounds_ = mask.bounds;
     walk.count_ = (columns + kTile - 1) / kTile;
@@ -79,7 +99,7 @@ class TileWalk {
       for (int i = 1; i < kRows / kBoundsTile; ++i)
         if (first_ + i < tiles_) own = Union(own, bounds_[first_ + i]);
       const bool met =
-          tile < count_ && SeeTile<kRowsAreQueries>(own, bounds_[tile * kTile / kBoundsTile]) != kNothing;
+          tile < count_ && SeeColumns<kRowsAreQueries, kTile>(own, bounds_, tiles_, tile) != kNothing;
       found_ = __ballot_sync(0xffffffffu, met);
     }
     const int next = __ffs(found_) - 1;
