@@ -130,6 +130,72 @@ PF_CASES(attention) {
         .Tolerance(6e-6, 1.2e-2)
         .Run();
   }
+  // Heads of 64 and 128 over several tiles of 64 and 128 keys: buffers are used again, lengths fit nothing.
+  const int64_t blocks_of_64[] = {0, 1, 0, 0, 1, 1, 0, 1, 2, 2, 1, 1};
+  const Mask long_masks[] = {
+      {[&](int64_t i) { return blocks_of_64[i / 64 % 12]; },
+       [](int64_t i) { return i % 3; }},  // half of the rows see a tile, the other half does not
+      {[](int64_t i) { return i % 301 < 280 ? i / 301 : -1 - i / 301; },
+       [](int64_t i) { return i % 301 / 24; }},                          // causal clips, each with padding
+      {[](int64_t) { return 5; }, [](int64_t i) { return -(i / 50); }},  // everybody sees what comes later
+      {[](int64_t i) { return i / 129; }, [](int64_t) { return 0; }},    // sequences one longer than a tile
+  };
+  for (int64_t d : {64, 128}) {
+    for (const Mask& mask : long_masks) {
+      const int64_t b = &mask == &long_masks[1] ? 2 : 1, l = d == 64 ? 717 : 600, h = b == 2 ? 3 : 1;
+      const Dims x = {b, l, h, d};
+      test.Case("attention")
+          .In(x)
+          .In(x)
+          .In(x)
+          .InInt({b, l}, mask.segment)
+          .InInt({b, l}, mask.order)
+          .Out(x)
+          .OutF32({b, h, l})
+          .Scalars({0.125})
+          .Tolerance(2e-6, 4e-3)
+          .Run();
+    }
+    const int64_t lengths[][2] = {{300, 70}, {70, 645}, {129, 384}, {1, 1}, {64, 256}};
+    for (const auto& [lq, lk] : lengths) {
+      const Dims q = {2, lq, 3, d}, k = {2, lk, 3, d};
+      test.Case("attention")
+          .In(q)
+          .In(k)
+          .In(k)
+          .Missing()
+          .Missing()
+          .Out(q)
+          .OutF32({2, 3, lq})
+          .Scalars({0.1})
+          .Tolerance(2e-6, 4e-3)
+          .Run();
+    }
+    // Results in f32, no lse, scale 0; and many heads of few tokens.
+    const Dims few = {2, 150, 2, d}, many = {1, 9, 24, d};
+    test.Case("attention")
+        .In(few)
+        .In(few)
+        .In(few)
+        .Missing()
+        .Missing()
+        .OutF32(few)
+        .OutMissing()
+        .Scalars({0})
+        .Tolerance(2e-6, 4e-3)
+        .Run();
+    test.Case("attention")
+        .In(many, 4)
+        .In(many, 4)
+        .In(many)
+        .InInt({1, 9}, masks[1].segment)
+        .InInt({1, 9}, [](int64_t i) { return i / 4; })
+        .Out(many)
+        .OutF32({1, 24, 9})
+        .Scalars({-0.1})
+        .Tolerance(2e-6, 4e-3)
+        .Run();
+  }
   // Norms and rotation of queries and keys on the way in: alone, together, and with weights of two kinds.
   for (int64_t l : {1, 50, 131})
     for (int64_t d : {8, 64, 80})
