@@ -104,11 +104,6 @@ __device__ __forceinline__ void BringTiles(const HopperCall& call, const HopperS
       MBarrierArriveExpecting(shared.KeysFull(at.stage), Plan::kKeyBytes);
       copy(shared.Keys(at.stage), call.k, kKeys, tile * kKeys, shared.KeysFull(at.stage));
     }
-    MBarrierWait(shared.ValuesFree(at.stage), at.parity ^ 1);
-    if (lane == 0) {
-      MBarrierArriveExpecting(shared.ValuesFull(at.stage), Plan::kKeyBytes);
-      copy(shared.Values(at.stage), call.v, kKeys, tile * kKeys, shared.ValuesFull(at.stage));
-    }
     if (mask.segment) {
       int32_t* const words = shared.Words(at.stage);
 #pragma unroll
@@ -119,6 +114,11 @@ __device__ __forceinline__ void BringTiles(const HopperCall& call, const HopperS
       }
     }
     MBarrierArrive(shared.KeysFull(at.stage));
+    MBarrierWait(shared.ValuesFree(at.stage), at.parity ^ 1);
+    if (lane == 0) {
+      MBarrierArriveExpecting(shared.ValuesFull(at.stage), Plan::kKeyBytes);
+      copy(shared.Values(at.stage), call.v, kKeys, tile * kKeys, shared.ValuesFull(at.stage));
+    }
   }
 }
 
