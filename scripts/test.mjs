@@ -13,14 +13,19 @@ const add = (passed, failed, skipped) => {
   counts.skipped += skipped
 }
 
-// The CPU levels, and beside them the CUDA kernels, whose emulator has one thread.
+// The CPU levels, and beside them the CUDA kernels, whose emulator has one thread; attention also as on Hopper.
 async function nativeCases() {
-  await Promise.all(['cpu', 'cuda'].map(nativeCasesOf))
+  await Promise.all([
+    nativeCasesOf('cpu'),
+    nativeCasesOf('cuda'),
+    nativeCasesOf('cuda_emulated', ['--filter', 'attention'], { PYRAFLOW_HOPPER: 'on' }),
+  ])
 }
 
-async function nativeCasesOf(level) {
-  const child = spawn(join(root, 'out/native/pf_op_test'), ['--level', level], {
+async function nativeCasesOf(level, filter = [], settings = {}) {
+  const child = spawn(join(root, 'out/native/pf_op_test'), ['--level', level, ...filter], {
     stdio: ['ignore', 'pipe', 2],
+    env: { ...process.env, ...settings },
   })
   let output = ''
   child.stdout.setEncoding('utf8').on('data', (text) => {
@@ -31,7 +36,8 @@ async function nativeCasesOf(level) {
   const [passed, failed] = last ? last.slice(1).map(Number) : [0, 0]
   // One line for each instruction level or device that this machine lacks.
   const skipped = output.match(/^skipped .*$/gm) ?? []
-  const say = (text) => console.error(`native op cases, ${level}: ${text}`)
+  const name = [level, ...filter.slice(1), ...Object.keys(settings)].join(' ')
+  const say = (text) => console.error(`native op cases, ${name}: ${text}`)
   for (const line of skipped) say(line)
   // A runner that died before its last line, or that failed without a failed case, is itself one failure.
   const died = status !== 0 && failed === 0 ? 1 : 0
