@@ -1,6 +1,7 @@
 // Reads what ptxas said of every kernel of the last CUDA build: registers, shared memory, spills.
 //   node scripts/cuda-report.mjs [--json FILE]
-// Exits with 1 when an attention kernel spills more than a few registers: those loops have no time for local memory.
+// Exits with 1 when an attention kernel spills more than a few registers: those loops have no time for local memory; and
+// when ptxas makes a kernel's asynchronous products wait for one another.
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { nativeTree } from './build-native.mjs'
@@ -27,6 +28,9 @@ export function kernelsIn(text, file) {
   return kernels
 }
 
+/** Whether ptxas found registers of wgmma products in use while the products were under way. */
+export const serialized = (text) => /wgmma\.mma_async instructions are serialized/.test(text)
+
 function demangled(kernels) {
   const { status, stdout } = run('c++filt', ['-p', ...kernels.map(({ kernel }) => kernel)])
   const names = status === 0 ? stdout.trim().split('\n') : []
@@ -40,11 +44,13 @@ await main(() => {
   const folder = join(nativeTree, 'cuda')
   if (!existsSync(folder))
     throw new Remedy('There is no CUDA build; run: node scripts/build-native.mjs --cuda')
-  const kernels = demangled(
-    readdirSync(folder)
-      .filter((name) => name.endsWith('.o.txt'))
-      .flatMap((name) => kernelsIn(readFileSync(join(folder, name), 'utf8'), name.replace('.o.txt', ''))),
-  )
+  const reports = readdirSync(folder)
+    .filter((name) => name.endsWith('.o.txt'))
+    .map((name) => ({
+      file: name.replace('.o.txt', ''),
+      text: readFileSync(join(folder, name), 'utf8'),
+    }))
+  const kernels = demangled(reports.flatMap(({ file, text }) => kernelsIn(text, file)))
   const at = process.argv.indexOf('--json')
   if (at > 0) writeFileSync(process.argv[at + 1], `${JSON.stringify(kernels, null, 1)}\n`)
   const spilling = kernels.filter(({ spill }) => spill > 0)
@@ -54,6 +60,11 @@ await main(() => {
   console.error(
     `cuda: ${kernels.length} kernels, at most ${most.registers} registers (${most.kernel}), ${spilling.length} with spills`,
   )
+  const waiting = reports.filter(({ text }) => serialized(text)).map(({ file }) => file)
+  if (waiting.length > 0)
+    throw new Remedy(
+      `ptxas serializes the products of ${waiting.join(', ')}: touch no register of theirs before the wait.`,
+    )
   if (spilling.some(({ file, spill }) => file.startsWith('attention') && spill > MOST_SPILLED))
     throw new Remedy('An attention kernel spills too many registers: use smaller tiles or fewer live values.')
 })

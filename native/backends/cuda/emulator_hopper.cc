@@ -82,6 +82,8 @@ bool Same(const Product& x, const Product& y) {
          x.accumulate == y.accumulate;
 }
 
+// A thread's part of a product. The first thread to come checks that the operands in shared memory are still
+// those of the start: what changed them might as well have come before the hardware read them.
 void Compute(Group& group, const Mine& mine) {
   Issued& issued = group.products[mine.number - group.first];
   const Product& product = issued.product;
@@ -97,7 +99,7 @@ void Compute(Group& group, const Mine& mine) {
   if (product.a_shared) {
     for (int i = 0; i < 32; ++i)
       a[i / 16][i % 16] = issued.a_values[(16 * warp + g + i / 16 * 8) * 16 + i % 16];
-  } else {
+  } else {  // the four lanes of a row have four of its 16 elements each
     const WarpValues& all = WarpExchange(0xffffffffu, mine.a, 16);
     for (int i = 0; i < 32; ++i) {
       const int half = i / 16, k = i % 16;
@@ -174,6 +176,7 @@ void MBarrierArrive(void* at, uint32_t expected_bytes) {
   if (--barrier.missing == 0 && barrier.bytes == 0) NextPhase(barrier);
 }
 
+// The phase's copies are made by the first thread that looks once all arrivals have come.
 bool MBarrierTest(void* at, uint32_t parity) {
   MBarrier& barrier = At(at);
   if ((barrier.phase & 1) != parity) return true;
@@ -192,7 +195,7 @@ void CopyBoxLater(void* to, const TensorMap& map, const BoxAt& at, void* barrier
   if (map.box[0] != 64 || map.box[1] != 1 || map.box[3] != 1) Stop("a box that is no panel of 128 bytes");
   if (SharedOffset(to) % 1024 || SharedOffset(to) + bytes > SharedBytes())
     Stop("a box that is unaligned or reaches beyond shared memory");
-  memset(to, 0xff, bytes);
+  memset(to, 0xff, bytes);  // from now on the bytes may come at any time: nobody may need the old ones
   At(barrier).copies.emplace_back(bytes, [=] { CopyBox(static_cast<unsigned char*>(to), map, at); });
 }
 

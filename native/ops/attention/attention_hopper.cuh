@@ -81,7 +81,8 @@ struct RingPlace {
   }
 };
 
-// By one warp.
+// By one warp. Every copy is awaited by the groups, those of skipped tiles, too: none may be under way when
+// the block ends and its shared memory goes to the next one.
 template <class Plan>
 __device__ __forceinline__ void BringTiles(const HopperCall& call, const HopperShared<Plan>& shared,
                                            const Mask& mask, int first, int head, int batch) {
@@ -104,6 +105,8 @@ __device__ __forceinline__ void BringTiles(const HopperCall& call, const HopperS
       MBarrierArriveExpecting(shared.KeysFull(at.stage), Plan::kKeyBytes);
       copy(shared.Keys(at.stage), call.k, kKeys, tile * kKeys, shared.KeysFull(at.stage));
     }
+    // Mask values come by plain loads: a batch's first lies at no multiple of 16 bytes. Keys do not count as
+    // there before their mask values are.
     if (mask.segment) {
       int32_t* const words = shared.Words(at.stage);
 #pragma unroll
@@ -144,6 +147,8 @@ class HopperGroup {
     // The first group begins; each passes the turn on once a tile, the last time to nobody.
     if (group_ == 1 && tile_ < walk_.count()) NamedBarrierArrive(1, 256);
     MBarrierWait(shared_.QueriesFull(), 0);
+    // Runs of tiles that this group sees. A run ends with the sums of its last tile: they cannot wait for the
+    // next run, since they hold a stage that the tiles between need.
     while (tile_ < walk_.count()) {
       see_ = Look();
       if (see_ == kNothing) {
@@ -209,7 +214,7 @@ class HopperGroup {
     tile_ = next;
   }
 
-  // Starts s = q k^T with the tile at hand.
+  // Starts s = q k^T with the tile at hand: 16 elements of a row are 32 bytes of a panel, 64 a whole one.
   __device__ __forceinline__ void StartLogits() {
     const uint64_t keys = MatrixDescriptor(SharedAddress(shared_.Keys(at_.stage)), 16, 1024);
 #pragma unroll
@@ -218,7 +223,7 @@ class HopperGroup {
                   keys + DescriptorStep(k / 4 * kKeys * 128 + k % 4 * 32), k > 0);
     WgmmaCommit();
   }
-  // Starts o += p v with the tile before it.
+  // Starts o += p v with the tile before it: rows are those of the sum, 16 of them are two groups of eight.
   __device__ __forceinline__ void StartSums() {
     const uint64_t values = MatrixDescriptor(SharedAddress(shared_.Values(held_.stage)), kKeys * 128, 1024);
 #pragma unroll
@@ -233,7 +238,9 @@ class HopperGroup {
     StartSums();
   }
 
-  // The weights of a tile, while those of the tile before it are summed (kHeld) or without one.
+  // The weights of a tile, while those of the tile before it are summed (kHeld) or without one. Nothing but
+  // waiting comes between the start of products and the wait for them: the compiler makes them one after the
+  // other where it sees their registers touched.
   template <bool kHeld>
   __device__ __forceinline__ void Step() {
     const int next = walk_.Next();
@@ -261,7 +268,7 @@ class HopperGroup {
       const int32_t* const words = shared_.Words(at_.stage);
       own.Hide(s_, -INFINITY, words, words + kKeys, call_.lk - tile_ * kKeys);
     }
-    Free(shared_.KeysFree(at_.stage));
+    Free(shared_.KeysFree(at_.stage));  // the words of its mask, too, were read
     float shrink[2];
     const bool grows = Weigh(s_[0], call_.unit, top_, sum_, shrink);
     if constexpr (kHeld) {
