@@ -23,16 +23,16 @@ const { values: args } = parseArgs({
   options: {
     out: { type: 'string', default: 'runs/shapes' },
     model: { type: 'string', default: 'examples/shapes/model' },
-    clips: { type: 'string', default: '1600' },
+    clips: { type: 'string', default: '2400' },
     /** How many times as often as another shape a cross is drawn. */
-    crosses: { type: 'string', default: '1' },
-    'vae-steps': { type: 'string', default: '3000' },
-    steps: { type: 'string', default: '12000' },
+    crosses: { type: 'string', default: '3' },
+    'vae-steps': { type: 'string', default: '2500' },
+    steps: { type: 'string', default: '22000' },
     batch: { type: 'string', default: '40' },
     dtype: { type: 'string', default: 'bf16' },
     /** Begin the transformer with the weights of this model folder. */
     from: { type: 'string' },
-    'image-ratio': { type: 'string', default: '0.5' },
+    'image-ratio': { type: 'string', default: '0.7' },
     'learning-rate': { type: 'string', default: '1e-3' },
     only: { type: 'string', default: 'clips,vae,encode,text,dit,export' },
     seed: { type: 'string', default: '1' },
