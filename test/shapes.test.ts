@@ -242,6 +242,7 @@ describe('the text encoders of the toy model', () => {
     const tokenizers = PromptTokenizers.fromPretrained('examples/shapes/model')
     const { t5, clip } = tokenizers.encode(['zebra', 'orange'], () => undefined)
     expect(t5.mask.map((row) => row.filter(Boolean).length)).toEqual([7, 2])
-    expect(clip[0].map((row) => row.indexOf(row.at(-1) as number))).toEqual([6, 2])
+    // Two letters that a known word begins with are one token of CLIP's: z e br a.
+    expect(clip[0].map((row) => row.indexOf(row.at(-1) as number))).toEqual([5, 2])
   })
 })
