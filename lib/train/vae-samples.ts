@@ -1,13 +1,13 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { type ContactClip, contactSheet } from '../io/contact-sheet.ts'
 import type { CausalVideoVAE } from '../models/causal-vae.ts'
-import { cast } from '../ops/cast.ts'
-import { framesDecode, framesEncode } from '../ops/frames.ts'
+import { framesEncode } from '../ops/frames.ts'
 import { sliced } from '../tensor/sliced.ts'
 import type { Steps } from '../tensor/tape.ts'
-import { Tensor } from '../tensor/tensor.ts'
+import type { Tensor } from '../tensor/tensor.ts'
 import type { Bucket } from './buckets.ts'
 import type { Dataset } from './dataset.ts'
+import { throughSteps } from './vae-validation.ts'
 
 /** Clips to look at while a VAE is trained, each beside what the VAE makes of it. */
 export interface ReconstructionOptions {
@@ -19,18 +19,14 @@ export interface ReconstructionOptions {
   shownFrames?: number
 }
 
-/** A clip through the VAE and back, decoded from the mean of its posterior: u8 [1, T, H, W, 3]. */
+/** A clip through the VAE and back: u8 [1, T, H, W, 3]. */
 export function* reconstructionSteps(
   model: CausalVideoVAE,
   frames: Uint8Array,
-  { width, height }: Bucket,
+  bucket: Bucket,
 ): Steps<Tensor> {
-  const count = frames.length / (3 * width * height)
-  const target = framesDecode(Tensor.from(frames, [1, count, height, width, 3]))
-  yield
-  const { mean } = model.encode(cast(target, model.dtype))
-  yield
-  return framesEncode(model.decode(mean))
+  const { decoded } = yield* throughSteps(model, frames, bucket)
+  return framesEncode(decoded)
 }
 
 /**

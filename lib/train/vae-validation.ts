@@ -8,7 +8,7 @@ import { Tensor } from '../tensor/tensor.ts'
 import type { Bucket } from './buckets.ts'
 import type { Dataset } from './dataset.ts'
 import type { StepLoss } from './run.ts'
-import type { VaeLoss } from './vae-loss.ts'
+import type { Reconstruction, VaeLoss } from './vae-loss.ts'
 
 /** Means over held-out clips: `loss` as training weighs its terms, without the adversarial one, and the terms. */
 export type VaeValidationLoss = { loss: number } & Record<string, number>
@@ -72,18 +72,22 @@ export async function vaeValidationLoss(
   ) as VaeValidationLoss
 }
 
-function* judge(
+function* judge(model: CausalVideoVAE, loss: VaeLoss, frames: Uint8Array, bucket: Bucket): Steps<StepLoss> {
+  const made = yield* throughSteps(model, frames, bucket)
+  yield
+  return yield* loss.validationSteps(made)
+}
+
+/** A whole clip, u8 RGB [T, H, W, 3], through the VAE and back, decoded from the mean of its posterior. */
+export function* throughSteps(
   model: CausalVideoVAE,
-  loss: VaeLoss,
   frames: Uint8Array,
   { width, height }: Bucket,
-): Steps<StepLoss> {
+): Steps<Reconstruction> {
   const count = frames.length / (3 * width * height)
   const target = framesDecode(Tensor.from(frames, [1, count, height, width, 3]))
   yield
   const posterior = model.encode(cast(target, model.dtype))
   yield
-  const decoded = model.decode(posterior.mean)
-  yield
-  return yield* loss.validationSteps({ target, decoded, posterior })
+  return { target, posterior, decoded: model.decode(posterior.mean) }
 }
