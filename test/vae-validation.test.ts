@@ -23,9 +23,9 @@ const folder = mkdtempSync(join(tmpdir(), 'vae-validation-'))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
 
 const options = { batchSize: 2, seed: 2, learningRate: 5e-3, warmupSteps: 0, klWeight: 1e-3 }
-const sameAs = { numDigits: 5 }
+const DIGITS = 5
 
-/** Clips of `test` beside those of training, and a trainer with both. */
+/** A VAE, clips that it is not trained on, and what makes a trainer that validates on them. */
 function setUp(
   out: string,
   more: Partial<VaeTrainerOptions> = {},
@@ -56,9 +56,9 @@ test('the validation of a VAE is the mean loss of whole clips, decoded from the 
   }
   const found = await trainer.validate()
   expect(Object.keys(found)).toEqual(['loss', 'reconstruction', 'kl'])
-  expect(found.reconstruction).toBeCloseTo(expected.reconstruction, sameAs.numDigits)
-  expect(found.kl / expected.kl).toBeCloseTo(1, sameAs.numDigits)
-  expect(found.loss).toBeCloseTo(found.reconstruction + 1e-3 * found.kl, sameAs.numDigits)
+  expect(found.reconstruction).toBeCloseTo(expected.reconstruction, DIGITS)
+  expect(found.kl / expected.kl).toBeCloseTo(1, DIGITS)
+  expect(found.loss).toBeCloseTo(found.reconstruction + 1e-3 * found.kl, DIGITS)
   expect(await trainer.validate()).toEqual(found)
   trainer.dispose()
   model.dispose()

@@ -27,7 +27,7 @@ const { values: args } = parseArgs({
     /** How many times as often as another shape a cross is drawn. */
     crosses: { type: 'string', default: '3' },
     'vae-steps': { type: 'string', default: '2500' },
-    steps: { type: 'string', default: '22000' },
+    steps: { type: 'string', default: '30000' },
     batch: { type: 'string', default: '40' },
     dtype: { type: 'string', default: 'bf16' },
     /** Begin the transformer with the weights of this model folder. */
