@@ -54,9 +54,7 @@ static inline Vu Bf16Bits(Vf v) {
   return Widen((Vh)_mm512_cvtneps_pbh((__m512)v));
 #else
   const Vu u = (Vu)v;
-  const Vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
-  const Vu nan = (Vu)((u & 0x7fffffffu) > 0x7f800000u);
-  return (rounded & ~nan) | (((u >> 16) | 0x40) & nan);
+  return (v != v ? u | 0x400000 : u + 0x7fffu + ((u >> 16) & 1)) >> 16;
 #endif
 }
 #if defined(__AVX512BF16__)
@@ -103,6 +101,10 @@ static inline void StorePair(float* p, Vf a, Vf b) {
 static inline void StorePair(Bf16* p, Vf a, Vf b) {
 #if defined(__AVX512BF16__)
   const __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  memcpy(p, &h, sizeof(h));
+#elif PF_LANES == 8
+  const __m256i halves = _mm256_packus_epi32((__m256i)Bf16Bits(a), (__m256i)Bf16Bits(b));
+  const __m256i h = _mm256_permute4x64_epi64(halves, 0xd8);  // each 128-bit half packed its own
   memcpy(p, &h, sizeof(h));
 #else
   StoreF(p, a);
@@ -177,8 +179,15 @@ static constexpr Vf kAlternate = {-1, 1, -1, 1};
 // Neighbours change places.
 static inline Vf SwapPairs(Vf v) { return __builtin_shuffle(v, kLaneIndex ^ 1); }
 // v0 v0 v1 v1 .. of the lower or the upper half of v.
+#if PF_LANES == 8
+// One crossing of the 128-bit halves serves both; the compiler finds two slower ones.
+static inline __m256 Crossed(Vf v) { return (__m256)_mm256_permute4x64_pd((__m256d)v, 0xd8); }
+static inline Vf TwiceLow(Vf v) { return (Vf)_mm256_unpacklo_ps(Crossed(v), Crossed(v)); }
+static inline Vf TwiceHigh(Vf v) { return (Vf)_mm256_unpackhi_ps(Crossed(v), Crossed(v)); }
+#else
 static inline Vf TwiceLow(Vf v) { return __builtin_shuffle(v, kLaneIndex >> 1); }
 static inline Vf TwiceHigh(Vf v) { return __builtin_shuffle(v, (kLaneIndex >> 1) + kLanes / 2); }
+#endif
 // Lanes are added pairwise in a fixed order, so the result does not depend on the compiler.
 static inline float Sum(Vf v) {
 #pragma GCC unroll 4

@@ -4,7 +4,14 @@
 
 // Sums of neighbours of the 2 kLanes values a, b.
 static inline Vf PairSums(Vf a, Vf b) {
+#if PF_LANES == 8
+  // Sums first, then one crossing of the 128-bit halves.
+  const __m256 even = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+  const __m256 odd = _mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd);
+  return (Vf)_mm256_permute4x64_pd((__m256d)(even + odd), 0xd8);
+#else
   return __builtin_shuffle(a, b, 2 * kLaneIndex) + __builtin_shuffle(a, b, 2 * kLaneIndex + 1);
+#endif
 }
 
 // y[2j] = y[2j + 1] = factor * x[j], j < n.
@@ -42,11 +49,23 @@ static inline void PutTwice(Bf16* y, Vf v) {
   memcpy(y, &both, sizeof(both));
 }
 
-static inline void RepeatBits(const Bf16* x, void* y) {
-  Vh h;
-  memcpy(&h, x, sizeof(h));
-  const Vu bits = Widen(h), both = bits | bits << 16;
-  memcpy(y, &both, sizeof(both));
+// y[2i] = y[2i + 1] = x[i], i < 2 kLanes.
+static inline void RepeatBits(const Bf16* x, Bf16* y) {
+#if PF_LANES == 8
+  __m256i v;
+  memcpy(&v, x, sizeof(v));
+  v = _mm256_permute4x64_epi64(v, 0xd8);  // unpacking does not cross the 128-bit halves
+  const __m256i low = _mm256_unpacklo_epi16(v, v), high = _mm256_unpackhi_epi16(v, v);
+  memcpy(y, &low, sizeof(low));
+  memcpy(y + 2 * kLanes, &high, sizeof(high));
+#else
+  for (int i = 0; i < 2 * kLanes; i += kLanes) {
+    Vh h;
+    memcpy(&h, x + i, sizeof(h));
+    const Vu bits = Widen(h), both = bits | bits << 16;
+    memcpy(y + 2 * i, &both, sizeof(both));
+  }
+#endif
 }
 
 // body(row pair) in tasks of about a thousand values of the small side.
@@ -58,18 +77,23 @@ static inline void ForRowPairs(int64_t row_pairs, int64_t w, Body body) {
   });
 }
 
+// Asks for the lines that the 2 kLanes values `bytes` ahead of p lie in, to be read or written.
+template <int kWrite, class T>
+static inline void Ahead(const T* p, int64_t bytes) {
+  constexpr int kLine = 64 / sizeof(T), kCount = 2 * kLanes < kLine ? 1 : 2 * kLanes / kLine;
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) __builtin_prefetch(p + bytes / sizeof(T) + i * kLine, kWrite);
+}
+
 template <class X, class Y>
 static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w, float factor) {
-  // Two streams of short rows are more than the hardware foresees: in bf16 half as fast without the hint.
-  constexpr int64_t kAhead = 4096 / sizeof(X);
   ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X *a = large + row * 4 * w, *b = a + 2 * w;
     Y* y = small + row * w;
     const auto sums = [=](int64_t j) {
-      if (sizeof(X) == sizeof(Bf16)) {
-        __builtin_prefetch(a + 2 * j + kAhead);
-        __builtin_prefetch(b + 2 * j + kAhead);
-      }
+      // Two streams of short rows are more than the hardware foresees: half as fast without the hint.
+      Ahead<0>(a + 2 * j, 4096);
+      Ahead<0>(b + 2 * j, 4096);
       return factor * BlockSums(a + 2 * j, b + 2 * j);
     };
     int64_t j = 0;
@@ -82,30 +106,59 @@ static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w,
   });
 }
 
+// y[2j] = y[2j + 1] = factor * x[j], j < n; lines come to be written before they are: the order of stores
+// leaves too little time for that.
+template <class X, class Y>
+static inline void DoublePart(const X* x, Y* y, int64_t n, float factor) {
+  constexpr int64_t kAhead = 512;
+  int64_t j = 0;
+  if constexpr (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16))
+    for (; factor == 1 && j + 2 * kLanes <= n; j += 2 * kLanes) {
+      Ahead<1>(y + 2 * j, kAhead);
+      Ahead<1>(y + 2 * j + 2 * kLanes, kAhead);
+      RepeatBits(x + j, y + 2 * j);
+    }
+  for (; j + kLanes <= n; j += kLanes) {
+    Ahead<1>(y + 2 * j, kAhead);
+    PutTwice(y + 2 * j, factor * LoadF(x + j));
+  }
+  for (; j < n; ++j) y[2 * j] = y[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
+}
+#if PF_LANES == 8
+// The same in parts that stay in registers, to the rows y and z: in the caches the stores of AVX2 are what
+// takes long. Returns how many values are done.
+template <class X, class Y>
+static inline int64_t DoubleInParts(const X* x, Y* y, Y* z, int64_t n, float factor) {
+  int64_t j = 0;
+  if constexpr (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16))
+    for (; factor == 1 && j + 2 * kLanes <= n; j += 2 * kLanes) {
+      RepeatBits(x + j, y + 2 * j);
+      RepeatBits(x + j, z + 2 * j);
+    }
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+    const Vf a = factor * LoadF(x + j), b = factor * LoadF(x + j + kLanes);
+    PutTwice(y + 2 * j, a);
+    PutTwice(y + 2 * j + 2 * kLanes, b);
+    PutTwice(z + 2 * j, a);
+    PutTwice(z + 2 * j + 2 * kLanes, b);
+  }
+  return j;
+}
+#endif
+
 template <class X, class Y>
 static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
+  [[maybe_unused]] const bool cached = row_pairs * w * 4 * sizeof(Y) < 4 << 20;
   ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X* x = small + row * w;
-    // One row after the other: written in turns the two are half as fast, past the caches slower than either.
-    for (int k = 0; k < 2; ++k) {
-      Y* y = large + (2 * row + k) * 2 * w;
-      // Lines come to be written before they are: the order of stores leaves too little time for that.
-      constexpr int64_t kAhead = 512 / sizeof(Y), kLine = 64 / sizeof(Y);
-      const auto ahead = [=](int64_t j) {
-        for (int64_t i = 2 * j; i < 2 * (j + kLanes); i += kLine) __builtin_prefetch(y + i + kAhead, 1);
-      };
-      int64_t j = 0;
-      if (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16) && factor == 1)
-        for (; j + kLanes <= w; j += kLanes) {
-          ahead(j);
-          RepeatBits(reinterpret_cast<const Bf16*>(x) + j, y + 2 * j);
-        }
-      for (; j + kLanes <= w; j += kLanes) {
-        ahead(j);
-        PutTwice(y + 2 * j, factor * LoadF(x + j));
-      }
-      for (; j < w; ++j) y[2 * j] = y[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
-    }
+    Y *y = large + row * 4 * w, *z = y + 2 * w;
+    int64_t j = 0;
+#if PF_LANES == 8
+    if (cached) j = DoubleInParts(x, y, z, w, factor);
+#endif
+    // One row after the other: written in turns the two are slower.
+    DoublePart(x + j, y + 2 * j, w - j, factor);
+    DoublePart(x + j, z + 2 * j, w - j, factor);
   });
 }
 
