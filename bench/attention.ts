@@ -14,6 +14,7 @@ import {
   interleave,
   median,
   onGpu,
+  productDtype,
   productLibrary,
   type Required,
   type Unnamed,
@@ -50,12 +51,13 @@ async function measure(
 ): Promise<Unnamed> {
   return await withOp(problem, async (op, flops) => {
     const count = effort.quick ? 1 : await countFor(op, effort.seconds)
+    const theirs = await productDtype(problem.dtype)
     const { ours, ratio } = await interleave(
       shortened(effort),
       async () => (1e-9 * flops) / (await engineSeconds(op, count)),
-      () => product(effort, problem.dtype),
+      () => product(effort, theirs),
     )
-    const against = `${productLibrary()} matrix product, ${problem.dtype}`
+    const against = `${productLibrary()} matrix product, ${theirs}`
     return { name, value: ours, unit: 'GFLOP/s', ratio, against, ...(required && { required }) }
   })
 }

@@ -76,6 +76,11 @@ export const onGpu = (): boolean => engine.device.backend.startsWith('cuda')
 /** Whose matrix products are the ceiling. */
 export const productLibrary = (): string => (onGpu() ? 'cuBLASLt' : 'oneDNN')
 
+/** What oneDNN multiplies bf16 in: f32 on a CPU for which it has no bf16 product. */
+export async function productDtype(dtype: DType): Promise<DType> {
+  return (await ceiling('matmul', 64, 64, 64, DTYPES[dtype].code, 0)) > 0 ? dtype : 'f32'
+}
+
 /** GFLOP/s of oneDNN or cuBLASLt alone: one primitive for x[m, k]·w[n, k]ᵀ, weights in the layout it likes best. */
 export function bareMatmul(m: number, n: number, k: number, dtype: DType, seconds: number): Promise<number> {
   return ceiling('matmul', m, n, k, DTYPES[dtype].code, seconds)

@@ -6,6 +6,7 @@ import {
   type Effort,
   engineSeconds,
   interleave,
+  productDtype,
   productLibrary,
   type Required,
   type Unnamed,
@@ -23,6 +24,7 @@ export async function matmul(effort: Effort): Promise<Unnamed[]> {
   for (const [m, k, n, required] of SHAPES) {
     for (const dtype of ['bf16', 'f32'] as const) {
       const rounds = effort.quick ? 1 : effort.rounds
+      const theirs = await productDtype(dtype)
       const generator = new Generator(1)
       const x = generator.normal([m, k], { dtype })
       const weight = generator.normal([n, k], { dtype, std: 0.02 })
@@ -32,14 +34,14 @@ export async function matmul(effort: Effort): Promise<Unnamed[]> {
       const { ours, ratio } = await interleave(
         { ...effort, rounds },
         async () => (2e-9 * m * n * k) / (await engineSeconds(op, count)),
-        () => bareMatmul(m, n, k, dtype, effort.seconds),
+        () => bareMatmul(m, n, k, theirs, effort.seconds),
       )
       rows.push({
         name: `linear ${m}×${k}×${n} ${dtype}`,
         value: ours,
         unit: 'GFLOP/s',
         ratio,
-        against: `${productLibrary()} in a bare loop`,
+        against: `${productLibrary()} in a bare loop${theirs === dtype ? '' : `, in ${theirs}`}`,
         ...(required && { required }),
       })
       x.dispose()

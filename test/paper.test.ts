@@ -1,5 +1,13 @@
-import { expect, test } from 'vitest'
-import { blockExcess, distance, fineEnergy, spreadOf } from '../bench/paper/metrics.ts'
+import { execFile } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { readFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+import { expect, onTestFinished, test } from 'vitest'
+import { blockExcess, distance, fineEnergy, type Spread, spreadOf } from '../bench/paper/metrics.ts'
+import type { Result } from '../bench/paper/rows.ts'
 import { renoise } from '../lib/ops/renoise.ts'
 import { upsample } from '../lib/ops/upsample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
@@ -46,3 +54,19 @@ test('spreads are means and sample deviations', () => {
   expect(spreadOf([1, 2, 3])).toEqual({ mean: 2, std: 1 })
   expect(spreadOf([5])).toEqual({ mean: 5, std: 0 })
 })
+
+test('a row of the paper runs from clips to a table, with prompts that nothing was trained on', async () => {
+  const dir = mkdtempSync(join(tmpdir(), 'pyraflow-paper-'))
+  onTestFinished(() => rmSync(dir, { recursive: true, force: true }))
+  const small = ['--row', '1', '--quick', '--samples', '4', '--scored', '2']
+  const main = fileURLToPath(new URL('../dist/bench/paper/main.js', import.meta.url))
+  await promisify(execFile)(process.execPath, [main, ...small, '--dir', join(dir, 'arms'), '--out', dir])
+  const result = JSON.parse(await readFile(join(dir, 'row-1.json'), 'utf8')) as Result
+  expect(result.lines.map(({ arm }) => arm)).toEqual(['pyramid', 'full-size'])
+  for (const line of result.lines) {
+    const { distance, shape } = line as unknown as Record<string, Spread>
+    expect(distance?.mean).toBeGreaterThan(0.1)
+    expect(shape?.mean).toBeLessThanOrEqual(1)
+  }
+  expect(result.curves?.arms[0]?.points).toHaveLength(4)
+}, 240_000)

@@ -51,7 +51,8 @@ async function main(): Promise<number> {
   }
   await mkdir(dir, { recursive: true })
   await mkdir(out, { recursive: true })
-  const world = await openWorld(dir, { train: quick ? 80 : 800, unseen: budget.samples }, say)
+  const counts = { train: quick ? 24 : 800, unseen: budget.samples, scored: budget.scored }
+  const world = await openWorld(dir, counts, say)
   try {
     const floor = await floorOf(world, budget.samples)
     say(`distance of real clips from other real ones: ${JSON.stringify(floor)}`)

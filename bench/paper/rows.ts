@@ -4,9 +4,9 @@ import type { SampledNetwork } from '../../lib/sample/stage-run.ts'
 import { asTrained } from '../../lib/train/samples.ts'
 import { type Arm, type Measured, trainArm } from './arms.ts'
 import { blockExcess, distance, fineEnergy, frameOf, type Spread, spreadOf } from './metrics.ts'
-import { prompts, type Sampling, sample, scoresOf, unseenLatents } from './sampling.ts'
+import { type Sampling, sample, scoresOf, unseenLatents } from './sampling.ts'
 import { straightness } from './straightness.ts'
-import { MODEL, type World } from './world.ts'
+import { MODEL, prompts, type World } from './world.ts'
 
 /** How much is spent on a row. */
 export interface Budget {
@@ -108,7 +108,8 @@ const times = (ratio: number): string =>
 
 /** Row 1: the spatial pyramid against flow matching at full size, on still pictures, at equal latent tokens a batch. */
 async function spatialPyramid(context: Context): Promise<Result> {
-  const { budget } = context
+  const { world, budget } = context
+  const asked = prompts(budget.scored)
   // A set of four samples at the three sizes has 4 + 2·16 + 64 = 100 tokens, a picture at full size 64.
   const arms: [Arm, Sampling][] = [
     [
@@ -125,12 +126,15 @@ async function spatialPyramid(context: Context): Promise<Result> {
   for (const [arm, how] of arms) {
     const runs = await run(context, arm, budget.steps, async (model) => ({
       distance: await distanceOf(context, model, how),
+      ...(await scoresOf(world, model, asked, how, 6)),
     }))
     curves.push(curve(arm.name, runs, 'flops', 'distance'))
     lines.push({
       arm: arm.name,
       'distance at half the steps': figure(runs, 'distance', 1),
       distance: figure(runs, 'distance'),
+      colour: figure(runs, 'colour'),
+      shape: figure(runs, 'shape'),
       'TFLOP of training': ((runs[0] as Measured).points.at(-1)?.flops ?? 0) / 1e12,
       'seconds of training': spreadOf(runs.map(({ seconds }) => seconds)),
     })
@@ -141,8 +145,7 @@ async function spatialPyramid(context: Context): Promise<Result> {
   return {
     row: 1,
     claim: 'The spatial pyramid converges about 3 times faster than flow matching at full size.',
-    measured:
-      'Sliced Wasserstein distance of 24-step pictures to unseen ones (the seed of a sample is fixed) against the FLOPs of training, at equal latent tokens a batch.',
+    measured: `Sliced Wasserstein distance of 24-step pictures to unseen ones (the seed of a sample is fixed) against the FLOPs of training, at equal latent tokens a batch; colour and shape as the scorer reads them from ${budget.scored} pictures.`,
     lines,
     curves: { x: 'FLOP of training', y: 'distance', arms: curves },
     verdict:

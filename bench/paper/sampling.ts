@@ -1,4 +1,4 @@
-import { makePrompts, type Prompt } from '../../examples/shapes/prompts.ts'
+import type { Prompt } from '../../examples/shapes/prompts.ts'
 import { scoreClip } from '../../examples/shapes/scorer.ts'
 import type { JumpCoefficients } from '../../lib/flow/jump.ts'
 import { denormaliseLatents, normaliseLatents } from '../../lib/flow/normalise.ts'
@@ -117,8 +117,6 @@ export async function framesOfRow(world: World, latents: Tensor, row: number): P
     bytes.dispose()
   }
 }
-
-export const prompts = (count: number): Prompt[] => makePrompts(count, 900)
 
 /** Makes the videos of prompts: the shares in which the scorer reads colour, shape and motion as asked for. */
 export async function scoresOf(

@@ -1,6 +1,7 @@
 import { existsSync } from 'node:fs'
 import { readFile, rename } from 'node:fs/promises'
 import { join } from 'node:path'
+import { makePrompts, type Prompt } from '../../examples/shapes/prompts.ts'
 import { caption, FRAMES, makeRng, randomSpec, renderClip, SIZE } from '../../examples/shapes/world.ts'
 import type { LatentNormalisation } from '../../lib/flow/normalise.ts'
 import { CausalVideoVAE } from '../../lib/models/causal-vae.ts'
@@ -18,10 +19,13 @@ export interface World {
   dispose(): void
 }
 
+/** What videos are asked for whose scores are counted; some of it was never trained on. */
+export const prompts = (count: number): Prompt[] => makePrompts(count, 900)
+
 /** Draws and encodes the clips the first time; `counts` are those of a quick run or of a real one. */
 export async function openWorld(
   dir: string,
-  counts: { train: number; unseen: number },
+  counts: { train: number; unseen: number; scored: number },
   say: (line: string) => void,
 ): Promise<World> {
   const vae = await CausalVideoVAE.fromPretrained(join(MODEL, 'causal_video_vae'), { dtype: 'bf16' })
@@ -39,7 +43,8 @@ export async function openWorld(
   const train = await open('train', 11)
   const unseen = await open('unseen', 12)
   const texts = join(dir, 'text')
-  await encodeTexts(MODEL, [...train.captions, ...unseen.captions], texts)
+  const asked = prompts(counts.scored).map(({ text }) => text)
+  await encodeTexts(MODEL, [...train.captions, ...unseen.captions, ...asked], texts)
   const text = await CachedTextEncoder.open(texts)
   return {
     ...{ train, unseen, vae, text },
