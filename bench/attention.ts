@@ -11,6 +11,7 @@ import {
   countFor,
   type Effort,
   engineSeconds,
+  fastBf16,
   interleave,
   median,
   onGpu,
@@ -124,7 +125,6 @@ async function capped(effort: Effort): Promise<Unnamed[]> {
 }
 
 /** Levels that multiply bf16 pairs: below them bf16 is only a storage type. */
-const fastBf16 = (): boolean => /bf16|amx|cuda/.test(engine.device.backend)
 
 async function againstPeer(effort: Effort): Promise<Unnamed[]> {
   if (onGpu()) {

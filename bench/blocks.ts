@@ -7,7 +7,7 @@ import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { blockGraph, convGraph } from './block-graph.ts'
-import { type Effort, engineSeconds, median, type Required, type Unnamed } from './harness.ts'
+import { type Effort, engineSeconds, fastBf16, median, type Required, type Unnamed } from './harness.ts'
 import { findOnnxRuntime, INSTALL, onnxPeer, type Peer } from './peers.ts'
 
 const TEXT = 128
@@ -64,7 +64,8 @@ async function compared(
   const ours = async (): Promise<number> => 1 / (await engineSeconds(run, 1))
   const rate = (perSecond: number): number => 1e-9 * what.flops * perSecond
   if (!peer) return { name: what.name, value: rate(await ours()), unit: 'GFLOP/s' }
-  const required: Required = { of: 'ratio', atLeast: BOUNDS[what.dtype] }
+  const bound: Required = { of: 'ratio', atLeast: BOUNDS[what.dtype] }
+  const required = what.dtype === 'f32' || fastBf16() ? { required: bound } : {}
   // By turns and not at once: both take all cores.
   const slices: { our: number; their: number }[] = []
   for (let i = 0; i < shortened(effort).rounds; i++) {
@@ -73,7 +74,7 @@ async function compared(
   }
   const value = rate(median(slices.map(({ our }) => our)))
   const ratio = median(slices.map(({ our, their }) => our / their))
-  return { name: what.name, value, unit: 'GFLOP/s', ratio, against: peer.name, required }
+  return { name: what.name, value, unit: 'GFLOP/s', ratio, against: peer.name, ...required }
 }
 
 async function block(

@@ -40,6 +40,8 @@ const { values: args } = parseArgs({
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
     prior: { type: 'string', default: '20' },
+    /** How often a new clip counts beside one of those. */
+    repeat: { type: 'string', default: '1' },
     steps: { type: 'string', default: '2000' },
     rank: { type: 'string', default: '4' },
     'learning-rate': { type: 'string', default: '1.5e-3' },
@@ -97,7 +99,8 @@ async function encodeClips(): Promise<LatentDataset> {
       height: SIZE,
       fps: FPS,
     })
-    lines.push(`${JSON.stringify({ video: `${i}.mp4`, text: caption(spec) })}\n`)
+    const line = `${JSON.stringify({ video: `${i}.mp4`, text: caption(spec) })}\n`
+    for (let k = 0; k < Number(args.repeat); k++) lines.push(line)
   }
   const pipeline = await Pipeline.load(base, { dtype: 'bf16' })
   for (let i = 0; i < Number(args.prior); i++) {
