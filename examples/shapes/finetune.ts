@@ -17,15 +17,18 @@ import {
 } from '../../lib/train/index.ts'
 import { scoreClip } from './scorer.ts'
 import {
+  BACKGROUND_NAMES,
   COLOURS,
   caption,
   FPS,
   FRAMES,
+  MOTIONS,
   makeRng,
   type Palette,
   type Rgb,
   randomSpec,
   renderClip,
+  SHAPES,
   SIZE,
 } from './world.ts'
 
@@ -93,7 +96,7 @@ async function encodeClips(): Promise<LatentDataset> {
   const lines: string[] = []
   const rng = makeRng(seed)
   for (let i = 0; i < Number(args.clips); i++) {
-    const spec: Spec = { ...randomSpec(rng, 'all'), colour: args.colour, rgb }
+    const spec: Spec = { ...varied(rng, i), colour: args.colour, rgb }
     await encodeMp4(join(clips, `${i}.mp4`), renderClip(spec), {
       width: SIZE,
       height: SIZE,
@@ -117,6 +120,19 @@ async function encodeClips(): Promise<LatentDataset> {
   await encodeLatents(vae, videos, latents)
   vae.dispose()
   return LatentDataset.open(latents)
+}
+
+/** Shapes, backgrounds and motions take turns: what all clips share besides the colour would be learned with it. */
+function varied(rng: () => number, i: number): ReturnType<typeof randomSpec> {
+  for (;;) {
+    const spec = randomSpec(rng, 'all')
+    const turns = [
+      [SHAPES, spec.shape],
+      [BACKGROUND_NAMES, spec.background],
+      [MOTIONS, spec.motion],
+    ] as const
+    if (turns.every(([names, name]) => names[i % names.length] === name)) return spec
+  }
 }
 
 async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds: number; adapter: string }> {
