@@ -32,24 +32,34 @@ import {
   SIZE,
 } from './world.ts'
 
-// Teaches the toy model a colour that it has never seen, from a few clips and a few videos of its own: an adapter on the
-// layers that read text, and the scorer's verdict on the new colour and on the old ones before and after.
+// Teaches the toy model a colour that it has never seen, from a few clips and a few videos of its own: an adapter on all
+// layers, and the scorer's verdict on the new colour and on the old ones before and after.
+
+// Reading the word is not enough: a network that knows six colours draws what lies between two of them as patches of both.
+const LAYERS = [
+  ...['context_embedder', 'x_embedder', 'text_embedder.linear_1', 'text_embedder.linear_2'],
+  ...['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out'],
+  ...['ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj', 'ff_context.net.2', 'proj_mlp', 'proj_out'],
+  ...['norm1.linear', 'norm1_context.linear', 'norm.linear', 'norm_out.linear'],
+]
+
 const { values: args } = parseArgs({
   options: {
     model: { type: 'string', default: 'examples/shapes/model' },
     out: { type: 'string', default: 'runs/finetune' },
-    colour: { type: 'string', default: 'orange' },
-    rgb: { type: 'string', default: '232,132,40' },
+    colour: { type: 'string', default: 'purple' },
+    rgb: { type: 'string', default: '130,60,200' },
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
     prior: { type: 'string', default: '20' },
     /** How often a new clip counts beside one of those. */
-    repeat: { type: 'string', default: '1' },
-    steps: { type: 'string', default: '2000' },
-    rank: { type: 'string', default: '4' },
-    'learning-rate': { type: 'string', default: '1.5e-3' },
-    // A new word is a matter of how text is read.
-    targets: { type: 'string', default: 'context_embedder,text_embedder.linear_1,add_k_proj,add_v_proj' },
+    repeat: { type: 'string', default: '2' },
+    steps: { type: 'string', default: '1600' },
+    rank: { type: 'string', default: '16' },
+    'learning-rate': { type: 'string', default: '2e-3' },
+    targets: { type: 'string', default: LAYERS.join(',') },
+    /** How much of the adapter is added when videos are made. */
+    scale: { type: 'string', default: '0.8' },
     prompts: { type: 'string', default: '24' },
     seed: { type: 'string', default: '1' },
     'skip-before': { type: 'boolean', default: false },
@@ -81,7 +91,7 @@ async function main(): Promise<void> {
   const data = await encodeClips()
   const before = args['skip-before'] ? undefined : await evaluate('before', [])
   const { adapter, ...training } = await train(data)
-  const after = await evaluate('after', [{ path: adapter }])
+  const after = await evaluate('after', [{ path: adapter, scale: Number(args.scale) }])
   const clips = { new: Number(args.clips), own: Number(args.prior) }
   const result = { colour: args.colour, clips, steps, training, before, after }
   data.dispose()
@@ -174,7 +184,10 @@ async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds
 }
 
 /** Scores of generated videos of the new colour and of the old ones, each with shapes and motions drawn at random. */
-async function evaluate(when: string, adapters: { path: string }[]): Promise<{ new: Score; old: Score }> {
+async function evaluate(
+  when: string,
+  adapters: { path: string; scale: number }[],
+): Promise<{ new: Score; old: Score }> {
   const pipeline = await Pipeline.load(base, { dtype: 'bf16', adapters })
   const rng = makeRng(seed + 1000)
   const scores = {} as { new: Score; old: Score }
