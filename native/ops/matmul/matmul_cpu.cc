@@ -73,7 +73,16 @@ void PlainTile(const OnednnGemm& g, const T* a, const T* b, float* c) {
 
 // Tall tiles share the cost of repacking b. Where that has been done before, a tile's rows had better leave
 // room for its columns in the second-level cache.
-constexpr int64_t kTall = 256, kTallPacked = 128;
+#if PF_LANES == 16
+constexpr int64_t kTall = 256, kTallPacked = 128, kPartRows = 16, kWholeRows = 1;
+#else
+// Without AVX-512 oneDNN sums rows past a multiple of 6 in another order, halves tall tiles, and cuts those
+// of more than 96 rows its own way: a row's bits would depend on how many stand beside it. Rows come in
+// twelves.
+constexpr int64_t kTall = 96, kTallPacked = 96, kPartRows = 12, kWholeRows = 12;
+#endif
+
+int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Tiles are a function of the shape alone; more, smaller ones only while a machine with many cores would
 // otherwise idle.
@@ -90,7 +99,7 @@ void ChooseTile(const Problem& p, int64_t* tile_m, int64_t* tile_n) {
     if (n > 256 && !p.packed_tile_bytes)
       n = 256;
     else if (m > 64)
-      m = (m / 2 + 15) / 16 * 16;
+      m = RoundUp(m / 2, kPartRows);
     else if (n > 64 && !p.packed_tile_bytes)
       n = (n / 2 + 15) / 16 * 16;
     else
@@ -104,9 +113,13 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
   int64_t tile_m, tile_n;
   ChooseTile(p, &tile_m, &tile_n);
   const int64_t rows = (p.m + tile_m - 1) / tile_m, columns = (p.n + tile_n - 1) / tile_n;
+  const bool dense_rows = p.a_column == 1 && p.a_row == p.k;
+  const int64_t last_rows = p.m - (rows - 1) * tile_m;
+  const int64_t padded_rows = dense_rows ? RoundUp(last_rows, kWholeRows) : last_rows;
+  const bool padded = padded_rows > last_rows;
   // oneDNN's best kernels want a dense result, so tiles are computed aside unless the detour costs more than
   // they save (a short inner sum).
-  const bool direct = p.end.Trivial() && (columns == 1 || (!p.packed_tile_bytes && p.k < 256));
+  const bool direct = p.end.Trivial() && !padded && (columns == 1 || (!p.packed_tile_bytes && p.k < 256));
 
   OnednnGemm gemms[2][2];
   OnednnKernel* kernels[2][2] = {};
@@ -114,7 +127,7 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
   int32_t status = PF_OK;
   for (int last_m = 0; last_m < 2; ++last_m)
     for (int last_n = 0; last_n < 2; ++last_n) {
-      const int64_t m = last_m ? p.m - (rows - 1) * tile_m : tile_m;
+      const int64_t m = last_m ? padded_rows : tile_m;
       const int64_t n = last_n ? p.n - (columns - 1) * tile_n : tile_n;
       OnednnGemm& g = gemms[last_m][last_n];
       g = {m,          n,
@@ -128,15 +141,17 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
       if (!kernel) status = PF_ERR_DEVICE;
       if (kernel && OnednnScratchBytes(kernel) > scratch) scratch = OnednnScratchBytes(kernel);
     }
-  scratch = (scratch + 63) / 64 * 64;
-  const size_t per_thread = scratch + (direct ? 0 : (tile_m * tile_n * 4 + 63) / 64 * 64);
+  scratch = RoundUp(scratch, 64);
+  const size_t size = PfSize(static_cast<int32_t>(p.dtype));
+  const size_t result_bytes = direct ? 0 : RoundUp((rows > 1 ? tile_m : padded_rows) * tile_n * 4, 64);
+  const size_t rows_bytes = padded ? RoundUp(padded_rows * p.k * size, 64) : 0;
+  const size_t per_thread = scratch + result_bytes + rows_bytes;
   char* memory = nullptr;
   if (status == PF_OK) {
     memory = static_cast<char*>(Scratch(args, per_thread * omp_get_max_threads()));
     if (!memory) status = NoMemory(args, op);
   }
   if (status == PF_OK) {
-    const size_t size = PfSize(static_cast<int32_t>(p.dtype));
     status = ForTiles(
         args, p.batch * rows * columns, p.batch * p.m * p.n * p.k,
         [&](int64_t tile, int thread, char* error) {
@@ -151,6 +166,12 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
           const char* a = p.a + (entry * p.a_batch + m0 * p.a_row) * size;
           const char* b = p.packed_tile_bytes ? p.b + column * p.packed_tile_bytes
                                               : p.b + (entry * p.b_batch + n0 * p.b_column) * size;
+          if (padded && last_m) {
+            char* copy = mine + scratch + result_bytes;
+            memcpy(copy, a, last_rows * p.k * size);
+            memset(copy + last_rows * p.k * size, 0, (padded_rows - last_rows) * p.k * size);
+            a = copy;
+          }
           if (OnednnGetRank(kernel) != kRankReference || g.packed) {
             const int32_t status = OnednnRunGemm(kernel, a, b, c, mine, error);
             if (status != PF_OK) return status;
@@ -159,7 +180,7 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
           } else {
             PlainTile(g, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c);
           }
-          if (!direct) StoreTile(p.end, c, g.m, g.n, p.n, n0, at, p.y);
+          if (!direct) StoreTile(p.end, c, last_m ? last_rows : g.m, g.n, p.n, n0, at, p.y);
           return static_cast<int32_t>(PF_OK);
         });
   }
