@@ -24,7 +24,7 @@ console.log(JSON.stringify(differing))
 `
 
 // Levels whose products are oneDNN's f32 ones; every CPU that has more has these, too.
-test.for(['base', 'avx2'])(
+test.each(['base', 'avx2'])(
   'rows of a product do not depend on their number: %s',
   async (level) => {
     const env = { ...process.env, PYRAFLOW_BACKEND: level }
