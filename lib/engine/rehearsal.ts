@@ -25,7 +25,12 @@ const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].byt
 const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
 
 // What the kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
-const TILE = { rows: 256, columns: 512, packedRows: 128, packedColumns: 256 } as const
+const COLUMNS = { plain: 512, packed: 256 } as const
+// Rows of a tile, what parts and fillings of it are multiples of: with AVX-512, and below it.
+const ROWS = {
+  wide: { plain: 256, packed: 128, part: 16, whole: 1 },
+  narrow: { plain: 96, packed: 96, part: 12, whole: 12 },
+} as const
 // From how many rows on, and for which sums, a plain bf16 weight is packed (PackFor).
 const PACKS = { rows: 512, least: 256, most: 2560 } as const
 const PACKED_HEADS = 48 * 2 ** 20
@@ -36,16 +41,22 @@ const CUBLAS_WORKSPACE = 32 * 2 ** 20
 const ATTENTION: ReadonlySet<OpName> = new Set<OpName>(['attention', 'attention_backward'])
 const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 'conv3d', ...ATTENTION])
 
+const upTo = (multiple: number, n: number): number => multiple * Math.ceil(n / multiple)
+
 // ChooseTile of matmul_cpu.cc.
-function tileOf(m: number, n: number, k: number, packed: boolean): [number, number] {
-  let rows = Math.min(m, packed ? TILE.packedRows : TILE.rows)
-  let columns = Math.min(n, packed ? TILE.packedColumns : TILE.columns)
+function tileOf(
+  [m, n, k]: [number, number, number],
+  packed: boolean,
+  most: (typeof ROWS)[keyof typeof ROWS],
+): [number, number] {
+  let rows = Math.min(m, packed ? most.packed : most.plain)
+  let columns = Math.min(n, packed ? COLUMNS.packed : COLUMNS.plain)
   for (;;) {
     const tiles = Math.ceil(m / rows) * Math.ceil(n / columns)
     if (tiles >= 16 || (2 * rows * columns + 16 * (rows + columns)) * k <= 8 << 20) return [rows, columns]
     if (columns > 256 && !packed) columns = 256
-    else if (rows > 64) rows = 16 * Math.ceil(Math.floor(rows / 2) / 16)
-    else if (columns > 64 && !packed) columns = 16 * Math.ceil(Math.floor(columns / 2) / 16)
+    else if (rows > 64) rows = upTo(most.part, Math.floor(rows / 2))
+    else if (columns > 64 && !packed) columns = upTo(16, Math.floor(columns / 2))
     else return [rows, columns]
   }
 }
@@ -59,8 +70,12 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
     const n = shape[shape.length - 1] as number
     const m = product(shape) / n
     const k = product(a?.shape ?? []) / m
-    const [rows, columns] = tileOf(m, n, k, op === 'matmul_packed')
-    const tile = 4 * rows * columns
+    const most = ROWS[machine.narrow ? 'narrow' : 'wide']
+    const [rows, columns] = tileOf([m, n, k], op === 'matmul_packed', most)
+    const last = m - rows * (Math.ceil(m / rows) - 1)
+    const filled = upTo(most.whole, last)
+    // The result of a tile, and its operand where rows of zeros fill it.
+    const tile = 4 * ((m > rows ? rows : filled) * columns + (filled > last ? filled * k : 0))
     // Biases are read as f32; a plain weight is copied where its type has no products, packed where many rows share it.
     const bias = inputs[2]?.dtype === 'bf16' ? 4 * n : 0
     const plain = products && product(b?.shape ?? []) === n * k && [a, b].every((x) => x?.dtype === 'bf16')
@@ -124,6 +139,8 @@ interface Machine {
   readonly threads: number
   /** Whether bf16 is multiplied as it is. */
   readonly products: boolean
+  /** Whether it is a CPU without AVX-512, or used as one. */
+  readonly narrow: boolean
   /** Whether it is a GPU. */
   readonly device: boolean
 }
@@ -218,7 +235,8 @@ export class Rehearsal {
     const { backend, threads } = engine.device
     const { real, commands } = engine.parts
     const device = backend.startsWith('cuda')
-    const ledger = new Ledger(real, commands, { threads, products: /bf16|amx/.test(backend), device })
+    const machine = { threads, products: /bf16|amx/.test(backend), narrow: /base|avx2/.test(backend), device }
+    const ledger = new Ledger(real, commands, machine)
     this.lap = ledger.lap
     this.#engine = engine
     this.#standIn = { binding: ledger as unknown as NativeBinding, freeIds: [], nextId: 0 }
