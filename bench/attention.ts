@@ -124,8 +124,6 @@ async function capped(effort: Effort): Promise<Unnamed[]> {
   ]
 }
 
-/** Levels that multiply bf16 pairs: below them bf16 is only a storage type. */
-
 async function againstPeer(effort: Effort): Promise<Unnamed[]> {
   if (onGpu()) {
     process.stderr.write('  no comparison with onnxruntime, which is a peer of the CPU levels\n')

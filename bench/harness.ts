@@ -73,7 +73,7 @@ export async function ceiling(kind: Ceiling, ...job: number[]): Promise<number> 
 /** Whether the engine computes on a GPU: then its ceilings are those of the device. */
 export const onGpu = (): boolean => engine.device.backend.startsWith('cuda')
 
-/** Whether the device multiplies bf16 faster than f32: only then bf16 has bounds. */
+/** Whether the device multiplies pairs of bf16: else it is only a storage type, and has no bounds. */
 export const fastBf16 = (): boolean => /bf16|amx|cuda/.test(engine.device.backend)
 
 /** Whose matrix products are the ceiling. */

@@ -7,8 +7,6 @@
 // Below this many elements a parallel region costs more than it saves.
 static constexpr int64_t kParallelWork = 1 << 14;
 
-static inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <class T>
 static inline T* Scratch(const PfArgs* a, int64_t count) {
   return static_cast<T*>(a->context->scratch(a->context, (count > 0 ? count : 1) * sizeof(T)));

@@ -24,6 +24,7 @@ typedef int32_t Vi __attribute__((vector_size(PF_LANES * 4)));
 typedef uint32_t Vu __attribute__((vector_size(PF_LANES * 4)));
 typedef uint16_t Vh __attribute__((vector_size(PF_LANES * 2)));
 
+static inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline Vf Set1(float x) { return x - (Vf){}; }
 static inline Vf LoadF(const float* p) {
   Vf v;

@@ -148,13 +148,12 @@ static inline int64_t DoubleInParts(const X* x, Y* y, Y* z, int64_t n, float fac
 
 template <class X, class Y>
 static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
-  [[maybe_unused]] const bool cached = row_pairs * w * 4 * sizeof(Y) < 4 << 20;
   ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X* x = small + row * w;
     Y *y = large + row * 4 * w, *z = y + 2 * w;
     int64_t j = 0;
 #if PF_LANES == 8
-    if (cached) j = DoubleInParts(x, y, z, w, factor);
+    if (row_pairs * w * 4 * sizeof(Y) < 4 << 20) j = DoubleInParts(x, y, z, w, factor);
 #endif
     // One row after the other: written in turns the two are slower.
     DoublePart(x + j, y + 2 * j, w - j, factor);

@@ -82,8 +82,6 @@ constexpr int64_t kTall = 256, kTallPacked = 128, kPartRows = 16, kWholeRows = 1
 constexpr int64_t kTall = 96, kTallPacked = 96, kPartRows = 12, kWholeRows = 12;
 #endif
 
-int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Tiles are a function of the shape alone; more, smaller ones only while a machine with many cores would
 // otherwise idle.
 void ChooseTile(const Problem& p, int64_t* tile_m, int64_t* tile_n) {
