@@ -1,7 +1,8 @@
 """Seconds of PyTorch's attention on problems of bench/attention.ts: JSON on stdin, JSON on stdout.
 
 Each problem is {dtype, heads, length, dim, mask?: {segment, order}, backward}. The answer for each is a list of
-[name, seconds]: the backends of scaled_dot_product_attention that take it, and FlexAttention for masks on a GPU.
+[name, seconds]: the backends of scaled_dot_product_attention that take it (two products and a softmax where PyTorch has
+none to choose), and FlexAttention for masks on a GPU.
 Two products a pair forward, five backward; a mask is a dense tensor for the former and a rule for the latter.
 """
 
@@ -11,7 +12,11 @@ import time
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+except ImportError:  # before PyTorch 2.3: two products and a softmax are all there is
+    SDPBackend = None
 
 request = json.load(sys.stdin)
 device = torch.device(request["device"])
@@ -53,6 +58,29 @@ def timed(attend, q, k, v, backward):
     return seconds_of(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
 
 
+def kernels(mask):
+    """Name and function of what computes attention."""
+    if SDPBackend is None:
+
+        def unfused(q, k, v):
+            logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            if mask is not None:
+                logits = logits.masked_fill(~mask, float("-inf"))
+            return torch.softmax(logits, -1) @ v
+
+        return [("unfused", unfused)]
+
+    def fused(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        return attend
+
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    return [(f"SDPA {name.lower()}", fused(getattr(SDPBackend, name))) for name in names]
+
+
 def measure(problem):
     dtype = torch.bfloat16 if problem["dtype"] == "bf16" else torch.float32
     shape = (1, problem["heads"], problem["length"], problem["dim"])
@@ -62,16 +90,11 @@ def measure(problem):
     found, mask = [], None
     if problem.get("mask"):
         segment, order, mask = visible(problem["mask"])
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
-        if backend == SDPBackend.MATH and problem["length"] > 8192:
-            continue
-
-        def attend(q, k, v, backend=backend):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
+    for name, attend in kernels(mask):
+        if name in ("SDPA math", "unfused") and problem["length"] > 8192:
+            continue  # its matrix of weights does not fit
         try:
-            found.append([f"SDPA {backend.name.lower()}", timed(attend, q, k, v, problem["backward"])])
+            found.append([name, timed(attend, q, k, v, problem["backward"])])
         except RuntimeError:
             continue  # this backend does not take the problem
     if mask is not None and device.type == "cuda":

@@ -110,17 +110,17 @@ class Network(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.pooled = nn.Sequential(nn.Linear(network["pooled_projection_dim"], WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.text, self.latent = nn.Linear(network["joint_attention_dim"], WIDTH), nn.Linear(64, WIDTH)
-        self.double = nn.ModuleList(Double() for _ in range(network["num_layers"]))
-        self.single = nn.ModuleList(Single() for _ in range(network["num_single_layers"]))
+        self.doubles = nn.ModuleList(Double() for _ in range(network["num_layers"]))
+        self.singles = nn.ModuleList(Single() for _ in range(network["num_single_layers"]))
         self.mod, self.out = modulation(2), nn.Linear(WIDTH, 64)
 
     def forward(self, time_features, pooled, text, latent, rows, places, cos, sin):
         e = F.silu(self.time(time_features) + self.pooled(pooled))
         c, x = self.text(text), self.latent(latent)
-        for block in self.double:
+        for block in self.doubles:
             c, x = block(c, x, e, rows, places, cos, sin)
         z, joint = torch.cat((c, x)), torch.cat(rows)
-        for block in self.single:
+        for block in self.singles:
             z = block(z, e, joint, places, cos, sin)
         scale, shift = self.mod(e)[rows[1]].chunk(2, -1)
         return self.out(modulate(z[len(c) :], shift, scale))

@@ -166,19 +166,18 @@ async function peer(
     process.stderr.write(`  PyTorch is left out: ${found}\n`)
     return []
   }
+  const name = `the same step in PyTorch ${found.version}, bf16 autocast, unfused attention`
+  const rate = { value: 1 / ours.value, unit: '1/s' }
   return [
+    { name, value: found.answer, unit: 's' },
+    { name: `${name}, glibc told to keep freed memory`, value: found.tuned, unit: 's' },
     {
-      name: `the same step in PyTorch ${found.version}, bf16 autocast, unfused attention`,
-      value: found.answer,
-      unit: 's',
+      ...{ name: 'steps per second', ...rate, ratio: found.answer / ours.value, against: 'PyTorch' },
+      required: { of: 'ratio', atLeast: 2 },
     },
     {
-      name: 'steps per second',
-      value: 1 / ours.value,
-      unit: '1/s',
-      ratio: found.answer / ours.value,
-      against: 'PyTorch',
-      required: { of: 'ratio', atLeast: 2 },
+      ...{ name: 'steps per second', ...rate, ratio: found.tuned / ours.value },
+      against: 'PyTorch, freed memory kept',
     },
   ]
 }
