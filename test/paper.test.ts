@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { expect, onTestFinished, test } from 'vitest'
 import { blockExcess, distance, fineEnergy, type Spread, spreadOf } from '../bench/paper/metrics.ts'
-import type { Result } from '../bench/paper/rows.ts'
+import type { Result } from '../bench/paper/row.ts'
 import { renoise } from '../lib/ops/renoise.ts'
 import { upsample } from '../lib/ops/upsample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
@@ -64,9 +64,9 @@ test('a row of the paper runs from clips to a table, with prompts that nothing w
   const result = JSON.parse(await readFile(join(dir, 'row-1.json'), 'utf8')) as Result
   expect(result.lines.map(({ arm }) => arm)).toEqual(['pyramid', 'full-size'])
   for (const line of result.lines) {
-    const { distance, shape } = line as unknown as Record<string, Spread>
+    const { distance, 'shape right': shape } = line as unknown as Record<string, Spread>
     expect(distance?.mean).toBeGreaterThan(0.1)
     expect(shape?.mean).toBeLessThanOrEqual(1)
   }
-  expect(result.curves?.arms[0]?.points).toHaveLength(4)
+  expect(result.charts?.map(({ arms }) => arms[0]?.points.length)).toEqual([4, 4])
 }, 240_000)

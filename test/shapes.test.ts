@@ -106,6 +106,16 @@ describe('the toy world', () => {
     }
   })
 
+  test('is read from one picture as well, which stands still', () => {
+    const stills = clips.slice(0, 100).map((frames) => {
+      const picture = frames.subarray(0, frames.length / FRAMES)
+      return scoreClip(picture, { ...size, count: 1 })
+    })
+    const { colour, shape, background } = agreement(truth.slice(0, 100), stills)
+    for (const rate of [colour, shape, background]) expect(rate).toBeGreaterThanOrEqual(0.99)
+    expect(new Set(stills.map(({ motion }) => motion))).toEqual(new Set(['still']))
+  })
+
   test('agrees with shuffled captions no better than by chance', () => {
     const order = shuffle(truth.length, 5)
     const rates = agreement(

@@ -5,7 +5,8 @@ import { writeFileAtomically } from '../../lib/io/atomic.ts'
 import { type Bin, drawCharts } from '../../lib/train/run/chart.ts'
 import { describeMachine } from '../machine.ts'
 import type { Spread } from './metrics.ts'
-import { type Budget, type Line, type Result, ROWS } from './rows.ts'
+import type { Budget, Line, Result } from './row.ts'
+import { ROWS } from './rows.ts'
 import { floorOf } from './sampling.ts'
 import { openWorld } from './world.ts'
 
@@ -15,6 +16,7 @@ const USAGE = `npm run bench:paper -- --row N [options]
   --seeds N       seeds of every arm, 3
   --steps N       training steps of arms that begin with nothing, 200
   --tuned N       training steps of arms that begin with the toy model, 60
+  --points N      how often an arm that begins with nothing is measured, 4
   --samples N     pictures or videos that distances are taken over, 64
   --scored N      videos that the scorer reads, 16
   --dir DIR       latents and finished arms, runs/paper: an arm that is there is not trained again
@@ -28,7 +30,7 @@ async function main(): Promise<number> {
   const { values } = parseArgs({
     options: {
       row: { type: 'string', multiple: true },
-      ...{ seeds: number, steps: number, tuned: number, samples: number, scored: number },
+      ...{ seeds: number, steps: number, tuned: number, points: number, samples: number, scored: number },
       dir: { type: 'string', default: 'runs/paper' },
       out: { type: 'string', default: 'bench/results/paper' },
       quick: { type: 'boolean', default: false },
@@ -40,12 +42,16 @@ async function main(): Promise<number> {
     return 2
   }
   const { quick, dir, out } = values
-  const of = (name: 'seeds' | 'steps' | 'tuned' | 'samples' | 'scored', real: number, short: number) =>
-    Number(values[name] ?? (quick ? short : real))
+  const of = (
+    name: 'seeds' | 'steps' | 'tuned' | 'points' | 'samples' | 'scored',
+    real: number,
+    short: number,
+  ) => Number(values[name] ?? (quick ? short : real))
   const budget: Budget = {
     seeds: Array.from({ length: of('seeds', 3, 1) }, (_, i) => i),
     steps: of('steps', 200, 4),
     tunedSteps: of('tuned', 60, 4),
+    points: of('points', 4, 4),
     samples: of('samples', 64, 8),
     scored: of('scored', 16, 2),
   }
@@ -63,7 +69,7 @@ async function main(): Promise<number> {
       const machine = await describeMachine()
       const text = JSON.stringify({ ...result, floor, budget, seconds, machine, quick }, null, 2)
       await writeFileAtomically(join(out, `row-${row}.json`), `${text}\n`)
-      if (result.curves) await writeFileAtomically(join(out, `row-${row}.svg`), plot(result))
+      if (result.charts) await writeFileAtomically(join(out, `row-${row}.svg`), plot(result))
       say(`\nRow ${row}: ${result.claim}\n${table(result.lines)}\n${result.verdict}`)
     }
   } finally {
@@ -88,23 +94,27 @@ function table(lines: readonly Line[]): string {
   ].join('\n')
 }
 
-function plot({ curves, row }: Result): string {
-  const { x, y, arms } = curves as NonNullable<Result['curves']>
-  const series = arms.map(({ name, points }) => ({
-    name,
-    band: true,
-    dots: true,
-    bins: points.map(
-      (point): Bin => ({
-        step: Math.round(point.x / 1e9),
-        value: point.y.mean,
-        low: point.y.mean - point.y.std,
-        high: point.y.mean + point.y.std,
-        count: 1,
-      }),
-    ),
-  }))
-  return drawCharts([{ title: `row ${row}: ${y} against G${x}`, height: 220, series }])
+function plot({ charts = [], row }: Result): string {
+  return drawCharts(
+    charts.map(({ x, y, arms }) => ({
+      title: `row ${row}: ${y} against G${x}`,
+      height: 220,
+      series: arms.map(({ name, points }) => ({
+        name,
+        band: true,
+        dots: true,
+        bins: points.map(
+          (point): Bin => ({
+            step: Math.round(point.x / 1e9),
+            value: point.y.mean,
+            low: point.y.mean - point.y.std,
+            high: point.y.mean + point.y.std,
+            count: 1,
+          }),
+        ),
+      })),
+    })),
+  )
 }
 
 main().then(

@@ -265,6 +265,7 @@ function slope(times: number[], values: number[]): number {
 /**
  * Reads colour, shape, motion and background back from u8 RGB frames [count, height, width, 3]. The judge knows the
  * palette and the outlines of the world, nothing of the caption. The judge's calibration is that of the world's own colours.
+ * A single picture stands still.
  */
 export function scoreClip(
   frames: Uint8Array,
@@ -303,7 +304,7 @@ export function scoreClip(
   )
   const background = backgrounds.name
   // A shape that is gone in most frames was not drawn, whatever the rest looks like.
-  if (times.length < 0.6 * count || times.length < 2) {
+  if (times.length < Math.max(0.6 * count, Math.min(2, count))) {
     return { colour: 'none', shape: 'none', motion: 'none', background, confidence: 0 }
   }
   const found = rankColour(colour.map((v) => v / times.length) as unknown as Rgb, palette)
