@@ -1,21 +1,24 @@
 import type { Attribute, Constant, Graph, Node } from './onnx.ts'
 import { noise } from './peers.ts'
 
-/** Sizes of a two-stream and a one-stream block. */
+/** Sizes of a network of a two-stream and a one-stream block. */
 export interface BlockSizes {
   readonly latent: number
   readonly text: number
+  readonly textDim: number
+  readonly pooledDim: number
   readonly heads: number
   readonly headDim: number
 }
 
-// One double and one single block of the flux variant (spec/dit-flux.md §7) in ONNX's operators and onnxruntime's own.
-// The modulation of LN(x)·(1 + scale) + shift is LayerNormalization's scale and bias, which saves it two passes, and
-// weights of one shape are one constant, which saves it memory.
+// The flux variant (spec/dit-flux.md §5-7) with one double and one single block, in ONNX's operators and onnxruntime's own.
+// The modulation of LN(x)·(1 + scale) + shift is LayerNormalization's scale and bias, which saves it two passes. Every layer
+// has weights of its own, as in any network: shared ones would stay in a cache.
 class Builder {
   readonly nodes: Node[] = []
   readonly constants: Record<string, Constant> = {}
   readonly #sizes: BlockSizes
+  readonly #values = new Map<number, Float32Array>()
   #count = 0
 
   constructor(sizes: BlockSizes) {
@@ -42,10 +45,13 @@ class Builder {
   }
 
   constant(...shape: number[]): string {
-    const name = `c${shape.join('x')}`
+    const name = `c${this.#count++}`
     const fanIn = shape.length > 1 ? (shape[0] as number) : 100
     const count = shape.reduce((a, b) => a * b, 1)
-    this.constants[name] ??= { shape, data: noise(count, count, 1 / Math.sqrt(fanIn)) }
+    // The same numbers in all of a size: drawing hundreds of megabytes takes longer than the measurement.
+    const data = this.#values.get(count) ?? noise(count, count, 1 / Math.sqrt(fanIn))
+    this.#values.set(count, data)
+    this.constants[name] = { shape, data }
     return name
   }
 
@@ -58,14 +64,36 @@ class Builder {
     return this.op('Add', [this.op('MatMul', [x, this.constant(from, to)]), this.constant(to)])
   }
 
-  modulated(x: string): string {
+  silu(x: string): string {
+    return this.op('Mul', [x, this.op('Sigmoid', [x])])
+  }
+
+  /** Shift, scale and gate vectors [d] of the condition e [1, d]. */
+  modulation(e: string, parts: number): string[] {
     const d = this.width
-    const inputs = [x, this.constant(d), this.constant(d)]
+    const all = this.op('Reshape', [this.linear(e, d, parts * d), this.whole(`all${parts}`, [parts * d])])
+    return Array.from({ length: parts }, (_, i) => this.rows(all, i * d, (i + 1) * d, 0))
+  }
+
+  modulated(x: string, shift: string | undefined, scale: string | undefined): string {
+    const inputs = [x, scale as string, shift as string]
     return this.op('LayerNormalization', inputs, { axis: 2, epsilon: { float: 1e-6 } })
   }
 
-  gatedAdd(x: string, y: string): string {
-    return this.op('Add', [x, this.op('Mul', [y, this.constant(this.width)])])
+  gatedAdd(x: string, y: string, gate: string | undefined): string {
+    return this.op('Add', [x, this.op('Mul', [y, gate as string])])
+  }
+
+  /** Time and pooled text as one condition [1, d]. */
+  condition(time: string, pooled: string): string {
+    const d = this.width
+    const [a, b] = [this.linear(time, 256, d), this.linear(pooled, this.#sizes.pooledDim, d)]
+    return this.silu(
+      this.op(
+        'Add',
+        [a, b].map((x) => this.linear(this.silu(x), d, d)),
+      ),
+    )
   }
 
   /** Projection, RMS norm of each head and, for latent tokens, rotation: [1, L, d]. */
@@ -99,41 +127,51 @@ class Builder {
     return this.linear(up, 4 * d, d)
   }
 
-  rows(x: string, from: number, to: number): string {
+  rows(x: string, from: number, to: number, axis = 1): string {
     const [begin, end] = [this.whole(`n${from}`, [from]), this.whole(`n${to}`, [to])]
-    return this.op('Slice', [x, begin, end, this.whole('axis1', [1])])
+    return this.op('Slice', [x, begin, end, this.whole(`axis${axis}`, [axis])])
   }
 }
 
-/** The graph of both blocks: x [1, latent, d] and c [1, text, d] → z [1, text + latent, d]. */
+/** The graph: patches [1, latent, 64], text, time features [1, 256] and pooled text → velocities [1, latent, 64]. */
 export function blockGraph(sizes: BlockSizes): Graph {
-  const { latent, text } = sizes
+  const { latent, text, textDim, pooledDim } = sizes
   const b = new Builder(sizes)
   const d = b.width
   const both = (p: string, q: string): string => b.op('Concat', [p, q], { axis: 1 })
 
-  const [xn, cn] = [b.modulated('x'), b.modulated('c')]
+  const e = b.condition('time', 'pooled')
+  const [x, c] = [b.linear('patches', 64, d), b.linear('text', textDim, d)]
+  const [mx, mc] = [b.modulation(e, 6), b.modulation(e, 6)]
+  const [xn, cn] = [b.modulated(x, mx[0], mx[1]), b.modulated(c, mc[0], mc[1])]
   const [q, k] = [0, 1].map(() => both(b.query(cn, text, false), b.query(xn, latent, true))) as [
     string,
     string,
   ]
   const o = b.attention(q, k, both(b.linear(cn, d, d), b.linear(xn, d, d)))
-  const x1 = b.gatedAdd('x', b.linear(b.rows(o, text, text + latent), d, d))
-  const c1 = b.gatedAdd('c', b.linear(b.rows(o, 0, text), d, d))
-  const x2 = b.gatedAdd(x1, b.feedForward(b.modulated(x1)))
-  const c2 = b.gatedAdd(c1, b.feedForward(b.modulated(c1)))
+  const x1 = b.gatedAdd(x, b.linear(b.rows(o, text, text + latent), d, d), mx[2])
+  const c1 = b.gatedAdd(c, b.linear(b.rows(o, 0, text), d, d), mc[2])
+  const x2 = b.gatedAdd(x1, b.feedForward(b.modulated(x1, mx[3], mx[4])), mx[5])
+  const c2 = b.gatedAdd(c1, b.feedForward(b.modulated(c1, mc[3], mc[4])), mc[5])
 
   const z = both(c2, x2)
-  const zn = b.modulated(z)
+  const mz = b.modulation(e, 3)
+  const zn = b.modulated(z, mz[0], mz[1])
   const [zq, zk] = [0, 1].map(() => b.query(zn, text + latent, true)) as [string, string]
   const attended = b.attention(zq, zk, b.linear(zn, d, d))
   const up = b.own('FastGelu', [b.op('MatMul', [zn, b.constant(d, 4 * d)]), b.constant(4 * d)])
-  const out = b.gatedAdd(z, b.linear(b.op('Concat', [attended, up], { axis: 2 }), 5 * d, d))
+  const joined = b.linear(b.op('Concat', [attended, up], { axis: 2 }), 5 * d, d)
+  const last = b.rows(b.gatedAdd(z, joined, mz[2]), text, text + latent)
+  const [scale, shift] = b.modulation(e, 2)
+  const out = b.linear(b.modulated(last, shift, scale), d, 64)
   return {
     nodes: b.nodes,
     constants: b.constants,
-    inputs: { x: [1, latent, d], c: [1, text, d] },
-    outputs: { [out]: [1, text + latent, d] },
+    inputs: {
+      ...{ patches: [1, latent, 64], text: [1, text, textDim] },
+      ...{ time: [1, 256], pooled: [1, pooledDim] },
+    },
+    outputs: { [out]: [1, latent, 64] },
   }
 }
 

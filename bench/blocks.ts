@@ -7,7 +7,7 @@ import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { blockGraph, convGraph } from './block-graph.ts'
-import { type Effort, engineSeconds, fastBf16, median, type Required, type Unnamed } from './harness.ts'
+import { bf16Tiles, type Effort, engineSeconds, median, type Required, type Unnamed } from './harness.ts'
 import { findOnnxRuntime, INSTALL, onnxPeer, type Peer } from './peers.ts'
 
 const TEXT = 128
@@ -34,8 +34,9 @@ export async function blocks(effort: Effort): Promise<Unnamed[]> {
         [62, 64],
       ]) {
     const latent = (y as number) * (x as number)
-    const sizes = { latent, text: TEXT, heads, headDim: 64 }
-    const peer = ort && (await onnxPeer(ort, 'graph of the same blocks', blockGraph(sizes)))
+    const { joint_attention_dim: textDim, pooled_projection_dim: pooledDim } = miniFluxConfig
+    const sizes = { latent, text: TEXT, textDim, pooledDim, heads, headDim: 64 }
+    const peer = ort && (await onnxPeer(ort, 'graph of the same network', blockGraph(sizes)))
     for (const dtype of DTYPES)
       rows.push(await block(effort, dtype, [2 * (y as number), 2 * (x as number)], heads, peer))
     await peer?.close()
@@ -65,7 +66,7 @@ async function compared(
   const rate = (perSecond: number): number => 1e-9 * what.flops * perSecond
   if (!peer) return { name: what.name, value: rate(await ours()), unit: 'GFLOP/s' }
   const bound: Required = { of: 'ratio', atLeast: BOUNDS[what.dtype] }
-  const required = what.dtype === 'f32' || fastBf16() ? { required: bound } : {}
+  const required = what.dtype === 'f32' || bf16Tiles() ? { required: bound } : {}
   // By turns and not at once: both take all cores.
   const slices: { our: number; their: number }[] = []
   for (let i = 0; i < shortened(effort).rounds; i++) {
