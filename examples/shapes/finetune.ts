@@ -12,6 +12,7 @@ import {
   encodeTexts,
   FineTune,
   LatentDataset,
+  type LatentSource,
   openDataset,
   Trainer,
 } from '../../lib/train/index.ts'
@@ -43,6 +44,9 @@ const LAYERS = [
   ...['norm1.linear', 'norm1_context.linear', 'norm.linear', 'norm_out.linear'],
 ]
 
+/** By how much a pixel differs from the corner's colour, of 255, where a shape is. */
+const STANDS_OUT = 60
+
 const { values: args } = parseArgs({
   options: {
     model: { type: 'string', default: 'examples/shapes/model' },
@@ -52,8 +56,11 @@ const { values: args } = parseArgs({
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
     prior: { type: 'string', default: '20' },
-    /** How often a new clip counts beside one of those. */
-    repeat: { type: 'string', default: '2' },
+    /** How often a new clip is shown beside one of those, each time in another place. */
+    copies: { type: 'string', default: '8' },
+    'own-copies': { type: 'string', default: '4' },
+    /** Of so many own videos one is shown without its caption: guidance leads away from what is drawn then. */
+    uncaptioned: { type: 'string', default: '4' },
     steps: { type: 'string', default: '1600' },
     rank: { type: 'string', default: '16' },
     'learning-rate': { type: 'string', default: '2e-3' },
@@ -105,22 +112,23 @@ async function encodeClips(): Promise<LatentDataset> {
   await mkdir(clips, { recursive: true })
   const lines: string[] = []
   const rng = makeRng(seed)
+  const write = async (name: string, frames: Uint8Array, text: string, copies: number): Promise<void> => {
+    for (let k = 0; k < copies; k++) {
+      const video = `${name}-${k}.mp4`
+      const shown = k === 0 ? frames : moved(frames, rng)
+      await encodeMp4(join(clips, video), shown, { width: SIZE, height: SIZE, fps: FPS })
+      lines.push(`${JSON.stringify({ video, text })}\n`)
+    }
+  }
   for (let i = 0; i < Number(args.clips); i++) {
     const spec: Spec = { ...varied(rng, i), colour: args.colour, rgb }
-    await encodeMp4(join(clips, `${i}.mp4`), renderClip(spec), {
-      width: SIZE,
-      height: SIZE,
-      fps: FPS,
-    })
-    const line = `${JSON.stringify({ video: `${i}.mp4`, text: caption(spec) })}\n`
-    for (let k = 0; k < Number(args.repeat); k++) lines.push(line)
+    await write(`new-${i}`, renderClip(spec), caption(spec), Number(args.copies))
   }
   const pipeline = await Pipeline.load(base, { dtype: 'bf16' })
   for (let i = 0; i < Number(args.prior); i++) {
     const prompt = caption(randomSpec(rng, 'train'))
-    const video = `own-${i}.mp4`
-    await pipeline.generate({ prompt, seed: seed + i }).save(join(clips, video))
-    lines.push(`${JSON.stringify({ video, text: prompt })}\n`)
+    const { frames } = await pipeline.generate({ prompt, seed: seed + i }).result()
+    await write(`own-${i}`, frames, prompt, Number(args['own-copies']))
   }
   pipeline.dispose()
   await writeFileAtomically(join(clips, 'captions.jsonl'), lines.join(''))
@@ -130,6 +138,46 @@ async function encodeClips(): Promise<LatentDataset> {
   await encodeLatents(vae, videos, latents)
   vae.dispose()
   return LatentDataset.open(latents)
+}
+
+/**
+ * The clip moved to another place, as far as nothing of what stands out from the corner leaves the picture: few clips
+ * would else teach where their shapes are. What is missing at a border is what the border shows.
+ */
+function moved(frames: Uint8Array, rng: () => number): Uint8Array {
+  const row = SIZE * 3
+  let [left, top, right, bottom] = [SIZE, SIZE, 0, 0]
+  for (let at = 0; at < frames.length; at += 3) {
+    const far = Math.max(
+      ...[0, 1, 2].map((c) => Math.abs((frames[at + c] as number) - (frames[c] as number))),
+    )
+    if (far < STANDS_OUT) continue
+    const [x, y] = [(at % row) / 3, Math.floor(at / row) % SIZE]
+    ;[left, right] = [Math.min(left, x), Math.max(right, x)]
+    ;[top, bottom] = [Math.min(top, y), Math.max(bottom, y)]
+  }
+  const within = (low: number, high: number): number =>
+    low > high ? 0 : Math.round(rng() * (SIZE - 1 - (high - low))) - low
+  const [dx, dy] = [within(left, right), within(top, bottom)]
+  const inside = (v: number): number => Math.min(SIZE - 1, Math.max(0, v))
+  const out = new Uint8Array(frames.length)
+  for (let at = 0; at < out.length; at += 3) {
+    const [x, y] = [(at % row) / 3, Math.floor(at / row) % SIZE]
+    const frame = at - (at % (row * SIZE))
+    const from = frame + inside(y - dy) * row + inside(x - dx) * 3
+    for (let c = 0; c < 3; c++) out[at + c] = frames[from + c] as number
+  }
+  return out
+}
+
+/** The same clips, some of the old colours without their captions. */
+function someUncaptioned(data: LatentSource): LatentSource {
+  let own = 0
+  const captions = data.captions.map((text) =>
+    !text.includes(args.colour) && ++own % Number(args.uncaptioned) === 0 ? '' : text,
+  )
+  const { length, normalisation, buckets } = data
+  return { length, captions, normalisation, buckets, gather: (indices) => data.gather(indices) }
 }
 
 /** Shapes, backgrounds and motions take turns: what all clips share besides the colour would be learned with it. */
@@ -154,7 +202,7 @@ async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds
   const began = performance.now()
   const cpu = process.cpuUsage()
   const trainer = new Trainer({
-    ...tune.parts(data, { steps, colour: args.colour }),
+    ...tune.parts(someUncaptioned(data), { steps, colour: args.colour }),
     out: join(args.out, 'run'),
     steps,
     batchSize: 10,
