@@ -118,20 +118,17 @@ export async function framesOfRow(world: World, latents: Tensor, row: number): P
   }
 }
 
-/**
- * Makes the videos of prompts: the shares in which the scorer reads colour, shape and motion as asked for, and those in
- * which colour and shape both are.
- */
+/** Makes the videos of prompts: the shares in which the scorer reads colour, shape and motion as asked for. */
 export async function scoresOf(
   world: World,
   model: SampledNetwork,
   asked: readonly Prompt[],
   how: Sampling,
   seed: number,
-): Promise<Record<'colour' | 'shape' | 'motion' | 'look', number>> {
+): Promise<Record<'colour' | 'shape' | 'motion', number>> {
   const captions = asked.map(({ text }) => text)
   const latents = await sample(world, model, captions, how, seed)
-  const right = { colour: 0, shape: 0, motion: 0, look: 0 }
+  const right = { colour: 0, shape: 0, motion: 0 }
   for (const [row, { spec }] of asked.entries()) {
     const frames = await framesOfRow(world, latents, row)
     const count = frames.length / (128 * 128 * 3)
@@ -139,8 +136,6 @@ export async function scoresOf(
     for (const name of ['colour', 'shape', 'motion'] as const) {
       right[name] += Number(found[name] === spec[name]) / asked.length
     }
-    const look = found.colour === spec.colour && found.shape === spec.shape
-    right.look += Number(look) / asked.length
   }
   latents.dispose()
   return right

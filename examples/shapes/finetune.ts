@@ -55,18 +55,16 @@ const { values: args } = parseArgs({
     rgb: { type: 'string', default: '130,60,200' },
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
-    prior: { type: 'string', default: '20' },
+    prior: { type: 'string', default: '40' },
     /** How often a new clip is shown beside one of those, each time in another place. */
-    copies: { type: 'string', default: '8' },
+    copies: { type: 'string', default: '16' },
     'own-copies': { type: 'string', default: '4' },
     /** Of so many own videos one is shown without its caption: guidance leads away from what is drawn then. */
     uncaptioned: { type: 'string', default: '4' },
-    steps: { type: 'string', default: '1600' },
+    steps: { type: 'string', default: '2500' },
     rank: { type: 'string', default: '16' },
     'learning-rate': { type: 'string', default: '2e-3' },
     targets: { type: 'string', default: LAYERS.join(',') },
-    /** How much of the adapter is added when videos are made. */
-    scale: { type: 'string', default: '0.8' },
     prompts: { type: 'string', default: '24' },
     seed: { type: 'string', default: '1' },
     'skip-before': { type: 'boolean', default: false },
@@ -98,7 +96,7 @@ async function main(): Promise<void> {
   const data = await encodeClips()
   const before = args['skip-before'] ? undefined : await evaluate('before', [])
   const { adapter, ...training } = await train(data)
-  const after = await evaluate('after', [{ path: adapter, scale: Number(args.scale) }])
+  const after = await evaluate('after', [{ path: adapter, scale: 1 }])
   const clips = { new: Number(args.clips), own: Number(args.prior) }
   const result = { colour: args.colour, clips, steps, training, before, after }
   data.dispose()

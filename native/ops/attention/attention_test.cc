@@ -1,10 +1,45 @@
 #include "core/op_test.h"
 
+namespace {
+
+using op_test::Dims;
+
+struct Mask {
+  op_test::Values segment, order;
+};
+
+// Adds q [B, Lq, H, D], k and v [B, Lk, H, D], and the mask where there is one.
+op_test::Case& Operands(op_test::Case& c, const Dims& q, const Dims& k, const Mask* mask) {
+  c.In(q).In(k).In(k);
+  if (!mask) return c.Missing().Missing();
+  return c.InInt({q[0], q[1]}, mask->segment).InInt({k[0], k[1]}, mask->order);
+}
+
+void Forward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale) {
+  op_test::Case c = test.Case("attention");
+  Operands(c, q, k, mask).Out(q).OutF32({q[0], q[2], q[1]}).Scalars({scale}).Tolerance(2e-6, 4e-3).Run();
+}
+
+// What the forward pass saves is the reference's.
+void Backward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale) {
+  const std::vector<int> inputs = mask ? std::vector<int>{0, 1, 2, 3, 4} : std::vector<int>{0, 1, 2, -1, -1};
+  const std::vector<Dims> saved = {q, {q[0], q[2], q[1]}};
+  op_test::Case c = test.Case("attention_backward");
+  Operands(c, q, k, mask)
+      .FromRef("attention", inputs, {scale}, saved, 0, false)
+      .FromRef("attention", inputs, {scale}, saved, 1)
+      .In(q)
+      .Out(q)
+      .Out(k)
+      .Out(k)
+      .Scalars({scale})
+      .Tolerance(6e-6, 1.2e-2)
+      .Run();
+}
+
+}  // namespace
+
 PF_CASES(attention) {
-  using op_test::Dims;
-  struct Mask {
-    op_test::Values segment, order;
-  };
   const Mask masks[] = {
       {[](int64_t i) { return i % 3; }, [](int64_t i) { return i / 5; }},  // scattered segments
       {[](int64_t i) { return i / 37; },
@@ -18,79 +53,21 @@ PF_CASES(attention) {
   for (int64_t l : {1, 17, 64, 130, 203})
     for (int64_t d : {16, 64, 5}) {
       const int64_t b = l == 17 ? 2 : 1, h = 2;
-      const Dims x = {b, l, h, d}, stats = {b, h, l};
+      const Dims x = {b, l, h, d};
       for (const Mask& mask : masks) {
-        test.Case("attention")
-            .In(x)
-            .In(x)
-            .In(x)
-            .InInt({b, l}, mask.segment)
-            .InInt({b, l}, mask.order)
-            .Out(x)
-            .OutF32(stats)
-            .Scalars({0.125})
-            .Tolerance(2e-6, 4e-3)
-            .Run();
+        Forward(test, x, x, &mask, 0.125);
         // Alone, or seeing only itself, a token has dq = dk = 0, a difference of two equal sums: only
         // rounding would be compared.
         if (l == 1 || &mask == &masks[5]) continue;
-        test.Case("attention_backward")
-            .In(x)
-            .In(x)
-            .In(x)
-            .InInt({b, l}, mask.segment)
-            .InInt({b, l}, mask.order)
-            .FromRef("attention", {0, 1, 2, 3, 4}, {0.125}, {x, stats}, 0, false)
-            .FromRef("attention", {0, 1, 2, 3, 4}, {0.125}, {x, stats}, 1)
-            .In(x)
-            .Out(x)
-            .Out(x)
-            .Out(x)
-            .Scalars({0.125})
-            .Tolerance(6e-6, 1.2e-2)
-            .Run();
+        Backward(test, x, x, &mask, 0.125);
       }
-      test.Case("attention")
-          .In(x)
-          .In(x)
-          .In(x)
-          .Missing()
-          .Missing()
-          .Out(x)
-          .OutF32(stats)
-          .Scalars({0.125})
-          .Tolerance(2e-6, 4e-3)
-          .Run();
+      Forward(test, x, x, nullptr, 0.125);
     }
   for (int64_t d : {48, 80, 127, 128, 512})
     for (int64_t lk : {3, 70, 129}) {
-      const Dims q = {2, 50, 1, d}, k = {2, lk, 1, d}, stats = {2, 1, 50};
-      test.Case("attention")
-          .In(q)
-          .In(k)
-          .In(k)
-          .Missing()
-          .Missing()
-          .Out(q)
-          .OutF32(stats)
-          .Scalars({0.1})
-          .Tolerance(2e-6, 4e-3)
-          .Run();
-      test.Case("attention_backward")
-          .In(q)
-          .In(k)
-          .In(k)
-          .Missing()
-          .Missing()
-          .FromRef("attention", {0, 1, 2, -1, -1}, {0.1}, {q, stats}, 0, false)
-          .FromRef("attention", {0, 1, 2, -1, -1}, {0.1}, {q, stats}, 1)
-          .In(q)
-          .Out(q)
-          .Out(k)
-          .Out(k)
-          .Scalars({0.1})
-          .Tolerance(6e-6, 1.2e-2)
-          .Run();
+      const Dims q = {2, 50, 1, d}, k = {2, lk, 1, d};
+      Forward(test, q, k, nullptr, 0.1);
+      Backward(test, q, k, nullptr, 0.1);
     }
   // Runs of tokens with mask values drawn at random, in lengths that fit no block.
   for (uint32_t seed = 1; seed <= 12; ++seed) {
@@ -100,35 +77,11 @@ PF_CASES(attention) {
       return static_cast<int64_t>((h ^ (h >> 13)) & 0xffff);
     };
     const int64_t run = 1 + draw(0, 1) % 40, l = 60 + draw(0, 2) % 180, d = seed % 3 ? 64 : 128;
-    const op_test::Values segment = [=](int64_t i) { return draw(i / run, 3) % 4; };
-    const op_test::Values order = [=](int64_t i) { return draw(i / (1 + run / 2), 4) % 6; };
-    const Dims x = {1, l, 2, d}, stats = {1, 2, l};
-    test.Case("attention")
-        .In(x)
-        .In(x)
-        .In(x)
-        .InInt({1, l}, segment)
-        .InInt({1, l}, order)
-        .Out(x)
-        .OutF32(stats)
-        .Scalars({-0.1})
-        .Tolerance(2e-6, 4e-3)
-        .Run();
-    test.Case("attention_backward")
-        .In(x)
-        .In(x)
-        .In(x)
-        .InInt({1, l}, segment)
-        .InInt({1, l}, order)
-        .FromRef("attention", {0, 1, 2, 3, 4}, {-0.1}, {x, stats}, 0, false)
-        .FromRef("attention", {0, 1, 2, 3, 4}, {-0.1}, {x, stats}, 1)
-        .In(x)
-        .Out(x)
-        .Out(x)
-        .Out(x)
-        .Scalars({-0.1})
-        .Tolerance(6e-6, 1.2e-2)
-        .Run();
+    const Mask drawn = {[=](int64_t i) { return draw(i / run, 3) % 4; },
+                        [=](int64_t i) { return draw(i / (1 + run / 2), 4) % 6; }};
+    const Dims x = {1, l, 2, d};
+    Forward(test, x, x, &drawn, -0.1);
+    Backward(test, x, x, &drawn, -0.1);
   }
   // Heads of 64 and 128 over several tiles of 64 and 128 keys: buffers are used again, lengths fit nothing.
   const int64_t blocks_of_64[] = {0, 1, 0, 0, 1, 1, 0, 1, 2, 2, 1, 1};
@@ -144,32 +97,12 @@ PF_CASES(attention) {
     for (const Mask& mask : long_masks) {
       const int64_t b = &mask == &long_masks[1] ? 2 : 1, l = d == 64 ? 717 : 600, h = b == 2 ? 3 : 1;
       const Dims x = {b, l, h, d};
-      test.Case("attention")
-          .In(x)
-          .In(x)
-          .In(x)
-          .InInt({b, l}, mask.segment)
-          .InInt({b, l}, mask.order)
-          .Out(x)
-          .OutF32({b, h, l})
-          .Scalars({0.125})
-          .Tolerance(2e-6, 4e-3)
-          .Run();
+      Forward(test, x, x, &mask, 0.125);
     }
     const int64_t lengths[][2] = {{300, 70}, {70, 645}, {129, 384}, {1, 1}, {64, 256}};
     for (const auto& [lq, lk] : lengths) {
       const Dims q = {2, lq, 3, d}, k = {2, lk, 3, d};
-      test.Case("attention")
-          .In(q)
-          .In(k)
-          .In(k)
-          .Missing()
-          .Missing()
-          .Out(q)
-          .OutF32({2, 3, lq})
-          .Scalars({0.1})
-          .Tolerance(2e-6, 4e-3)
-          .Run();
+      Forward(test, q, k, nullptr, 0.1);
     }
     // Results in f32, no lse, scale 0; and many heads of few tokens.
     const Dims few = {2, 150, 2, d}, many = {1, 9, 24, d};
@@ -250,35 +183,11 @@ PF_CASES(attention) {
       .Tolerance(2e-6, 4e-3)
       .Run();
   // Many short sequences, of which a block sees few; operands of two dtypes; no lse asked for; wide heads.
-  const Dims packed = {1, 2150, 1, 24}, packed_stats = {1, 1, 2150};
-  const op_test::Values packed_segment = [](int64_t i) { return i / 2100 ? 3 : i / 90; };
-  const op_test::Values packed_order = [](int64_t i) { return i % 90 / 20; };
-  test.Case("attention")
-      .In(packed)
-      .In(packed)
-      .In(packed)
-      .InInt({1, 2150}, packed_segment)
-      .InInt({1, 2150}, packed_order)
-      .Out(packed)
-      .OutF32(packed_stats)
-      .Scalars({0.2})
-      .Tolerance(2e-6, 4e-3)
-      .Run();
-  test.Case("attention_backward")
-      .In(packed)
-      .In(packed)
-      .In(packed)
-      .InInt({1, 2150}, packed_segment)
-      .InInt({1, 2150}, packed_order)
-      .FromRef("attention", {0, 1, 2, 3, 4}, {0.2}, {packed, packed_stats}, 0, false)
-      .FromRef("attention", {0, 1, 2, 3, 4}, {0.2}, {packed, packed_stats}, 1)
-      .In(packed)
-      .Out(packed)
-      .Out(packed)
-      .Out(packed)
-      .Scalars({0.2})
-      .Tolerance(6e-6, 1.2e-2)
-      .Run();
+  const Dims packed = {1, 2150, 1, 24};
+  const Mask ninety = {[](int64_t i) { return i / 2100 ? 3 : i / 90; },
+                       [](int64_t i) { return i % 90 / 20; }};
+  Forward(test, packed, packed, &ninety, 0.2);
+  Backward(test, packed, packed, &ninety, 0.2);
   const Dims mixed = {2, 70, 2, 24}, wide = {1, 70, 2, 600};
   test.Case("attention")
       .In(mixed)
@@ -317,17 +226,7 @@ PF_CASES(attention) {
       .Scalars({0.2})
       .Tolerance(6e-6, 1.2e-2)
       .Run();
-  test.Case("attention")
-      .In(wide)
-      .In(wide)
-      .In(wide)
-      .InInt({1, 70}, masks[1].segment)
-      .InInt({1, 70}, masks[1].order)
-      .Out(wide)
-      .OutF32({1, 2, 70})
-      .Scalars({0.04})
-      .Tolerance(2e-6, 4e-3)
-      .Run();
+  Forward(test, wide, wide, &masks[1], 0.04);
   // Nothing at all.
   test.Case("attention")
       .In({1, 0, 2, 8})
