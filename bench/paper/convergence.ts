@@ -56,7 +56,7 @@ function slower(what: string, [own, base]: readonly Curve[]): string {
   if (ratios.length === 0)
     return `In ${what} the ${base?.name} nowhere comes to where the ${own?.name} began.`
   const [least, middle, most] = [0, ratios.length >> 1, ratios.length - 1].map((i) => ratios[i]?.toFixed(2))
-  return `To the same ${what} the ${base?.name} took ${middle} times the FLOPs of the ${own?.name} (${least} to ${most}, ${ratios.length} points).`
+  return `To the same ${what} the ${base?.name} took ${middle} times the FLOPs of the ${own?.name} (${least} to ${most}, ${ratios.length} points; 0 where the ${own?.name} never came).`
 }
 
 /** Row 1: the spatial pyramid against flow matching at full size, on still pictures, at equal latent tokens a batch. */
