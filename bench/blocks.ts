@@ -7,7 +7,7 @@ import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { blockGraph, convGraph } from './block-graph.ts'
-import { bf16Tiles, type Effort, engineSeconds, median, type Required, type Unnamed } from './harness.ts'
+import { type Effort, engineSeconds, fastBf16, median, type Required, type Unnamed } from './harness.ts'
 import { findOnnxRuntime, INSTALL, onnxPeer, type Peer } from './peers.ts'
 
 const TEXT = 128
@@ -66,7 +66,7 @@ async function compared(
   const rate = (perSecond: number): number => 1e-9 * what.flops * perSecond
   if (!peer) return { name: what.name, value: rate(await ours()), unit: 'GFLOP/s' }
   const bound: Required = { of: 'ratio', atLeast: BOUNDS[what.dtype] }
-  const required = what.dtype === 'f32' || bf16Tiles() ? { required: bound } : {}
+  const required = what.dtype === 'f32' || fastBf16() ? { required: bound } : {}
   // By turns and not at once: both take all cores.
   const slices: { our: number; their: number }[] = []
   for (let i = 0; i < shortened(effort).rounds; i++) {

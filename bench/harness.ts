@@ -76,9 +76,6 @@ export const onGpu = (): boolean => engine.device.backend.startsWith('cuda')
 /** Whether the device multiplies pairs of bf16: else it is only a storage type, and has no bounds. */
 export const fastBf16 = (): boolean => /bf16|amx|cuda/.test(engine.device.backend)
 
-/** Whether it multiplies whole tiles of bf16: dot products of pairs alone are twice as fast as f32 at best. */
-export const bf16Tiles = (): boolean => /amx|cuda/.test(engine.device.backend)
-
 /** Whose matrix products are the ceiling. */
 export const productLibrary = (): string => (onGpu() ? 'cuBLASLt' : 'oneDNN')
 

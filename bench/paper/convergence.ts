@@ -1,7 +1,6 @@
 import { makeStages } from '../../lib/flow/stages.ts'
 import { asTrained } from '../../lib/train/samples.ts'
 import type { Arm, Measured } from './arms.ts'
-import { spreadOf } from './metrics.ts'
 import {
   type Context,
   type Curve,
@@ -12,7 +11,8 @@ import {
   type Result,
   run,
   video,
-} from './row.ts'
+} from './context.ts'
+import { spreadOf } from './metrics.ts'
 import { type Sampling, scoresOf } from './sampling.ts'
 import { prompts } from './world.ts'
 

@@ -111,9 +111,10 @@ async function encodeClips(): Promise<LatentDataset> {
   const lines: string[] = []
   const rng = makeRng(seed)
   const write = async (name: string, frames: Uint8Array, text: string, copies: number): Promise<void> => {
+    const shape = extentOf(frames)
     for (let k = 0; k < copies; k++) {
       const video = `${name}-${k}.mp4`
-      const shown = k === 0 ? frames : moved(frames, rng)
+      const shown = k === 0 ? frames : moved(frames, shape, rng)
       await encodeMp4(join(clips, video), shown, { width: SIZE, height: SIZE, fps: FPS })
       lines.push(`${JSON.stringify({ video, text })}\n`)
     }
@@ -138,22 +139,36 @@ async function encodeClips(): Promise<LatentDataset> {
   return LatentDataset.open(latents)
 }
 
-/**
- * The clip moved to another place, as far as nothing of what stands out from the corner leaves the picture: few clips
- * would else teach where their shapes are. What is missing at a border is what the border shows.
- */
-function moved(frames: Uint8Array, rng: () => number): Uint8Array {
+interface Extent {
+  left: number
+  top: number
+  right: number
+  bottom: number
+}
+
+/** Where over the whole clip something stands out from the colour of the first pixel. */
+function extentOf(frames: Uint8Array): Extent {
   const row = SIZE * 3
-  let [left, top, right, bottom] = [SIZE, SIZE, 0, 0]
+  const found: Extent = { left: SIZE, top: SIZE, right: 0, bottom: 0 }
+  const far = (at: number, c: number): boolean =>
+    Math.abs((frames[at + c] as number) - (frames[c] as number)) >= STANDS_OUT
   for (let at = 0; at < frames.length; at += 3) {
-    const far = Math.max(
-      ...[0, 1, 2].map((c) => Math.abs((frames[at + c] as number) - (frames[c] as number))),
-    )
-    if (far < STANDS_OUT) continue
+    if (!far(at, 0) && !far(at, 1) && !far(at, 2)) continue
     const [x, y] = [(at % row) / 3, Math.floor(at / row) % SIZE]
-    ;[left, right] = [Math.min(left, x), Math.max(right, x)]
-    ;[top, bottom] = [Math.min(top, y), Math.max(bottom, y)]
+    found.left = Math.min(found.left, x)
+    found.right = Math.max(found.right, x)
+    found.top = Math.min(found.top, y)
+    found.bottom = Math.max(found.bottom, y)
   }
+  return found
+}
+
+/**
+ * The clip moved to another place, as far as nothing of what stands out leaves the picture: few clips would else teach
+ * where their shapes are. What is missing at a border is what the border shows.
+ */
+function moved(frames: Uint8Array, { left, top, right, bottom }: Extent, rng: () => number): Uint8Array {
+  const row = SIZE * 3
   const within = (low: number, high: number): number =>
     low > high ? 0 : Math.round(rng() * (SIZE - 1 - (high - low))) - low
   const [dx, dy] = [within(left, right), within(top, bottom)]
