@@ -39,31 +39,47 @@ static inline Vf BlockSums(const Bf16* a, const Bf16* b) {
   return even + ((Vf)(u & 0xffff0000u) + (Vf)(v & 0xffff0000u));
 }
 
-// Every value of v twice, 2 kLanes values in all, to one row.
-static inline void PutTwice(float* y, Vf v) {
-  StoreF(y, TwiceLow(v));
-  StoreF(y + kLanes, TwiceHigh(v));
+// One vector to p; kStream: past the caches, without fetching what it overwrites, p aligned to the vector.
+template <bool kStream>
+static inline void PutVector(void* p, Vf v) {
+  if constexpr (!kStream)
+    memcpy(p, &v, sizeof(v));
+  else
+#if PF_LANES == 16
+    _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif PF_LANES == 8
+    _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#else
+    _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#endif
 }
+// Every value of v twice, 2 kLanes values in all, to one row.
+template <bool kStream = false>
+static inline void PutTwice(float* y, Vf v) {
+  PutVector<kStream>(y, TwiceLow(v));
+  PutVector<kStream>(y + kLanes, TwiceHigh(v));
+}
+template <bool kStream = false>
 static inline void PutTwice(Bf16* y, Vf v) {
   const Vu bits = Bf16Bits(v), both = bits | bits << 16;
-  memcpy(y, &both, sizeof(both));
+  PutVector<kStream>(y, (Vf)both);
 }
 
 // y[2i] = y[2i + 1] = x[i], i < 2 kLanes.
+template <bool kStream = false>
 static inline void RepeatBits(const Bf16* x, Bf16* y) {
 #if PF_LANES == 8
   __m256i v;
   memcpy(&v, x, sizeof(v));
   v = _mm256_permute4x64_epi64(v, 0xd8);  // unpacking does not cross the 128-bit halves
-  const __m256i low = _mm256_unpacklo_epi16(v, v), high = _mm256_unpackhi_epi16(v, v);
-  memcpy(y, &low, sizeof(low));
-  memcpy(y + 2 * kLanes, &high, sizeof(high));
+  PutVector<kStream>(y, (Vf)_mm256_unpacklo_epi16(v, v));
+  PutVector<kStream>(y + 2 * kLanes, (Vf)_mm256_unpackhi_epi16(v, v));
 #else
   for (int i = 0; i < 2 * kLanes; i += kLanes) {
     Vh h;
     memcpy(&h, x + i, sizeof(h));
     const Vu bits = Widen(h), both = bits | bits << 16;
-    memcpy(y + 2 * i, &both, sizeof(both));
+    PutVector<kStream>(y + 2 * i, (Vf)both);
   }
 #endif
 }
@@ -109,21 +125,23 @@ static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w,
   });
 }
 
-// y[2j] = y[2j + 1] = factor * x[j], j < n; lines come to be written before they are: the order of stores
-// leaves too little time for that.
-template <class X, class Y>
+// y[2j] = y[2j + 1] = factor * x[j], j < n. Without kStream lines come to be written before they are: the
+// order of stores leaves too little time for that.
+template <bool kStream, class X, class Y>
 static inline void DoublePart(const X* x, Y* y, int64_t n, float factor) {
-  constexpr int64_t kAhead = 512;
+  const auto ahead = [=](int64_t at) {
+    if constexpr (!kStream) Ahead<1>(y + at, 512);
+  };
   int64_t j = 0;
   if constexpr (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16))
     for (; factor == 1 && j + 2 * kLanes <= n; j += 2 * kLanes) {
-      Ahead<1>(y + 2 * j, kAhead);
-      Ahead<1>(y + 2 * j + 2 * kLanes, kAhead);
-      RepeatBits(x + j, y + 2 * j);
+      ahead(2 * j);
+      ahead(2 * j + 2 * kLanes);
+      RepeatBits<kStream>(x + j, y + 2 * j);
     }
   for (; j + kLanes <= n; j += kLanes) {
-    Ahead<1>(y + 2 * j, kAhead);
-    PutTwice(y + 2 * j, factor * LoadF(x + j));
+    ahead(2 * j);
+    PutTwice<kStream>(y + 2 * j, factor * LoadF(x + j));
   }
   for (; j < n; ++j) y[2 * j] = y[2 * j + 1] = FromFloat<Y>(factor * ToFloat(x[j]));
 }
@@ -149,18 +167,38 @@ static inline int64_t DoubleInParts(const X* x, Y* y, Y* z, int64_t n, float fac
 }
 #endif
 
+// From here on no cache holds a result until it is read. What the system tells of its last cache does not
+// help: some virtual machines call 32 MB 320 MB. With 32 MB of results streaming is slower there (Zen 4).
+static constexpr int64_t kPastCaches = int64_t{48} << 20;
+// A fence for every row takes half of the rate away.
+template <class X, class Y>
+static inline void DoubleStreamed(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
+#pragma omp parallel
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < row_pairs; ++row) {
+      DoublePart<true>(small + row * w, large + row * 4 * w, w, factor);
+      DoublePart<true>(small + row * w, large + row * 4 * w + 2 * w, w, factor);
+    }
+    _mm_sfence();
+  }
+}
+
 template <class X, class Y>
 static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
+  const int64_t row_bytes = 2 * w * static_cast<int64_t>(sizeof(Y)), bytes = 2 * row_pairs * row_bytes;
+  const bool aligned = (reinterpret_cast<uintptr_t>(large) | row_bytes) % sizeof(Vf) == 0;
+  if (bytes >= kPastCaches && aligned) return DoubleStreamed(small, large, row_pairs, w, factor);
   ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X* x = small + row * w;
     Y *y = large + row * 4 * w, *z = y + 2 * w;
     int64_t j = 0;
 #if PF_LANES == 8
-    if (row_pairs * w * 4 * sizeof(Y) < 4 << 20) j = DoubleInParts(x, y, z, w, factor);
+    if (bytes < 4 << 20) j = DoubleInParts(x, y, z, w, factor);
 #endif
     // One row after the other: written in turns the two are slower.
-    DoublePart(x + j, y + 2 * j, w - j, factor);
-    DoublePart(x + j, z + 2 * j, w - j, factor);
+    DoublePart<false>(x + j, y + 2 * j, w - j, factor);
+    DoublePart<false>(x + j, z + 2 * j, w - j, factor);
   });
 }
 
