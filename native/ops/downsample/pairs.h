@@ -35,6 +35,7 @@ static inline Vf BlockSums(const Bf16* a, const Bf16* b) {
   Vu u, v;
   memcpy(&u, a, sizeof(u));
   memcpy(&v, b, sizeof(v));
+  asm("" : "+x"(u), "+x"(v));  // else both uses below load it again
   const Vf even = (Vf)(u << 16) + (Vf)(v << 16);
   return even + ((Vf)(u & 0xffff0000u) + (Vf)(v & 0xffff0000u));
 }
@@ -93,36 +94,67 @@ static inline void ForRowPairs(int64_t row_pairs, int64_t w, Body body) {
   });
 }
 
-// Asks for the lines that the 2 kLanes values `bytes` ahead of p lie in, to be written soon or read later:
-// what is read waits in the second-level cache, where far more of it can be on the way at a time.
-template <int kWrite, class T>
+// The same for large planes, whose results may be stored past the caches: from this size on no cache would
+// hold them until they are read. What the system tells of its last cache does not help, some virtual machines
+// call 32 MB 320 MB. With 32 MB of results streaming is slower there (Zen 4).
+static constexpr int64_t kPastCaches = int64_t{48} << 20;
+template <class Body>
+static inline void ForStreamedRowPairs(int64_t row_pairs, Body body) {
+#pragma omp parallel
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < row_pairs; ++row) body(row);
+    _mm_sfence();  // after every row it takes half of the rate away
+  }
+}
+template <class T>
+static inline bool Aligned(const T* p, int64_t row) {
+  return (reinterpret_cast<uintptr_t>(p) | row * sizeof(T)) % sizeof(Vf) == 0;
+}
+
+// Asks for the lines that the 2 kLanes values `bytes` ahead of p lie in, to be written (kWrite) or read. They
+// come to the first-level cache (kLevel 3) or to the second (2), where far more can be on the way at a time.
+template <int kWrite, int kLevel, class T>
 static inline void Ahead(const T* p, int64_t bytes) {
   constexpr int kLine = 64 / sizeof(T), kCount = 2 * kLanes < kLine ? 1 : 2 * kLanes / kLine;
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i)
-    __builtin_prefetch(p + bytes / sizeof(T) + i * kLine, kWrite, kWrite ? 3 : 2);
+  for (int i = 0; i < kCount; ++i) __builtin_prefetch(p + bytes / sizeof(T) + i * kLine, kWrite, kLevel);
 }
 
+// y = factor * (2x2 block sums of the rows a and b). kFar: they come from memory.
+template <bool kFar, bool kStream, class X, class Y>
+static inline void HalveRow(const X* a, const X* b, Y* y, int64_t w, float factor) {
+  // Two streams of short rows are more than the hardware foresees: half as fast without the hint, and with
+  // one for 4 KB ahead 0.60 of a copy where 16 KB make it 0.84 (64 MB, f32, Zen 4).
+  constexpr int kLevel = kFar ? 2 : 3, kAhead = kFar ? 16384 : 2048;
+  const auto sums = [=](int64_t j) {
+    Ahead<0, kLevel>(a + 2 * j, kAhead);
+    Ahead<0, kLevel>(b + 2 * j, kAhead);
+    return factor * BlockSums(a + 2 * j, b + 2 * j);
+  };
+  int64_t j = 0;
+  if constexpr (kStream && sizeof(Y) == sizeof(float))
+    for (; j + kLanes <= w; j += kLanes) PutVector<true>(y + j, sums(j));
+  for (; j + 2 * kLanes <= w; j += 2 * kLanes) StorePair(y + j, sums(j), sums(j + kLanes));
+  for (; j + kLanes <= w; j += kLanes) StoreF(y + j, sums(j));
+  for (; j < w; ++j) {
+    const float even = ToFloat(a[2 * j]) + ToFloat(b[2 * j]);
+    y[j] = FromFloat<Y>(factor * (even + (ToFloat(a[2 * j + 1]) + ToFloat(b[2 * j + 1]))));
+  }
+}
 template <class X, class Y>
 static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w, float factor) {
-  ForRowPairs(row_pairs, w, [=](int64_t row) {
-    const X *a = large + row * 4 * w, *b = a + 2 * w;
-    Y* y = small + row * w;
-    const auto sums = [=](int64_t j) {
-      // Two streams of short rows are more than the hardware foresees: half as fast without the hint, and
-      // with one for 4 KB ahead 0.60 of a copy where 16 KB make it 0.84 (64 MB, f32, Zen 4).
-      Ahead<0>(a + 2 * j, 16384);
-      Ahead<0>(b + 2 * j, 16384);
-      return factor * BlockSums(a + 2 * j, b + 2 * j);
-    };
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= w; j += 2 * kLanes) StorePair(y + j, sums(j), sums(j + kLanes));
-    for (; j + kLanes <= w; j += kLanes) StoreF(y + j, sums(j));
-    for (; j < w; ++j) {
-      const float even = ToFloat(a[2 * j]) + ToFloat(b[2 * j]);
-      y[j] = FromFloat<Y>(factor * (even + (ToFloat(a[2 * j + 1]) + ToFloat(b[2 * j + 1]))));
-    }
-  });
+  const auto row = [=]<bool kFar, bool kStream>(int64_t i) {
+    const X* a = large + i * 4 * w;
+    HalveRow<kFar, kStream>(a, a + 2 * w, small + i * w, w, factor);
+  };
+  const int64_t bytes = row_pairs * w * 4 * static_cast<int64_t>(sizeof(X));
+  if (bytes >= kPastCaches && Aligned(small, w))
+    ForStreamedRowPairs(row_pairs, [=](int64_t i) { row.template operator()<true, true>(i); });
+  else if (bytes >= 4 << 20)
+    ForRowPairs(row_pairs, w, [=](int64_t i) { row.template operator()<true, false>(i); });
+  else
+    ForRowPairs(row_pairs, w, [=](int64_t i) { row.template operator()<false, false>(i); });
 }
 
 // y[2j] = y[2j + 1] = factor * x[j], j < n. Without kStream lines come to be written before they are: the
@@ -130,7 +162,7 @@ static inline void Halve(const X* large, Y* small, int64_t row_pairs, int64_t w,
 template <bool kStream, class X, class Y>
 static inline void DoublePart(const X* x, Y* y, int64_t n, float factor) {
   const auto ahead = [=](int64_t at) {
-    if constexpr (!kStream) Ahead<1>(y + at, 512);
+    if constexpr (!kStream) Ahead<1, 3>(y + at, 512);
   };
   int64_t j = 0;
   if constexpr (sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16))
@@ -167,28 +199,14 @@ static inline int64_t DoubleInParts(const X* x, Y* y, Y* z, int64_t n, float fac
 }
 #endif
 
-// From here on no cache holds a result until it is read. What the system tells of its last cache does not
-// help: some virtual machines call 32 MB 320 MB. With 32 MB of results streaming is slower there (Zen 4).
-static constexpr int64_t kPastCaches = int64_t{48} << 20;
-// A fence for every row takes half of the rate away.
-template <class X, class Y>
-static inline void DoubleStreamed(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
-#pragma omp parallel
-  {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < row_pairs; ++row) {
-      DoublePart<true>(small + row * w, large + row * 4 * w, w, factor);
-      DoublePart<true>(small + row * w, large + row * 4 * w + 2 * w, w, factor);
-    }
-    _mm_sfence();
-  }
-}
-
 template <class X, class Y>
 static inline void Double(const X* small, Y* large, int64_t row_pairs, int64_t w, float factor) {
-  const int64_t row_bytes = 2 * w * static_cast<int64_t>(sizeof(Y)), bytes = 2 * row_pairs * row_bytes;
-  const bool aligned = (reinterpret_cast<uintptr_t>(large) | row_bytes) % sizeof(Vf) == 0;
-  if (bytes >= kPastCaches && aligned) return DoubleStreamed(small, large, row_pairs, w, factor);
+  const int64_t bytes = row_pairs * w * 4 * static_cast<int64_t>(sizeof(Y));
+  if (bytes >= kPastCaches && Aligned(large, 2 * w))
+    return ForStreamedRowPairs(row_pairs, [=](int64_t row) {
+      DoublePart<true>(small + row * w, large + row * 4 * w, w, factor);
+      DoublePart<true>(small + row * w, large + row * 4 * w + 2 * w, w, factor);
+    });
   ForRowPairs(row_pairs, w, [=](int64_t row) {
     const X* x = small + row * w;
     Y *y = large + row * 4 * w, *z = y + 2 * w;
