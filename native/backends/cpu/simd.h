@@ -99,18 +99,23 @@ static inline void StorePair(float* p, Vf a, Vf b) {
   StoreF(p, a);
   StoreF(p + kLanes, b);
 }
-static inline void StorePair(Bf16* p, Vf a, Vf b) {
+// Both rounded to bf16, a first.
+static inline Vf Bf16Packed(Vf a, Vf b) {
 #if defined(__AVX512BF16__)
-  const __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  memcpy(p, &h, sizeof(h));
+  return (Vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#elif PF_LANES == 16
+  const __m256i low = (__m256i)Narrow(Bf16Bits(a)), high = (__m256i)Narrow(Bf16Bits(b));
+  return (Vf)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
 #elif PF_LANES == 8
   const __m256i halves = _mm256_packus_epi32((__m256i)Bf16Bits(a), (__m256i)Bf16Bits(b));
-  const __m256i h = _mm256_permute4x64_epi64(halves, 0xd8);  // each 128-bit half packed its own
-  memcpy(p, &h, sizeof(h));
+  return (Vf)_mm256_permute4x64_epi64(halves, 0xd8);  // each 128-bit half packed its own
 #else
-  StoreF(p, a);
-  StoreF(p + kLanes, b);
+  return (Vf)_mm_set_epi64x((long long)Narrow(Bf16Bits(b)), (long long)Narrow(Bf16Bits(a)));
 #endif
+}
+static inline void StorePair(Bf16* p, Vf a, Vf b) {
+  const Vf v = Bf16Packed(a, b);
+  memcpy(p, &v, sizeof(v));
 }
 // The last, incomplete vector of a row: missing lanes read as fill and are not written.
 template <class T>
