@@ -7,7 +7,7 @@ import { caption, FPS, FRAMES, makeRng, randomSpec, renderClip, SIZE } from '../
 import { ioError, writeAtomically } from '../lib/io/atomic.ts'
 import { contactSheet } from '../lib/io/contact-sheet.ts'
 import { frameDelays, loadImage, saveGif, savePng, saveVideo, saveWebp } from '../lib/io/image.ts'
-import { coverSize, decodeVideo, encodeMp4, hasFfmpeg, probeVideo } from '../lib/io/video.ts'
+import { decodeVideo, encodeMp4, hasFfmpeg, probeVideo } from '../lib/io/video.ts'
 import { videoBackend, webcodecsBackend } from '../lib/io/webcodecs.ts'
 import { type Dataset, openDataset, shuffle } from '../lib/train/dataset.ts'
 
@@ -78,10 +78,6 @@ describe('pictures and animations', () => {
     await savePng(join(dir, 'wide.png'), wide, { width: 8, height: 4 })
     const square = await loadImage(join(dir, 'wide.png'), { width: 4, height: 4 })
     expect(Array.from(square)).toEqual(Array.from({ length: 16 }, () => [0, 255, 0]).flat())
-    expect(coverSize({ width: 1920, height: 1080 }, { width: 640, height: 384 })).toEqual({
-      width: 683,
-      height: 384,
-    })
   })
 
   test('a missing picture and a text file are ERR_IO naming the file', async () => {
@@ -181,6 +177,25 @@ describe('mp4 through ffmpeg', () => {
     await expect(decodeVideo(path, { width: 0 })).rejects.toEqual(codeOf('ERR_OPTION', /width.*received 0/))
   })
 
+  test('what is decoded covers the size in whole and is cropped in the middle', async () => {
+    const path = join(dir, 'wide.mp4')
+    const wide = { width: 96, height: 36, fps: 8 }
+    // Three vertical bars, of which a square in the middle shows the second alone.
+    const frame = Uint8Array.from({ length: 96 * 36 * 3 }, (_, at) => {
+      const x = Math.floor(at / 3) % 96
+      return at % 3 === (x < 30 ? 0 : x < 66 ? 1 : 2) ? 200 : 20
+    })
+    await encodeMp4(path, [frame, frame, frame], wide)
+    // With and without asking the file what it is first.
+    for (const how of [{ fps: 8, maxFrames: 3 }, { maxFrames: 3 }]) {
+      const { frames, count, fps } = await decodeVideo(path, { width: 24, height: 24, ...how })
+      expect([count, fps, frames.length]).toEqual([3, 8, 3 * 24 * 24 * 3])
+      const far = frames.reduce((n, v, at) => n + Number(Math.abs(v - (at % 3 === 1 ? 200 : 20)) > 12), 0)
+      // The borders of the bars are where cropping cuts.
+      expect(far / frames.length).toBeLessThan(0.1)
+    }
+  })
+
   test('a missing, an empty, an unreadable and a truncated clip are each ERR_IO naming the file', async () => {
     const path = join(dir, 'cut.mp4')
     await encodeMp4(path, clip, options)
@@ -188,8 +203,10 @@ describe('mp4 through ffmpeg', () => {
     await writeFile(join(dir, 'text.mp4'), 'this is no video '.repeat(100))
     await writeFile(join(dir, 'empty.mp4'), '')
     for (const name of ['none', 'empty', 'text', 'cut']) {
-      const decoded = decodeVideo(join(dir, `${name}.mp4`))
-      await expect(decoded, name).rejects.toEqual(codeOf('ERR_IO', new RegExp(`${name}\\.mp4`)))
+      for (const how of [{}, { width: 48, height: 32, fps: 12, maxFrames: 50 }]) {
+        const decoded = decodeVideo(join(dir, `${name}.mp4`), how)
+        await expect(decoded, name).rejects.toEqual(codeOf('ERR_IO', new RegExp(`${name}\\.mp4`)))
+      }
     }
   })
 

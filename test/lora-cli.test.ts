@@ -213,8 +213,15 @@ describe('a fine-tune', () => {
     expect(parts.data.normalisation).toEqual(tune.normalisation)
     expect(cache.normalisation).not.toEqual(tune.normalisation)
     expect(parts.data.captions).toEqual(cache.captions)
-    cache.dispose()
+    // Without adapters nothing is left of the weights that clips could be kept with.
+    expect(() => tune.parts(cache, {}, () => true)).toThrow(/keeps.*lora/)
     tune.dispose()
+    const adapted = await FineTune.open(model, { dtype: 'f32', lora: { rank: 2 } })
+    const { teacher, model: network } = adapted.parts(cache, {}, (i) => i > 0)
+    expect(teacher?.network).not.toBe(network)
+    expect([0, 1].map((i) => teacher?.clips(i))).toEqual([false, true])
+    adapted.dispose()
+    cache.dispose()
 
     const published = join(folder, 'published')
     cpSync(join(goldenFolder, 'models/mmdit_a'), published, { recursive: true })

@@ -7,6 +7,7 @@ import { engine } from '../lib/engine/engine.ts'
 import { Lora } from '../lib/lora/lora.ts'
 import { loadVelocityNetwork } from '../lib/models/load-network.ts'
 import type { VelocityNetwork } from '../lib/models/velocity-network.ts'
+import { sliced } from '../lib/tensor/sliced.ts'
 import { type GuardEvent, guarded } from '../lib/train/guard.ts'
 import type { LatentDataset } from '../lib/train/latents.ts'
 import { bestCheckpoint, type TrainEvent } from '../lib/train/run.ts'
@@ -43,9 +44,16 @@ interface Made {
 
 async function make(
   out: string,
-  options: { steps: number; dtype?: 'f32' | 'bf16'; checkpointing?: number; learningRate?: number },
+  options: {
+    steps: number
+    dtype?: 'f32' | 'bf16'
+    checkpointing?: number
+    learningRate?: number
+    /** Clips whose velocities the base gives. */
+    kept?: (index: number) => boolean
+  },
 ): Promise<Made> {
-  const { dtype = 'f32', checkpointing, ...rest } = options
+  const { dtype = 'f32', checkpointing, kept, ...rest } = options
   const base = await loadVelocityNetwork(weights, { dtype, pack: false })
   const lora = Lora.create(base, { rank: 4 })
   lora.network.checkpointing = checkpointing ?? false
@@ -53,6 +61,7 @@ async function make(
     ...{ model: lora.network, parameters: lora.parameters, data, text: tinyText(), out },
     ...{ batchSize: 4, seed: 11, learningRate: 1e-2, warmupSteps: 0, optimizer: { emaDecay: 0.5 } },
     write: (dir, tensors) => lora.save(join(dir, 'adapter.safetensors'), { tensors }),
+    ...(kept && { teacher: { network: base, clips: kept } }),
     ...rest,
   })
   const dispose = (): void => {
@@ -126,6 +135,66 @@ describe('training adapters', () => {
     expect(statSync(join(dir, 'optimizer.safetensors')).size).toBeLessThan(
       0.5 * statSync(join(weights, 'diffusion_pytorch_model.safetensors')).size,
     )
+  })
+
+  test('learns nothing from clips on which it is to go on as its base does', async () => {
+    const made = await make(join(folder, 'kept'), { steps: 6, kept: () => true })
+    const found = losses(await collect(made.trainer.run()))
+    // A product with its activation in one pass rounds elsewhere than one with an adapter between the two.
+    expect(found[0]).toBeLessThan(1e-12)
+    expect(Math.max(...found), `${found}`).toBeLessThan(1e-3)
+    made.dispose()
+  })
+
+  test('learns the other clips of a batch as it would without a teacher', async () => {
+    const plain = await make(join(folder, 'plain'), { steps: 1 })
+    const batch = plain.trainer.batch(0)
+    const part = batch.parts[0]!
+    const lossOf = async (kept?: (index: number) => boolean): Promise<number> => {
+      const made = await make(join(folder, 'taught'), { steps: 1, ...(kept && { kept }) })
+      const forward = async (): Promise<number> => {
+        const value = await sliced(function* () {
+          return (yield* made.trainer.forwardSteps(0, batch)).loss
+        })
+        const [loss] = await value.floats()
+        value.dispose()
+        return loss as number
+      }
+      // The first call also fills what the networks remember of a layout.
+      const loss = await forward()
+      const before = await live()
+      expect(await forward()).toBe(loss)
+      expect(await live()).toBe(before)
+      made.dispose()
+      return loss
+    }
+    const whole = await lossOf()
+    expect(await lossOf(() => false)).toBe(whole)
+    // One sample a column: what each adds to the mean, the teacher takes away alone.
+    const alone: number[] = []
+    for (const own of part.indices) alone.push(await lossOf((i) => i !== own))
+    expect(Math.min(...alone)).toBeGreaterThan(0)
+    expect(alone.reduce((a, b) => a + b)).toBeCloseTo(whole, 5)
+
+    const taught = await make(join(folder, 'plan'), { steps: 1, kept: () => false })
+    const [less, more] = [await plain.trainer.plan(), await taught.trainer.plan()]
+    // Adapters' own gradients cost as much as forward does; the weights have none.
+    expect(more.flops.longest / less.flops.longest).toBeGreaterThan(1.3)
+    expect(more.flops.longest / less.flops.longest).toBeLessThan(1.6)
+    for (const made of [plain, taught]) made.dispose()
+  })
+
+  test('refuses a teacher that is trained itself', async () => {
+    const made = await make(join(folder, 'wrong'), { steps: 1 })
+    const trained = await loadVelocityNetwork(weights, { train: true, pack: false })
+    for (const network of [made.lora.network, trained]) {
+      const teacher = { network, clips: () => true }
+      const parts = { model: made.lora.network, parameters: made.lora.parameters, data, text: tinyText() }
+      const options = { out: join(folder, 'none'), steps: 1, batchSize: 4, learningRate: 1e-3, teacher }
+      expect(() => new Trainer({ ...parts, ...options })).toThrow(/teacher.*expected another network/)
+    }
+    trained.dispose()
+    made.dispose()
   })
 
   test('can be rehearsed and planned, and end with a checkpoint when other clips get worse', async () => {

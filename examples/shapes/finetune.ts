@@ -55,18 +55,20 @@ const { values: args } = parseArgs({
     rgb: { type: 'string', default: '130,60,200' },
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
-    prior: { type: 'string', default: '40' },
+    prior: { type: 'string', default: '100' },
     /** How often a new clip is shown beside one of those, each time in another place. */
-    copies: { type: 'string', default: '16' },
-    'own-copies': { type: 'string', default: '4' },
+    copies: { type: 'string', default: '10' },
+    'own-copies': { type: 'string', default: '2' },
     /** Of so many own videos one is shown without its caption: guidance leads away from what is drawn then. */
     uncaptioned: { type: 'string', default: '4' },
-    steps: { type: 'string', default: '2500' },
+    steps: { type: 'string', default: '3500' },
     rank: { type: 'string', default: '16' },
-    'learning-rate': { type: 'string', default: '2e-3' },
+    'learning-rate': { type: 'string', default: '1.5e-3' },
     targets: { type: 'string', default: LAYERS.join(',') },
     prompts: { type: 'string', default: '24' },
     seed: { type: 'string', default: '1' },
+    /** Learn the model's own videos as they are, not what the model does with them. */
+    forget: { type: 'boolean', default: false },
     'skip-before': { type: 'boolean', default: false },
   },
 })
@@ -131,7 +133,7 @@ async function encodeClips(): Promise<LatentDataset> {
   }
   pipeline.dispose()
   await writeFileAtomically(join(clips, 'captions.jsonl'), lines.join(''))
-  const videos = await openDataset(clips, { width: SIZE, height: SIZE, frames: FRAMES })
+  const videos = await openDataset(clips, { width: SIZE, height: SIZE, frames: FRAMES, fps: FPS })
   const vae = await CausalVideoVAE.fromPretrained(join(base, 'causal_video_vae'), { dtype: 'bf16' })
   const latents = join(args.out, 'latents')
   await encodeLatents(vae, videos, latents)
@@ -183,11 +185,15 @@ function moved(frames: Uint8Array, { left, top, right, bottom }: Extent, rng: ()
   return out
 }
 
+function isNew({ captions }: LatentSource, index: number): boolean {
+  return (captions[index] as string).includes(args.colour)
+}
+
 /** The same clips, some of the old colours without their captions. */
 function someUncaptioned(data: LatentSource): LatentSource {
   let own = 0
-  const captions = data.captions.map((text) =>
-    !text.includes(args.colour) && ++own % Number(args.uncaptioned) === 0 ? '' : text,
+  const captions = data.captions.map((text, i) =>
+    !isNew(data, i) && ++own % Number(args.uncaptioned) === 0 ? '' : text,
   )
   const { length, normalisation, buckets } = data
   return { length, captions, normalisation, buckets, gather: (indices) => data.gather(indices) }
@@ -215,7 +221,11 @@ async function train(data: LatentDataset): Promise<{ seconds: number; cpuSeconds
   const began = performance.now()
   const cpu = process.cpuUsage()
   const trainer = new Trainer({
-    ...tune.parts(someUncaptioned(data), { steps, colour: args.colour }),
+    ...tune.parts(
+      someUncaptioned(data),
+      { steps, colour: args.colour },
+      args.forget ? undefined : (i) => !isNew(data, i),
+    ),
     out: join(args.out, 'run'),
     steps,
     batchSize: 10,

@@ -16,6 +16,7 @@ import {
 import { makeClips } from './make-clips.ts'
 import { ditConfig, vaeConfig } from './networks.ts'
 import { TEXT_SEED, writeTextEncoders } from './text-encoders.ts'
+import { FPS, FRAMES, SIZE } from './world.ts'
 
 // Makes the toy model from nothing: clips, VAE, latents, DiT, and the folder that the demo loads. Every part can be
 // repeated alone (--only) and continues where it stopped.
@@ -45,7 +46,7 @@ const parts = args.only.split(',')
 const clips = join(args.out, 'clips')
 const latents = join(args.out, 'latents')
 const texts = join(args.out, 'text')
-const size = { width: 128, height: 128, frames: 25 }
+const size = { width: SIZE, height: SIZE, frames: FRAMES, fps: FPS }
 
 async function follow(label: string, events: AsyncIterable<TrainEvent>): Promise<void> {
   const window: { loss: number; seconds: number }[] = []

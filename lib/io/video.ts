@@ -182,16 +182,31 @@ export function checkDecodeOptions({ fps, maxFrames, width, height }: DecodeOpti
   checkPositive('height', height, true)
 }
 
-/** Size after scaling by the larger of the two ratios, so that width×height is covered without gaps. */
-export function coverSize(
-  source: { width: number; height: number },
-  target: { width: number; height: number },
-): { width: number; height: number } {
-  const scale = Math.max(target.width / source.width, target.height / source.height)
-  return {
-    width: Math.max(target.width, Math.round(source.width * scale)),
-    height: Math.max(target.height, Math.round(source.height * scale)),
+/**
+ * ffmpeg's filter that scales by the larger of the two ratios, so that width×height is covered without gaps: it computes the
+ * size itself from the frames it gets, which the caller then need not know.
+ */
+function coverFilter(width: number, height: number): string {
+  const shown = 'round(iw*sar)'
+  const scale = `max(${width}/${shown},${height}/ih)`
+  const flags = 'lanczos+accurate_rnd+full_chroma_int+full_chroma_inp'
+  return `scale=w='max(${width},round(${shown}*${scale}))':h='max(${height},round(ih*${scale}))':flags=${flags}`
+}
+
+/** Size and rate of the result and at most how many frames, asking the file only for what the caller leaves open. */
+async function whatToDecode(
+  path: string,
+  { width, height, fps, maxFrames, info: known, signal }: DecodeOptions,
+): Promise<{ width: number; height: number; rate: number; estimate: number }> {
+  // Starting a program costs more than decoding a short clip; a longer one makes the buffer grow.
+  if (width && height && fps && maxFrames && !known) {
+    await requireFile(path)
+    return { width, height, rate: fps, estimate: Math.min(maxFrames, 256) }
   }
+  const info = known ?? (await probeVideo(path, signal))
+  const frames = Math.ceil(info.frames * (fps ? fps / info.fps : 1)) + 1
+  const estimate = Math.min(maxFrames ?? frames, frames)
+  return { width: width ?? info.width, height: height ?? info.height, rate: fps ?? info.fps, estimate }
 }
 
 /**
@@ -203,20 +218,16 @@ export function coverSize(
 export async function decodeVideo(path: string, options: DecodeOptions = {}): Promise<DecodedVideo> {
   const { fps, maxFrames, signal } = options
   checkDecodeOptions(options)
-  const info = options.info ?? (await probeVideo(path, signal))
-  const width = options.width ?? info.width
-  const height = options.height ?? info.height
-  const covered = coverSize(info, { width, height })
+  const { width, height, estimate, rate } = await whatToDecode(path, options)
   // Cropping happens in RGB: on subsampled chroma ffmpeg would round the offset to even pixels.
   const filters = [
     ...(fps ? [`fps=${fps}`] : []),
-    `scale=${covered.width}:${covered.height}:flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp`,
+    coverFilter(width, height),
     'format=rgb24',
     `crop=${width}:${height}`,
   ]
   const frameBytes = width * height * 3
-  const estimate = Math.ceil(info.frames * (fps ? fps / info.fps : 1)) + 1
-  const capacity = Math.min(maxFrames ?? estimate, estimate) * frameBytes
+  const capacity = estimate * frameBytes
   const tooLong = (bytes: number): void => {
     if (bytes <= maxDecodedBytes) return
     throw new PyraflowError('ERR_OPTION', {
@@ -271,7 +282,7 @@ export async function decodeVideo(path: string, options: DecodeOptions = {}): Pr
     throw clipError(path, `a file that ends early (${reason(stderr)})`)
   }
   const frames = buffer.length === used ? buffer : buffer.slice(0, used)
-  return { frames, width, height, fps: fps ?? info.fps, count }
+  return { frames, width, height, fps: rate, count }
 }
 
 /** Pieces of about one frame keep the pipe fed without copying a whole video into its queue. */

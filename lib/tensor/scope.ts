@@ -85,3 +85,17 @@ export class OpenScope {
     this.#frame.clear()
   }
 }
+
+/** `scope` for work that pauses at its yields. */
+export function* scopedSteps<T>(steps: Generator<void, T>): Generator<void, T> {
+  const own = new OpenScope()
+  try {
+    for (;;) {
+      const { value, done } = own.run(() => steps.next())
+      if (done) return own.passOn(value)
+      yield
+    }
+  } finally {
+    own.close()
+  }
+}

@@ -35,7 +35,7 @@ export interface FineTuneOptions {
 /** What a model folder decides of a run that goes on from it; spread into the options of a `Trainer`. */
 export type FineTuneParts = Pick<
   TrainerOptions,
-  'model' | 'text' | 'data' | 'stages' | 'framesPerUnit' | 'parameters' | 'write'
+  'model' | 'teacher' | 'text' | 'data' | 'stages' | 'framesPerUnit' | 'parameters' | 'write'
 >
 
 /**
@@ -102,15 +102,27 @@ export class FineTune {
    * measured on it, which are others for every data set.
    *
    * @param recipe - how it is trained, to be kept in adapter files
+   * @param keeps - clips (by index) from which the network learns to go on as it is without the adapters, whatever they
+   *   show: videos of its own for prompts that are not to change
+   * @throws ERR_OPTION for `keeps` without adapters: the weights from before are no longer there then
    */
-  parts(data: LatentSource, recipe: object = {}): FineTuneParts {
+  parts(data: LatentSource, recipe: object = {}, keeps?: (index: number) => boolean): FineTuneParts {
     const { model, text, stages, framesPerUnit, normalisation, lora } = this
+    if (keeps && !lora) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'keeps',
+        expected: 'a fine-tune with lora',
+        received: 'one of all weights',
+        remedy: 'Load the folder a second time and give that network to the trainer as `teacher`.',
+      })
+    }
     const own = { model, text, stages, framesPerUnit, data: withNormalisation(data, normalisation) }
     if (!lora) return own
     const save = { base: this.#baseHash, recipe: { clips: data.length, ...recipe } }
     return {
       ...own,
       parameters: lora.parameters,
+      ...(keeps && { teacher: { network: this.#base, clips: keeps } }),
       write: (dir, tensors) => lora.save(join(dir, ADAPTER_FILE), { ...save, tensors }),
     }
   }

@@ -34,6 +34,7 @@ export {
 } from './latent-cache.ts'
 export type { LatentBucket, LatentSource } from './latent-source.ts'
 export { LatentDataset } from './latents.ts'
+export type { Teacher } from './objective.ts'
 export { AdamW, type AdamWOptions, type DecayGroup } from './optimizer.ts'
 export { type PairDraws, type PairOptions, type TrainingPairs, trainingPairs } from './pairs.ts'
 export { type PlanTrainingOptions, planTraining, type TrainingPlan } from './plan.ts'

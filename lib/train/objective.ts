@@ -3,23 +3,35 @@ import { normaliseLatents } from '../flow/normalise.ts'
 import type { Stages } from '../flow/stages.ts'
 import { samplePosterior } from '../models/causal-vae.ts'
 import type { VelocityNetwork } from '../models/velocity-network.ts'
+import { cast } from '../ops/cast.ts'
 import { concat, slice } from '../ops/copy.ts'
+import { mix } from '../ops/mix.ts'
 import { mse } from '../ops/mse.ts'
 import { mean } from '../ops/reduce.ts'
 import { stageLengths } from '../pyramid/lengths.ts'
 import { unitsInClip } from '../pyramid/units.ts'
 import type { Generator } from '../tensor/generator.ts'
+import { scopedSteps } from '../tensor/scope.ts'
 import type { Steps } from '../tensor/tape.ts'
-import type { Tensor } from '../tensor/tensor.ts'
+import { Tensor } from '../tensor/tensor.ts'
 import type { ImmediateTextEncoder, TextFeatures } from '../text/encoder.ts'
 import type { Batch, BatchPart } from './batches.ts'
 import type { LatentSource } from './latent-source.ts'
 import { mergePairs, type PairDraws, type TrainingPairs, trainingPairsSteps } from './pairs.ts'
 import type { StepLoss } from './run.ts'
 
+/** A network that another one is to agree with on some of the clips. */
+export interface Teacher {
+  /** Its weights want no gradient. */
+  readonly network: VelocityNetwork
+  /** Whether its velocity, and not that of the clip, is what is learned from clip `index` of the data. */
+  readonly clips: (index: number) => boolean
+}
+
 /** What turns a batch into a loss; the same for training, validation and plans. */
 export interface Objective {
   readonly model: VelocityNetwork
+  readonly teacher?: Teacher | undefined
   readonly text: ImmediateTextEncoder
   readonly normalisation: LatentNormalisation
   readonly stages: Stages
@@ -104,7 +116,43 @@ export function* inputSteps(
   )
   yield
   const columns = batch.parts.flatMap((part) => part.columns)
-  return { pairs: mergePairs(prepared), columns, features }
+  const inputs = { pairs: mergePairs(prepared), columns, features }
+  return o.teacher ? yield* scopedSteps(taught(o, o.teacher, batch, inputs)) : inputs
+}
+
+/** The same inputs with the teacher's velocities for targets where it has a say. */
+function* taught(
+  o: Pick<Objective, 'causal'>,
+  { network, clips }: Teacher,
+  batch: Batch,
+  inputs: LossInputs,
+): Steps<LossInputs> {
+  const own = packed(batch, (part, i) => (clips(part.indices[i] as number) ? 0 : 1))
+  if (!own.includes(0)) return inputs
+  const velocities = yield* velocitiesOf(network, o.causal, inputs)
+  const count = inputs.columns.length
+  const targets = inputs.pairs.targets.map((target, c) => {
+    const share = Float32Array.from({ length: batch.rows }, (_, b) => own[b * count + c] as number)
+    return mix(target, cast(velocities[c] as Tensor, target.dtype), Tensor.from(share, [batch.rows]))
+  })
+  return { ...inputs, pairs: { ...inputs.pairs, targets } }
+}
+
+/** Velocity of every column, as `network` sees it. */
+function velocitiesOf(
+  network: VelocityNetwork,
+  causal: boolean | undefined,
+  { pairs, features }: LossInputs,
+): Steps<Tensor[]> {
+  return network.forwardSteps({
+    columns: pairs.columns,
+    timesteps: pairs.timesteps,
+    text: features.embeds,
+    textMask: features.mask,
+    pooled: features.pooled,
+    causal,
+    roundTimesteps: false,
+  })
 }
 
 /** One value a row of the packed call, row b·C + c being that of sample b of column c. */
@@ -117,17 +165,10 @@ function packed<T>(batch: Batch, value: (part: BatchPart, i: number) => T): T[] 
 /** The second half: network and loss. */
 export function* pairLoss(
   { model, causal, stages }: Pick<Objective, 'model' | 'causal' | 'stages'>,
-  { pairs, columns, features }: LossInputs,
+  inputs: LossInputs,
 ): Steps<StepLoss> {
-  const predictions = yield* model.forwardSteps({
-    columns: pairs.columns,
-    timesteps: pairs.timesteps,
-    text: features.embeds,
-    textMask: features.mask,
-    pooled: features.pooled,
-    causal,
-    roundTimesteps: false,
-  })
+  const { pairs, columns } = inputs
+  const predictions = yield* velocitiesOf(model, causal, inputs)
   const losses = predictions.map((v, c) => mse(v, pairs.targets[c] as Tensor))
   const meanOf = (list: readonly Tensor[]): Tensor =>
     mean(list.length === 1 ? (list[0] as Tensor) : concat(list, 0))

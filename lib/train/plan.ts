@@ -103,7 +103,11 @@ async function measure(
   const { batches, accumulate, data } = parts
   // Tensors of a rehearsal mean nothing afterwards: nobody may keep those that this one makes.
   const source = imaginedSource(data)
-  const objective = { ...parts.objective, text: imaginedText(parts.text) }
+  const { teacher } = parts.objective
+  const objective = {
+    ...{ ...parts.objective, text: imaginedText(parts.text) },
+    teacher: teacher && { ...teacher, clips: () => true },
+  }
   const { model } = objective
   const sizeOf = (batch: Batch): CallSize => callSize(objective, batch)
   const kinds = allLengths(objective, batches.kinds()).map((batch) => ({ batch, size: sizeOf(batch) }))
@@ -173,7 +177,7 @@ async function rehearseStep(
   { lap, within }: Rehearsal,
 ): Promise<{ data: number; peak: number; linear: number; attention: number }> {
   const before = lap().live
-  const data = { live: 0, peak: 0 }
+  const data = { live: 0, peak: 0, flops: 0, attention: 0 }
   await sliced(
     function* () {
       const inputs = yield* inputSteps(objective, source, batch, new Generator(0))
@@ -182,11 +186,12 @@ async function rehearseStep(
     },
     { within },
   )
-  const { peak, flops, attention } = lap()
+  const net = lap()
+  const attention = data.attention + net.attention
   return {
     data: data.live - before,
-    peak: Math.max(data.peak, peak) - before,
-    linear: flops - attention,
+    peak: Math.max(data.peak, net.peak) - before,
+    linear: data.flops + net.flops - attention,
     attention,
   }
 }

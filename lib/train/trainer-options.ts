@@ -6,7 +6,7 @@ import type { Tensor } from '../tensor/tensor.ts'
 import type { ImmediateTextEncoder } from '../text/encoder.ts'
 import { BatchOrder, type BatchOrderOptions } from './batches.ts'
 import type { LatentSource } from './latent-source.ts'
-import type { Objective } from './objective.ts'
+import type { Objective, Teacher } from './objective.ts'
 import type { AdamWOptions } from './optimizer.ts'
 import { type RunSettings, runSettings } from './run.ts'
 import type { SampleGridOptions } from './samples.ts'
@@ -59,6 +59,12 @@ export interface TrainerOptions extends ObjectiveOptions, RateOptions, RunSettin
   model: VelocityNetwork
   data: LatentSource
   text: ImmediateTextEncoder
+  /**
+   * A network whose velocities are learned from some of the clips instead of the clips' own, given the same noise, history
+   * and caption: what a fine-tune should not forget (learning without forgetting, arXiv 1606.09282). It costs a
+   * forward pass a step. Its weights must not want gradients.
+   */
+  teacher?: Teacher
   out: string
   /** What is trained; default all of the network. */
   parameters?: ReadonlyMap<string, Tensor>
@@ -109,6 +115,7 @@ export function resolveTrainerOptions(o: TrainerOptions): Resolved {
   })) {
     if (value !== undefined && !whole(value)) throw refused(what, 'an integer from 1', value)
   }
+  checkTeacher(o)
   const { rank = 0, syncGroup = 1, seed = 0 } = o
   const longest = o.data.buckets.reduce((n, { shape }) => Math.max(n, shape[1] as number), 1)
   const maxFrames = o.maxFrames ?? longest
@@ -133,7 +140,14 @@ export function resolveTrainerOptions(o: TrainerOptions): Resolved {
     batches: new BatchOrder(o.data, order),
     accumulate: o.accumulate ?? 1,
     objective: {
-      ...{ model: o.model, text: o.text, normalisation: o.data.normalisation, stages, framesPerUnit },
+      ...{
+        model: o.model,
+        teacher: o.teacher,
+        text: o.text,
+        normalisation: o.data.normalisation,
+        stages,
+        framesPerUnit,
+      },
       ...{ maxFrames, rank, syncGroup, temporalPyramid, causal: o.causal },
       coupledNoise: o.coupledNoise ?? true,
       corruptRatio: o.corruptRatio ?? 1 / 3,
@@ -141,6 +155,14 @@ export function resolveTrainerOptions(o: TrainerOptions): Resolved {
       captionDrop: o.captionDrop ?? 0.1,
     },
   }
+}
+
+function checkTeacher({ teacher, model }: TrainerOptions): void {
+  if (!teacher) return
+  const trained = [...teacher.network.parameters.values()].some((t) => t.requiresGrad)
+  if (teacher.network !== model && !trained) return
+  const received = trained ? 'one whose weights want gradients' : 'the same'
+  throw refused('teacher', 'another network than the model, loaded without { train: true }', received)
 }
 
 function checkBuckets({ buckets }: LatentSource, model: VelocityNetwork, stages: Stages): void {

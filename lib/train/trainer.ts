@@ -88,7 +88,8 @@ export class Trainer {
   async validate(): Promise<ValidationLoss> {
     const { validation, batchSize, validationClips: clips, seed = 0 } = this.#options
     if (!validation) throw missing('validation', 'a source of clips that are not trained on')
-    const { objective, columns } = this.#resolved
+    const { columns } = this.#resolved
+    const objective = { ...this.#resolved.objective, teacher: undefined }
     return await this.optimizer.withEma(() =>
       validationLoss(objective, validation, { columns, batchSize, clips, seed }),
     )
