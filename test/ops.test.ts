@@ -226,6 +226,11 @@ describe('ops refuse what does not fit, naming it', () => {
     ['reshape', () => reshape(t(2, 3), [4, -1]), /6 elements/],
     ['permute', () => permute(t(2, 3), [0, 0]), /each named once/],
     ['linear', () => linear(t(2, 3), t(4, 5)), /weight \[N, K\] of \[any, 3\], received \[4, 5\]/],
+    [
+      'activation',
+      () => linear(t(2, 3), t(4, 3), null, { activation: 'gelu' as never }),
+      /silu, received gelu/,
+    ],
     ['linear dtype', () => linear(t(2, 3), Tensor.zeros([4, 3], 'bf16')), /weight of f32/],
     ['matmul', () => matmul(t(2, 3), t(2, 3)), /b \[..., K, N\]/],
     ['conv3d', () => conv3d(t(1, 1, 3, 3, 2), t(4, 2, 3, 3, 3)), /as large as the kernel/],

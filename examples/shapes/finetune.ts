@@ -29,7 +29,6 @@ import {
   type Rgb,
   randomSpec,
   renderClip,
-  SHAPES,
   SIZE,
 } from './world.ts'
 
@@ -44,6 +43,12 @@ const LAYERS = [
   ...['norm1.linear', 'norm1_context.linear', 'norm.linear', 'norm_out.linear'],
 ]
 
+/** Crosses and triangles are the hardest: there are more of them, one on each background. */
+const SHAPE_TURNS = [
+  ...(['cross', 'triangle', 'circle', 'square', 'cross'] as const),
+  ...(['triangle', 'triangle', 'circle', 'cross', 'square'] as const),
+]
+
 /** By how much a pixel differs from the corner's colour, of 255, where a shape is. */
 const STANDS_OUT = 60
 
@@ -55,15 +60,15 @@ const { values: args } = parseArgs({
     rgb: { type: 'string', default: '130,60,200' },
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
-    prior: { type: 'string', default: '100' },
+    prior: { type: 'string', default: '50' },
     /** How often a new clip is shown beside one of those, each time in another place. */
-    copies: { type: 'string', default: '10' },
+    copies: { type: 'string', default: '16' },
     'own-copies': { type: 'string', default: '2' },
     /** Of so many own videos one is shown without its caption: guidance leads away from what is drawn then. */
     uncaptioned: { type: 'string', default: '4' },
     steps: { type: 'string', default: '3500' },
     rank: { type: 'string', default: '16' },
-    'learning-rate': { type: 'string', default: '1.5e-3' },
+    'learning-rate': { type: 'string', default: '2e-3' },
     targets: { type: 'string', default: LAYERS.join(',') },
     prompts: { type: 'string', default: '24' },
     seed: { type: 'string', default: '1' },
@@ -204,7 +209,7 @@ function varied(rng: () => number, i: number): ReturnType<typeof randomSpec> {
   for (;;) {
     const spec = randomSpec(rng, 'all')
     const turns = [
-      [SHAPES, spec.shape],
+      [SHAPE_TURNS, spec.shape],
       [BACKGROUND_NAMES, spec.background],
       [MOTIONS, spec.motion],
     ] as const

@@ -37,6 +37,7 @@ function checkPair(op: string, a: Tensor, b: Tensor, name: string): void {
  * @param weight - [N, K], of x's dtype unless packed; its packed form is used where no gradient is wanted
  * @param bias - [N]
  * @returns [..., N]
+ * @throws ERR_OPTION for an activation that there is none of; ERR_SHAPE; ERR_DTYPE
  */
 export function linear(
   x: Tensor,
@@ -46,6 +47,10 @@ export function linear(
 ): Tensor {
   const activation = options.activation ?? 'none'
   const residual = options.residual ?? null
+  if (!Object.hasOwn(ACTIVATION, activation)) {
+    const expected = `activation one of ${Object.keys(ACTIVATION).join(', ')}`
+    throw new PyraflowError('ERR_OPTION', { what: 'linear', expected, received: String(activation) })
+  }
   expectFloats('linear', x, weight, bias, residual)
   const k = x.shape[x.rank - 1] ?? 0
   expectShape('linear', 'weight [N, K]', weight, [null, k])
