@@ -60,7 +60,7 @@ const { values: args } = parseArgs({
     rgb: { type: 'string', default: '130,60,200' },
     clips: { type: 'string', default: '10' },
     /** Videos of old colours, made by the model itself, to be trained on as well: they hold what it knows. */
-    prior: { type: 'string', default: '50' },
+    prior: { type: 'string', default: '100' },
     /** How often a new clip is shown beside one of those, each time in another place. */
     copies: { type: 'string', default: '16' },
     'own-copies': { type: 'string', default: '2' },
@@ -68,7 +68,7 @@ const { values: args } = parseArgs({
     uncaptioned: { type: 'string', default: '4' },
     steps: { type: 'string', default: '3500' },
     rank: { type: 'string', default: '16' },
-    'learning-rate': { type: 'string', default: '2e-3' },
+    'learning-rate': { type: 'string', default: '1.5e-3' },
     targets: { type: 'string', default: LAYERS.join(',') },
     prompts: { type: 'string', default: '24' },
     seed: { type: 'string', default: '1' },
