@@ -48,14 +48,18 @@ static inline Vf LoadF(const Bf16* p) {
   return (Vf)(Widen(h) << 16);
 }
 static inline void StoreF(float* p, Vf v) { memcpy(p, &v, sizeof(v)); }
+// The upper half of every lane: v rounded to bf16, ties to even; not for NaN.
+static inline Vu RoundedUpperHalf(Vf v) {
+  const Vu u = (Vu)v;
+  return u + 0x7fffu + ((u >> 16) & 1);
+}
 // v rounded to bf16, in the lower half of every lane.
 static inline Vu Bf16Bits(Vf v) {
 #if defined(__AVX512BF16__)
   // The instruction takes subnormal numbers for zero; nothing here lives below 1e-38.
   return Widen((Vh)_mm512_cvtneps_pbh((__m512)v));
 #else
-  const Vu u = (Vu)v;
-  return (v != v ? u | 0x400000 : u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  return (v != v ? (Vu)v | 0x400000 : RoundedUpperHalf(v)) >> 16;
 #endif
 }
 #if defined(__AVX512BF16__)
@@ -107,7 +111,11 @@ static inline Vf Bf16Packed(Vf a, Vf b) {
   const __m256i low = (__m256i)Narrow(Bf16Bits(a)), high = (__m256i)Narrow(Bf16Bits(b));
   return (Vf)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
 #elif PF_LANES == 8
-  const __m256i halves = _mm256_packus_epi32((__m256i)Bf16Bits(a), (__m256i)Bf16Bits(b));
+  __m256i halves;
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)), 0))
+    halves = _mm256_packus_epi32((__m256i)Bf16Bits(a), (__m256i)Bf16Bits(b));
+  else  // no NaN, which rounding to even would spoil
+    halves = _mm256_packus_epi32((__m256i)(RoundedUpperHalf(a) >> 16), (__m256i)(RoundedUpperHalf(b) >> 16));
   return (Vf)_mm256_permute4x64_epi64(halves, 0xd8);  // each 128-bit half packed its own
 #else
   return (Vf)_mm_set_epi64x((long long)Narrow(Bf16Bits(b)), (long long)Narrow(Bf16Bits(a)));

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "core/op_test.h"
 
 PF_CASES(downsample) {
@@ -12,6 +14,14 @@ PF_CASES(downsample) {
       test.Case("downsample_backward").In(small).OutF32(large).Scalars({scale}).Tolerance(1e-6, 1e-6).Run();
     }
   }
+  // Where one of many values is none, the others beside it are still rounded.
+  const auto one_nan = [](int64_t i) { return i == 131 ? NAN : static_cast<double>(i % 13) - 6; };
+  test.Case("downsample")
+      .InValues({2, 4, 128}, one_nan)
+      .Out({2, 2, 64})
+      .Scalars({1})
+      .Tolerance(1e-6, 4e-3)
+      .Run();
   // Large results pass the caches by where rows are whole vectors: the second's are not at every level.
   for (int64_t w : {1024, 1048}) {
     const op_test::Dims large{17, 1024, w}, small{17, 512, w / 2};
