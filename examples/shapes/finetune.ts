@@ -44,10 +44,7 @@ const LAYERS = [
 ]
 
 /** Crosses and triangles are the hardest: there are more of them, one on each background. */
-const SHAPE_TURNS = [
-  ...(['cross', 'triangle', 'circle', 'square', 'cross'] as const),
-  ...(['triangle', 'triangle', 'circle', 'cross', 'square'] as const),
-]
+const SHAPE_TURNS = 'cross triangle circle square cross triangle triangle circle cross square'.split(' ')
 
 /** By how much a pixel differs from the corner's colour, of 255, where a shape is. */
 const STANDS_OUT = 60

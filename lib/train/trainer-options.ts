@@ -140,14 +140,8 @@ export function resolveTrainerOptions(o: TrainerOptions): Resolved {
     batches: new BatchOrder(o.data, order),
     accumulate: o.accumulate ?? 1,
     objective: {
-      ...{
-        model: o.model,
-        teacher: o.teacher,
-        text: o.text,
-        normalisation: o.data.normalisation,
-        stages,
-        framesPerUnit,
-      },
+      ...{ model: o.model, teacher: o.teacher, text: o.text, normalisation: o.data.normalisation },
+      ...{ stages, framesPerUnit },
       ...{ maxFrames, rank, syncGroup, temporalPyramid, causal: o.causal },
       coupledNoise: o.coupledNoise ?? true,
       corruptRatio: o.corruptRatio ?? 1 / 3,
