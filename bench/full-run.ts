@@ -5,7 +5,7 @@ import { Pipeline } from '../lib/pipeline.ts'
 import { describeMachine } from './machine.ts'
 
 // One generation with a model folder of full size: how long its phases take and how much memory the process has at most.
-//   node dist/bench/full-run.js --model DIR [--seconds 5] [--steps 1] [--json FILE]
+//   node dist/bench/full-run.js --model DIR [--seconds 5] [--steps 1] [--max-memory BYTES] [--json FILE]
 
 /** What happened in one generation; seconds from its beginning, bytes of the process and of the engine. */
 export interface FullRun {
@@ -41,7 +41,7 @@ export async function fullRun(
     log?: (line: string) => void
   },
 ): Promise<FullRun> {
-  const { steps: each = 1, log = () => undefined } = options
+  const { steps: each = 1, maxMemory, log = () => undefined } = options
   const steps = [each, each, each]
   const began = performance.now()
   let last = began
@@ -51,7 +51,8 @@ export async function fullRun(
     return (last - before) / 1000
   }
   const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
-  const pipe = await Pipeline.load(dir, { dtype: 'bf16', promptCache: false })
+  const limit = maxMemory === undefined ? {} : { maxMemory }
+  const pipe = await Pipeline.load(dir, { dtype: 'bf16', promptCache: false, ...limit })
   const load = lap()
   const loadRss = process.memoryUsage.rss()
   const weightsEngine = engine.memory().live
@@ -87,6 +88,7 @@ export async function fullRun(
       const seconds = lap()
       const bytes = peak()
       const at = (last - began) / 1000
+      if (event.type === 'warning') log(event.message)
       if (event.type === 'progress' && event.phase === 'denoise') {
         run.firstStep ||= at
         const { unit, stage } = event
@@ -122,6 +124,7 @@ async function main(): Promise<void> {
       seconds: { type: 'string' },
       frames: { type: 'string' },
       steps: { type: 'string', default: '1' },
+      'max-memory': { type: 'string' },
       json: { type: 'string' },
     },
   })
@@ -129,6 +132,7 @@ async function main(): Promise<void> {
   const run = await fullRun(values.model, {
     ...(values.seconds !== undefined && { seconds: Number(values.seconds) }),
     ...(values.frames !== undefined && { frames: Number(values.frames) }),
+    ...(values['max-memory'] !== undefined && { maxMemory: Number(values['max-memory']) }),
     steps: Number(values.steps),
     log: (line) => process.stderr.write(`${line}\n`),
   })

@@ -51,7 +51,7 @@ async function transformer(dir: string): Promise<Unnamed[]> {
   const cat = catSeconds(path)
   const load = async (): Promise<[PyramidFluxTransformer, number]> => {
     const begin = performance.now()
-    const loaded = await PyramidFluxTransformer.fromPretrained(folder, { dtype: 'bf16' })
+    const loaded = await PyramidFluxTransformer.fromPretrained(folder, { dtype: 'bf16', offload: 'possible' })
     return [loaded, (performance.now() - begin) / 1000]
   }
   // Memory that a virtual machine touches for the first time comes at a fraction of a GB/s: told apart by loading twice.
@@ -69,9 +69,25 @@ async function transformer(dir: string): Promise<Unnamed[]> {
     for (const unit of UNITS) {
       for (let stage = 0; stage < STAGES; stage++) rows.push(await step(model, unit, stage))
     }
+    rows.push(...(await offloaded(model)))
   } finally {
     model.dispose()
     await engine.idle()
+  }
+  return rows
+}
+
+/** Steps whose matrices are read from the file again, against the same in memory. */
+async function offloaded(model: PyramidFluxTransformer): Promise<Unnamed[]> {
+  const rows: Unnamed[] = []
+  for (const unit of UNITS.slice(0, 2)) {
+    const there = await step(model, unit, STAGES - 1)
+    const stop = model.offload?.begin()
+    const away = await step(model, unit, STAGES - 1)
+    stop?.()
+    await model.offload?.restore()
+    const ratio = there.value / away.value
+    rows.push({ ...away, name: `${away.name}, weights read again`, ratio, against: 'weights in memory' })
   }
   return rows
 }

@@ -11,7 +11,7 @@ import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import type { Pipeline } from './pipeline.ts'
-import { decodeBudget, refuseTooLarge } from './plan.ts'
+import { decodeBudget, planWithinLimit } from './plan.ts'
 import { pixelFrames } from './pyramid/units.ts'
 import type { Tensor } from './tensor/tensor.ts'
 
@@ -23,6 +23,8 @@ interface Run {
   readonly network: VelocityNetwork
   readonly features: PromptFeatures
   readonly progress: Progress
+  /** Whether the transformer's matrices are out of memory. */
+  readonly offload: boolean
   /** Warnings that have not been told yet. */
   readonly warnings: string[]
 }
@@ -35,7 +37,7 @@ export async function* generateVideos(
 ): AsyncGenerator<GenerateEvent, Video[]> {
   const { signal } = options
   const warnings: string[] = []
-  await refuseTooLarge(pipeline, (requests[0] as Request).recipe)
+  const plan = await planWithinLimit(pipeline, (requests[0] as Request).recipe)
   const recipes = requests.map(({ recipe }) => recipe)
   const [first] = requests as [Request]
   const place = { model: await pipeline.modelHash(), backend: engine.device.backend }
@@ -44,11 +46,20 @@ export async function* generateVideos(
   // All videos of a batch have the same.
   const { network, facts, dispose } = await networkOf(pipeline, first.recipe, { signal, onWarning })
   let features: PromptFeatures | undefined
+  let comeBack: (() => void) | undefined
   const videos: Video[] = []
   try {
+    if (plan?.offloaded) {
+      comeBack = pipeline.transformer.offload?.begin()
+      warnings.push(
+        `To fit in maxMemory, ${(plan.offloaded / 2 ** 30).toFixed(2)} GiB of weights are read again for every step.`,
+      )
+    } else await pipeline.transformer.offload?.restore(signal)
     features = await PromptFeatures.of(pipeline, recipes, { signal, onWarning })
     const progress = new Progress(requests.length)
-    const run: Run = { pipeline, ...options, job: engine.newJob(), network, features, progress, warnings }
+    const offload = comeBack !== undefined
+    const work = { network, features, progress, warnings, offload }
+    const run: Run = { pipeline, ...options, job: engine.newJob(), ...work }
     for (const [video, request] of requests.entries()) {
       const result = yield* generateVideo(run, request, video, { ...place, ...facts })
       videos.push(result)
@@ -56,6 +67,7 @@ export async function* generateVideos(
     }
     return videos
   } finally {
+    comeBack?.()
     dispose()
     features?.dispose()
     await engine.idle().catch(() => undefined)
@@ -72,7 +84,9 @@ async function* generateVideo(
   const { width, height } = request.recipe
   const where = { signal, job }
   const units: Tensor[] = []
-  const decoder = pipeline.vae.decodeStream({ maxMemory: decodeBudget(pipeline, request.recipe) })
+  const decoder = pipeline.vae.decodeStream({
+    maxMemory: decodeBudget(pipeline, request.recipe, run.offload),
+  })
   let whole = new Uint8Array()
   let count = 0
   const show = async (latent: Tensor, what: string): Promise<GenerateEvent> => {

@@ -10,7 +10,7 @@ import { CausalVideoVAE } from './models/causal-vae.ts'
 import { loadVelocityNetwork } from './models/load-network.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import type { PipelineParts } from './pipeline.ts'
-import { fitsKept } from './plan-folder.ts'
+import { residence } from './plan-folder.ts'
 import { defaultCacheFolder } from './text/embedding-cache.ts'
 import type { TextEncoder } from './text/encoder.ts'
 import { LazyPromptEncoder } from './text/lazy-encoder.ts'
@@ -27,7 +27,8 @@ export interface PipelineOptions {
   device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`
   /**
    * Most bytes that weights and work together may take. Text encoders are kept in memory if that fits, decoding is cut
-   * into pieces that fit, and what cannot fit is refused before it begins. Default: no limit, text encoders not kept.
+   * into pieces that fit, the transformer's matrices are read again for every step if a video does not fit otherwise, and
+   * what cannot fit is refused before it begins. Default: no limit, text encoders not kept.
    */
   maxMemory?: number
   /** Folder in which features of prompts are kept, or false for none. Default: `defaultCacheFolder()`. */
@@ -89,10 +90,11 @@ export async function loadParts(dir: string, options: PipelineOptions): Promise<
   chooseDevice(device)
   const folder = surveyFolder(dir, options)
   await checkHeaders(folder, signal)
-  const text = await openText(folder, { ...options, dtype }, await fitsKept(folder, options))
+  const { keep, offload } = await residence(folder, options)
+  const text = await openText(folder, { ...options, dtype }, keep)
   let transformer: VelocityNetwork | undefined
   try {
-    transformer = await loadVelocityNetwork(join(dir, folder.variant), { dtype, signal })
+    transformer = await loadVelocityNetwork(join(dir, folder.variant), { dtype, signal, offload })
     checkWidths(dir, text, transformer)
     await openAdapters(transformer, adapters)
     const vae = await CausalVideoVAE.fromPretrained(join(dir, VAE_FOLDER), { dtype, signal })

@@ -43,12 +43,13 @@ async function imagined(
   }: Pick<PipelineOptions, 'dtype' | 'maxMemory'> & { keep?: boolean },
 ): Promise<Pipeline> {
   const { dir, variant, config } = folder
+  const offload = maxMemory === undefined ? undefined : 'possible'
   const { within } = new Rehearsal(engine)
   const made = <T>(steps: () => Steps<T>): Promise<T> => sliced(steps, { grad: false, within })
   const network = readConfig(join(dir, variant))
   const vae = readConfig(join(dir, VAE_FOLDER)) as Partial<CausalVaeConfig>
   return new Pipeline({
-    transformer: await made(() => velocityNetworkSteps(network, { seed: 0, dtype })),
+    transformer: await made(() => velocityNetworkSteps(network, { seed: 0, dtype, offload })),
     vae: await made(() => CausalVideoVAE.createSteps(vae, { generator: new Generator(0), dtype })),
     text: textOf(folder, dtype, keep),
     ...{ config, dtype, maxMemory },
@@ -60,26 +61,50 @@ function textOf({ dir, published }: ModelFolder, dtype: 'f32' | 'bf16', keep: bo
   return new LazyPromptEncoder(dir, { dtype, keep, cache: false })
 }
 
+/** What a limit on memory leaves of a model between generations. */
+export interface Residence {
+  /** Whether text encoders stay. */
+  readonly keep: boolean
+  /** Whether the transformer's matrices can leave, and whether they begin away. */
+  readonly offload: 'possible' | 'absent' | undefined
+}
+
 /**
- * Whether text encoders may stay in memory within `maxMemory`; without a limit they do not.
+ * What may stay in memory within `maxMemory`: the transformer if it fits beside the VAE, text encoders if a video of the
+ * model's usual length fits beside them. Without a limit the transformer stays and text encoders do not.
  *
- * @throws ERR_MEMORY when not even the other weights fit
+ * @throws ERR_MEMORY when not even the weights that must stay fit
  */
-export async function fitsKept(folder: ModelFolder, { dtype, maxMemory }: PipelineOptions): Promise<boolean> {
-  if (maxMemory === undefined) return false
-  const { transformer, vae } = pipelineWeights(await imagined(folder, { dtype, maxMemory }))
-  if (transformer + vae > maxMemory) {
+export async function residence(
+  folder: ModelFolder,
+  { dtype, maxMemory }: PipelineOptions,
+): Promise<Residence> {
+  if (maxMemory === undefined) return { keep: false, offload: undefined }
+  const pipeline = await imagined(folder, { dtype, maxMemory })
+  const bytes = (offload: boolean): number => {
+    const { transformer, vae } = pipelineWeights(pipeline, offload)
+    return transformer + vae
+  }
+  if (bytes(true) > maxMemory) {
     throw new PyraflowError('ERR_MEMORY', {
       what: `weights of ${folder.dir}`,
       expected: `to fit in maxMemory, ${maxMemory} bytes`,
-      received: `${transformer + vae} bytes in ${dtype ?? 'f32'}`,
+      received: `${bytes(true)} bytes in ${dtype ?? 'f32'} that must stay`,
       remedy: dtype === 'bf16' ? 'Allow more memory.' : 'Allow more memory, or use bf16.',
     })
   }
-  if (!folder.published) return false
+  if (bytes(false) > maxMemory) return { keep: false, offload: 'absent' }
+  return { keep: folder.published && (await fitsKept(folder, { dtype, maxMemory })), offload: 'possible' }
+}
+
+async function fitsKept(
+  folder: ModelFolder,
+  options: { dtype: PipelineOptions['dtype']; maxMemory: number },
+): Promise<boolean> {
+  const { maxMemory } = options
   try {
-    const kept = await imagined(folder, { dtype, maxMemory, keep: true })
-    return (await kept.plan()).bytes.peak <= maxMemory
+    const kept = await (await imagined(folder, { ...options, keep: true })).plan()
+    return kept.offloaded === 0 && kept.bytes.peak <= maxMemory
   } catch (error) {
     if (error instanceof PyraflowError && error.code === 'ERR_MEMORY') return false
     throw error

@@ -1,17 +1,20 @@
-import { engine } from './engine/engine.ts'
+import { DTYPES, engine } from './engine/engine.ts'
 import { attention } from './ops/attention.ts'
 import { conv3d } from './ops/conv3d.ts'
 import { linear, packWeight } from './ops/matmul.ts'
 import { Generator } from './tensor/generator.ts'
 import { scope } from './tensor/scope.ts'
 import { noGrad } from './tensor/tape.ts'
-import type { Tensor } from './tensor/tensor.ts'
+import { Tensor } from './tensor/tensor.ts'
 
-/** What this machine does in a second, in multiplications and additions. */
+/** What this machine does in a second. */
 export interface Rates {
+  /** Multiplications and additions. */
   readonly matmul: number
   readonly attention: number
   readonly conv: number
+  /** Bytes of weights that are brought where the kernels want them, from a file that is in memory. */
+  readonly read: number
 }
 
 /**
@@ -21,7 +24,7 @@ export interface Rates {
 export async function measureRates(dtype: 'f32' | 'bf16'): Promise<Rates> {
   const generator = new Generator(1)
   const draw = (...shape: number[]): Tensor => generator.normal(shape, { dtype })
-  const rate = async (flops: number, op: () => Tensor): Promise<number> => {
+  const rate = async (work: number, op: () => Tensor): Promise<number> => {
     const run = (): void => noGrad(() => scope(op)).dispose()
     run()
     await engine.idle()
@@ -32,7 +35,7 @@ export async function measureRates(dtype: 'f32' | 'bf16'): Promise<Rates> {
       await engine.idle()
       count++
     } while (performance.now() - began < 120)
-    return (count * flops * 1000) / (performance.now() - began)
+    return (count * work * 1000) / (performance.now() - began)
   }
   const tensors: Tensor[] = []
   const own = (t: Tensor): Tensor => {
@@ -46,23 +49,31 @@ export async function measureRates(dtype: 'f32' | 'bf16'): Promise<Rates> {
     const q = own(draw(1, 1024, 8, 64))
     const clip = own(draw(1, 3, 48, 80, 256))
     const kernel = own(draw(256, 256, 3, 3, 3))
+    const matrix = new Uint8Array(1920 ** 2 * DTYPES[dtype].bytes)
+    const sent = (): Tensor => {
+      const t = Tensor.empty([1920, 1920], dtype)
+      engine.write(t.storage, 0, matrix)
+      packWeight(t)
+      return t
+    }
     return {
       matmul: await rate(2 * 1024 * 1920 ** 2, () => linear(x, w)),
       attention: await rate(4 * 1024 ** 2 * 8 * 64, () => attention(q, q, q)),
       conv: await rate(2 * 3 * 48 * 80 * 256 ** 2 * 27, () => conv3d(clip, kernel, null, { pad: [2, 1, 1] })),
+      read: await rate(matrix.length, sent),
     }
   } finally {
     for (const t of tensors) t.dispose()
   }
 }
 
-/** Times of phases by their work; rough, because everything but products is left out. */
+/** Times of phases by their work; rough, because everything but products and weights that are read again is left out. */
 export function secondsOf(
-  flops: { text: number; linear: number; attention: number; decode: number },
+  work: { text: number; linear: number; attention: number; decode: number; read: number },
   rates: Rates,
 ): { text: number; denoise: number; decode: number; total: number } {
-  const text = flops.text / rates.matmul
-  const denoise = flops.linear / rates.matmul + flops.attention / rates.attention
-  const decode = flops.decode / rates.conv
+  const text = work.text / rates.matmul
+  const denoise = work.linear / rates.matmul + work.attention / rates.attention + work.read / rates.read
+  const decode = work.decode / rates.conv
   return { text, denoise, decode, total: text + denoise + decode }
 }

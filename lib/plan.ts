@@ -6,6 +6,7 @@ import { denormaliseLatents } from './flow/normalise.ts'
 import type { Recipe } from './generate/recipe.ts'
 import { stepFlops, type UnitTokens, unitTokens } from './generate/tokens.ts'
 import type { VaePlan } from './models/vae-plan.ts'
+import { assumeOffload } from './nn/offload.ts'
 import { cast } from './ops/cast.ts'
 import { framesEncode } from './ops/frames.ts'
 import type { Pipeline } from './pipeline.ts'
@@ -59,6 +60,8 @@ export interface Plan {
     readonly total: number
   }
   readonly bytes: PlannedBytes
+  /** Bytes of weights that leave memory, because a limit wants it, and are read again for every step; else 0. */
+  readonly offloaded: number
   /** Pieces that units are decoded in. */
   readonly pieces: VaePlan
   /** Rough times of this machine, where its rates were given. */
@@ -85,45 +88,69 @@ export function weightBytes(parameters: ReadonlyMap<string, Tensor>): number {
   return bytes
 }
 
-/** Bytes of everything that a pipeline keeps from loading on. */
-export function pipelineWeights({ transformer, vae, text }: Pipeline): PlannedBytes['weights'] {
+/** Bytes of everything that a pipeline keeps from loading on; `offload`: without the transformer's matrices. */
+export function pipelineWeights(
+  { transformer, vae, text }: Pipeline,
+  offload: boolean,
+): PlannedBytes['weights'] {
+  const away = offload ? (transformer.offload?.bytes ?? 0) : 0
   return {
-    transformer: weightBytes(transformer.parameters) + weightBytes(transformer.buffers),
+    transformer: weightBytes(transformer.parameters) + weightBytes(transformer.buffers) - away,
     vae: weightBytes(vae.parameters),
     text: text.memory?.(2).kept ?? 0,
   }
 }
 
 /** The budget of decoding: what the pipeline's own limit leaves beside its weights. */
-export function decodeBudget(pipeline: Pipeline, recipe: Pick<Recipe, 'maxMemory'>): number | undefined {
+export function decodeBudget(
+  pipeline: Pipeline,
+  recipe: Pick<Recipe, 'maxMemory'>,
+  offload: boolean,
+): number | undefined {
   if (recipe.maxMemory !== undefined || pipeline.maxMemory === undefined) return recipe.maxMemory
-  const { transformer, vae, text } = pipelineWeights(pipeline)
+  const { transformer, vae, text } = pipelineWeights(pipeline, offload)
   return Math.max(1, pipeline.maxMemory - transformer - vae - text)
 }
 
 /**
- * The plan of one video. `Pipeline.plan` and `planFolder` call it.
+ * The plan of one video. `Pipeline.plan` and `planFolder` call it. What does not fit the pipeline's limit is planned with
+ * the transformer's matrices out of memory, where they can leave it.
  *
  * @throws ERR_MEMORY when even the smallest pieces of decoding are beyond the budget
  */
 export async function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rates): Promise<Plan> {
+  const { maxMemory, transformer } = pipeline
+  const plan = (offload: boolean): Promise<Plan> => planOnce(pipeline, recipe, { offload, rates })
+  if (maxMemory === undefined || !transformer.offload) return plan(false)
+  const stays = await unlessTooLarge(plan(false))
+  return stays && stays.bytes.peak <= maxMemory ? stays : plan(true)
+}
+
+async function planOnce(
+  pipeline: Pipeline,
+  recipe: Recipe,
+  { offload, rates }: { offload: boolean; rates: Rates | undefined },
+): Promise<Plan> {
   const { width, height, frames, dtype } = recipe
   const tokens = unitTokens(pipeline, recipe)
   const prompts =
     new Set([recipe.prompt, ...(recipe.promptChanges ?? []).map(({ prompt }) => prompt)]).size + 1
   const text = pipeline.text.memory?.(prompts) ?? { kept: 0, peak: 0, flops: 0 }
-  const weights = pipelineWeights(pipeline)
-  const phases = await rehearsePhases(pipeline, recipe, { prompts, last: tokens.at(-1) as UnitTokens })
+  const weights = pipelineWeights(pipeline, offload)
+  const last = tokens.at(-1) as UnitTokens
+  const phases = await rehearsePhases(pipeline, recipe, { prompts, last, offload })
   const denoise = tokens.map((t) => stepFlops(pipeline, t))
   const linear = denoise.reduce((n, { linear: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
   const attention = denoise.reduce((n, { attention: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
-  const units = (tokens.at(-1) as UnitTokens).unit
+  const units = last.unit
   const decode = phases.firstFlops + units * phases.laterFlops
   const unit = pipeline.vae.temporalFactor * (pipeline.config.framesPerUnit ?? 1)
   const finished = (frames + unit) * width * height * 3
   const kept = weights.transformer + weights.vae + weights.text
   const largest = Math.max(text.peak, phases.denoise, phases.decode)
   const peak = kept + largest + finished
+  const offloaded = offload ? (pipeline.transformer.offload?.bytes ?? 0) : 0
+  const read = offloaded * tokens.reduce((n, { steps }) => n + steps, 0)
   return {
     ...{ width, height, frames, dtype, tokens },
     flops: {
@@ -137,8 +164,9 @@ export async function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rate
       peak,
       process: peak + Math.min(largest, KEPT_BLOCKS) + NODE,
     },
+    offloaded,
     pieces: phases.pieces,
-    ...(rates && { seconds: secondsOf({ text: text.flops, linear, attention, decode }, rates) }),
+    ...(rates && { seconds: secondsOf({ text: text.flops, linear, attention, decode, read }, rates) }),
   }
 }
 
@@ -147,13 +175,15 @@ export async function planVideo(pipeline: Pipeline, recipe: Recipe, rates?: Rate
 async function rehearsePhases(
   pipeline: Pipeline,
   recipe: Recipe,
-  { prompts, last }: { prompts: number; last: UnitTokens },
+  { prompts, last, offload }: { prompts: number; last: UnitTokens; offload: boolean },
 ): Promise<Phases> {
   const { transformer, vae, text, config, dtype, stages } = pipeline
   const f = config.framesPerUnit ?? 1
   const [h, w] = [recipe.height / vae.spatialFactor, recipe.width / vae.spatialFactor]
   const channels = transformer.latentChannels
-  const { lap, within } = new Rehearsal(engine)
+  const rehearsal = new Rehearsal(engine)
+  const { lap } = rehearsal
+  const within = <T>(fn: () => T): T => rehearsal.within(() => assumeOffload(offload, fn))
   const made: { dispose(): void }[] = []
   const own = <T extends { dispose(): void }>(x: T): T => {
     made.push(x)
@@ -168,7 +198,7 @@ async function rehearsePhases(
     pooled: tensor([1, text.pooledDim], textType),
   })
   const latentOf = (frames: number): Tensor => tensor([1, channels, frames, h, w])
-  const stream = vae.decodeStream({ maxMemory: decodeBudget(pipeline, recipe) })
+  const stream = vae.decodeStream({ maxMemory: decodeBudget(pipeline, recipe, offload) })
   const history = new LatentHistory(stages.count, f)
   const decode = async (latent: Tensor, begins: boolean): Promise<Lap> => {
     const steps = function* (): Steps<Tensor> {
@@ -229,17 +259,21 @@ async function rehearsePhases(
   }
 }
 
-/** @throws ERR_MEMORY naming the largest setting that fits, when a video does not fit the pipeline's limit */
-export async function refuseTooLarge(pipeline: Pipeline, recipe: Recipe): Promise<void> {
+/**
+ * The plan of a video that fits the pipeline's limit; undefined where there is none.
+ *
+ * @throws ERR_MEMORY naming the largest setting that fits, when this one does not
+ */
+export async function planWithinLimit(pipeline: Pipeline, recipe: Recipe): Promise<Plan | undefined> {
   const { maxMemory } = pipeline
-  if (maxMemory === undefined) return
-  const needed = await peakOf(pipeline, recipe)
-  if (needed !== undefined && needed <= maxMemory) return
+  if (maxMemory === undefined) return undefined
+  const plan = await unlessTooLarge(planVideo(pipeline, recipe))
+  if (plan && plan.bytes.peak <= maxMemory) return plan
   const fits = await largestThatFits(pipeline, recipe)
   throw new PyraflowError('ERR_MEMORY', {
     what: `a video of ${recipe.width}×${recipe.height} with ${recipe.frames} frames`,
     expected: `to fit in maxMemory, ${gib(maxMemory)}`,
-    received: needed === undefined ? 'more than that in the smallest pieces' : `a need of ${gib(needed)}`,
+    received: plan ? `a need of ${gib(plan.bytes.peak)}` : 'more than that in the smallest pieces',
     remedy: fits
       ? `The largest that fits is ${fits.width}×${fits.height} with ${fits.frames} frames.`
       : 'Nothing of this model fits: allow more memory or use bf16.',
@@ -249,9 +283,9 @@ export async function refuseTooLarge(pipeline: Pipeline, recipe: Recipe): Promis
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
 
 /** Undefined when not even the smallest pieces of decoding fit. */
-async function peakOf(pipeline: Pipeline, recipe: Recipe): Promise<number | undefined> {
+async function unlessTooLarge(plan: Promise<Plan>): Promise<Plan | undefined> {
   try {
-    return (await planVideo(pipeline, recipe)).bytes.peak
+    return await plan
   } catch (error) {
     if (error instanceof PyraflowError && error.code === 'ERR_MEMORY') return undefined
     throw error
@@ -267,8 +301,8 @@ async function largestThatFits(pipeline: Pipeline, recipe: Recipe): Promise<Reci
   for (const [width, height] of [asked, ...smaller.sort((a, b) => area(b) - area(a))]) {
     const sized = { ...recipe, width, height }
     const fits = async (units: number): Promise<boolean> => {
-      const peak = await peakOf(pipeline, { ...sized, frames: 1 + units * step })
-      return peak !== undefined && peak <= (pipeline.maxMemory as number)
+      const plan = await unlessTooLarge(planVideo(pipeline, { ...sized, frames: 1 + units * step }))
+      return plan !== undefined && plan.bytes.peak <= (pipeline.maxMemory as number)
     }
     if (!(await fits(0))) continue
     let [low, high] = [0, Math.ceil((recipe.frames - 1) / step) + 1]

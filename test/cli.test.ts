@@ -1,5 +1,5 @@
 import { spawn, spawnSync } from 'node:child_process'
-import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -194,6 +194,14 @@ describe('generate', () => {
     expect(readFileSync(join(folder, 'b.webp'))).toEqual(readFileSync(join(folder, 'a.webp')))
     const dry = JSON.parse(run([...args, '--dry-run', '--seed', '4', '--seconds', '2']).stdout)
     expect(dry).toMatchObject({ seed: 4, frames: 17, guidance: [3, 2] })
+  })
+
+  it('keeps to a limit on memory, or says why it cannot', () => {
+    const dry = JSON.parse(run([...base, '--max-memory', '1e9', '--dry-run']).stdout)
+    expect(dry.plan.offloaded).toBe(0)
+    const { status, stderr } = run([...base, '--max-memory', '1000', '--out', 'never.webp'])
+    expect([status, stderr]).toEqual([1, expect.stringMatching(/to fit in maxMemory, 1000 bytes/)])
+    expect(existsSync(join(folder, 'never.webp'))).toBe(false)
   })
 
   it('continues a video from its latents, with previews of what comes', () => {

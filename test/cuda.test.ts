@@ -1,10 +1,13 @@
+import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
 import { verifyFolder } from '../lib/golden/verify.ts'
+import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { embedding } from '../lib/ops/embedding.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
+import { live } from './fixtures/memory.ts'
 import { goldenFolder } from './golden.ts'
 
 // The kernels of the CUDA backend, run on the host by the emulator, behind the same engine: what can be known of them
@@ -47,6 +50,35 @@ describe('the CUDA backend in its emulator', () => {
     await expect(Tensor.zeros([1 << 29]).read()).rejects.toMatchObject({ code: 'ERR_MEMORY' })
     expect(Array.from(await Tensor.zeros([2]).read())).toEqual([0, 0])
   })
+
+  it('lets weights out of memory, and reads them again to the same bits', async () => {
+    const dir = join(goldenFolder, 'models', 'flux_b', 'diffusion_transformer_384p')
+    const run = async (offload?: 'absent'): Promise<{ bytes: number; values: number[] }> => {
+      const before = await live()
+      const network = await PyramidFluxTransformer.fromPretrained(dir, { dtype: 'bf16', offload })
+      const bytes = (await live()) - before
+      const { joint_attention_dim: wide, pooled_projection_dim: pooled } = network.config
+      const draw = (shape: readonly number[]): Tensor => new Generator(1).normal(shape)
+      const velocity = scope(() =>
+        network.forward({
+          columns: [[draw([1, 16, 1, 4, 4])]],
+          timesteps: [500],
+          text: draw([1, 3, wide]),
+          pooled: draw([1, pooled]),
+        }),
+      )
+      const values = Array.from(await (velocity[0] as Tensor).floats())
+      for (const v of velocity) v.dispose()
+      const { offload: away } = network
+      if (away) expect([away.absent, await live()]).toEqual([true, before + bytes])
+      network.dispose()
+      return { bytes, values }
+    }
+    const [there, away] = [await run(), await run('absent')]
+    expect(away.values).toEqual(there.values)
+    expect(away.values.every((v) => Number.isFinite(v) && v !== 0)).toBe(true)
+    expect(away.bytes).toBeLessThan(0.2 * there.bytes)
+  }, 180_000)
 
   it('leaves nothing behind', async () => {
     await engine.idle()

@@ -141,7 +141,7 @@ describe('a training plan', () => {
     // A third pass over the blocks.
     expect((await make({ checkpointRatio: 1 })).flops.mean / one.flops.mean).toBeGreaterThan(1.25)
     expect(one.seconds).toBeUndefined()
-    const rates = { matmul: 1e9, attention: 1e8, conv: 1 }
+    const rates = { matmul: 1e9, attention: 1e8, conv: 1, read: 1 }
     const seconds = (await make({ rates })).seconds!
     expect(seconds.longest).toBeGreaterThan(one.flops.longest / 1e9)
     expect(seconds.mean).toBeLessThanOrEqual(seconds.longest)

@@ -45,6 +45,7 @@ const settings = z.strictObject({
   latents: z.boolean().optional(),
   allowUntrained: z.boolean().optional(),
   adapters: z.array(z.strictObject({ path: z.string(), scale: z.number().optional() })).optional(),
+  maxMemory: z.number().positive().optional(),
   dtype: z.enum(['f32', 'bf16']).default('f32'),
   variant: z.string().optional(),
 })
@@ -105,6 +106,7 @@ export function addGenerate(program: Command): void {
   option(command, '--linear-guidance <alpha,min>', 'or falling by alpha a unit down to min', falling)
   option(command, '--preview <dir>', 'write small pictures of what is being made into this folder')
   command.option('--latents', 'also write .latents.safetensors, to continue from without loss')
+  option(command, '--max-memory <bytes>', 'most that weights and work together may take', anyNumber)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
   option(command, '--lora <file[:scale]>', 'adapter to add; several may be given', gather(adapterChoice))
   option(command, '--variant <name>', 'folder of the transformer when there are several')
@@ -113,7 +115,7 @@ export function addGenerate(program: Command): void {
 }
 
 async function run(flags: GenerateFlags, command: Command): Promise<void> {
-  const { model, out, dtype, variant, recipe, preview, latents, ...request } = resolveSettings(
+  const { model, out, dtype, variant, maxMemory, recipe, preview, latents, ...request } = resolveSettings(
     settings,
     command,
     flags.config,
@@ -133,7 +135,7 @@ async function run(flags: GenerateFlags, command: Command): Promise<void> {
   const progress = makeProgress(flags.progress)
   const began = performance.now()
   const base = recipe === undefined ? {} : await readRecipe(recipe)
-  const pipeline = await Pipeline.load(model, { dtype, ...(variant === undefined ? {} : { variant }) })
+  const pipeline = await Pipeline.load(model, { dtype, ...defined({ variant, maxMemory }) })
   try {
     const options: GenerateOptions = {
       ...base,

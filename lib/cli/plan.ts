@@ -45,7 +45,7 @@ export function addPlan(program: Command): void {
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
   option(command, '--variant <name>', 'folder of the transformer when there are several')
-  option(command, '--max-memory <bytes>', 'a limit that decoding is cut to fit', anyNumber)
+  option(command, '--max-memory <bytes>', 'a limit that decoding and weights are made to fit', anyNumber)
   option(command, '--allow-untrained', 'accept sizes the model was not trained for')
   option(command, '--time', 'measure this machine for half a second and estimate how long it takes')
   common(command).action(run)
@@ -65,19 +65,20 @@ async function run(flags: CommonOptions, command: Command): Promise<void> {
 
 /** A plan in lines for people. */
 export function describePlan(plan: Plan): string[] {
-  const { bytes, flops, seconds, pieces, tokens } = plan
+  const { bytes, flops, seconds, pieces, tokens, offloaded } = plan
   const gib = (n: number): string => `${(n / 2 ** 30).toFixed(2)} GiB`
   const tera = (n: number): string => `${(n / 1e12).toFixed(1)} TFLOP`
   const most = Math.max(...tokens.map(({ total }) => total))
   const time = (n: number | undefined): string => (n === undefined ? '' : `, about ${duration(1000 * n)}`)
   const { transformer, vae, text } = bytes.weights
+  const again = offloaded > 0 ? `; ${gib(offloaded)} are read again for every step` : ''
   const cut = [
     pieces.tile === null ? '' : `tiles of ${pieces.tile} px`,
     pieces.window === null ? '' : `${pieces.window} latent frames at once`,
   ].filter(Boolean)
   return [
     `video     ${plan.frames} frames of ${plan.width}×${plan.height}, ${plan.dtype}`,
-    `weights   ${gib(transformer + vae + text)} (transformer ${gib(transformer)}, VAE ${gib(vae)}, text ${gib(text)})`,
+    `weights   ${gib(transformer + vae + text)} (transformer ${gib(transformer)}, VAE ${gib(vae)}, text ${gib(text)})${again}`,
     `text      ${gib(bytes.text)}, ${tera(flops.text)}${time(seconds?.text)}`,
     `denoise   ${gib(bytes.denoise)}, ${tera(flops.denoise)}${time(seconds?.denoise)}; at most ${most} tokens a step`,
     `decode    ${gib(bytes.decode)}, ${tera(flops.decode)}${time(seconds?.decode)}${cut.length > 0 ? `; in ${cut.join(' and ')}` : ''}`,

@@ -1,8 +1,8 @@
 import { readFileSync } from 'node:fs'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import type { z } from 'zod'
+import { nearestName } from '../io/nearest-name.ts'
 import type { AdapterChoice } from '../lora/blend.ts'
-import { nearestName } from '../nn/weights.ts'
 import { type CommonOptions, UsageError } from './console.ts'
 
 /** `--steps 20,20,20` as numbers. */

@@ -1,5 +1,5 @@
 import { z } from 'zod'
-import { nearestName } from '../nn/weights.ts'
+import { nearestName } from '../io/nearest-name.ts'
 import { presets } from '../train/presets.ts'
 import { UsageError } from './console.ts'
 import { kebab } from './settings.ts'

@@ -58,7 +58,6 @@ const JOB = COMMAND_LIMIT - 1
 export interface StandIn {
   readonly binding: NativeBinding
   readonly freeIds: number[]
-  nextId: number
 }
 
 /** The door to the addon: storages, commands, fences. Tensors are built on it; users meet `engine`. */
@@ -71,6 +70,8 @@ export class Engine {
   #options: EngineOptions = {}
   #freeIds: number[] = []
   #nextId = 0
+  // No two rehearsals share one: what the first has made may be used in the second.
+  #nextRehearsedId = REHEARSED
   #lastJob = 0
   #opened: { backend: string; threads: number } | undefined
   #rehearsing = false
@@ -126,10 +127,20 @@ export class Engine {
     return this.#opened as { backend: string; threads: number }
   }
 
-  /** Queues an allocation of `bytes` and returns its storage id. */
-  alloc(bytes: number): number {
+  /** Whether tensors lie in memory of their device, which sees no mapped file. Starts the engine. */
+  get separateMemory(): boolean {
+    return this.device.backend.startsWith('cuda')
+  }
+
+  /** An id for a storage that has no memory yet. */
+  reserve(): number {
     this.#start()
-    const id = this.#freeIds.pop() ?? this.#nextId++
+    return this.#freeIds.pop() ?? this.#nextId++
+  }
+
+  /** Queues an allocation of `bytes` for a storage without memory, by default a new one, and returns its id. */
+  alloc(bytes: number, id: number = this.reserve()): number {
+    this.#start()
     const c = this.#commands
     const at = this.#at
     c[at] = OP_ALLOC
@@ -139,7 +150,8 @@ export class Engine {
     return id
   }
 
-  free(storage: number): void {
+  /** Queues the end of a storage's memory, and unless `keepId` of the storage. */
+  free(storage: number, keepId = false): void {
     // What a rehearsal left to the garbage collector.
     if (storage >= REHEARSED && !this.#rehearsing) return
     this.#start()
@@ -149,7 +161,7 @@ export class Engine {
     c[at + 1] = storage
     this.#wait(at + 2)
     // Commands run in order, so the id may name a new storage at once.
-    this.#freeIds.push(storage)
+    if (!keepId) this.#freeIds.push(storage)
   }
 
   /** Queues one op. Missing optional operands are null. */
@@ -279,7 +291,7 @@ export class Engine {
   /** A storage that is the mapped bytes themselves: read-only, shared, nothing copied. */
   map(file: number, byteOffset: number, bytes: number): number {
     this.#flushed()
-    const id = this.#freeIds.pop() ?? this.#nextId++
+    const id = this.reserve()
     const c = this.#commands
     c[0] = OP_MAP
     c[1] = id
@@ -332,12 +344,12 @@ export class Engine {
     const [freeIds, nextId, rehearsing] = [this.#freeIds, this.#nextId, this.#rehearsing]
     this.#native = standIn.binding
     this.#freeIds = standIn.freeIds
-    this.#nextId = Math.max(standIn.nextId, REHEARSED)
+    this.#nextId = this.#nextRehearsedId
     this.#rehearsing = true
     try {
       return fn()
     } finally {
-      standIn.nextId = this.#nextId
+      this.#nextRehearsedId = this.#nextId
       this.#native = real
       this.#freeIds = freeIds
       this.#nextId = nextId

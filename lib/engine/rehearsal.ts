@@ -234,12 +234,16 @@ export class Rehearsal {
   constructor(engine: Engine) {
     const { backend, threads } = engine.device
     const { real, commands } = engine.parts
-    const device = backend.startsWith('cuda')
-    const machine = { threads, products: /bf16|amx/.test(backend), narrow: /base|avx2/.test(backend), device }
+    const machine = {
+      threads,
+      products: /bf16|amx/.test(backend),
+      narrow: /base|avx2/.test(backend),
+      device: engine.separateMemory,
+    }
     const ledger = new Ledger(real, commands, machine)
     this.lap = ledger.lap
     this.#engine = engine
-    this.#standIn = { binding: ledger as unknown as NativeBinding, freeIds: [], nextId: 0 }
+    this.#standIn = { binding: ledger as unknown as NativeBinding, freeIds: [] }
   }
 
   /** Runs a synchronous piece of it; `sliced` takes it for pieces that pause. What runs in between is not counted. */

@@ -1,5 +1,5 @@
 import { PyraflowError } from '../engine/errors.ts'
-import { nearestName } from '../nn/weights.ts'
+import { nearestName } from '../io/nearest-name.ts'
 
 type Check = (value: unknown) => boolean
 interface Rule {

@@ -1,7 +1,7 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { fingerprint } from '../io/fingerprint.ts'
+import { nearestName } from '../io/nearest-name.ts'
 import { openSafetensors, type Safetensors } from '../io/safetensors.ts'
-import { nearestName } from '../nn/weights.ts'
 import type { LayerSize } from './layers.ts'
 
 /** What a file adds to one layer. */

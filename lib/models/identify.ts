@@ -1,9 +1,9 @@
 import { existsSync, statSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { PyraflowError } from '../engine/errors.ts'
+import { nearestName } from '../io/nearest-name.ts'
 import { type ModelConfig, readConfig } from '../io/pretrained.ts'
 import { openWeights } from '../io/safetensors.ts'
-import { nearestName } from '../nn/weights.ts'
 import { FLUX_CLASS } from './flux-config.ts'
 import { MMDIT_CLASS } from './mmdit-config.ts'
 

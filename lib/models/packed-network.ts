@@ -4,6 +4,7 @@ import { conditioning, roundToBf16 } from '../nn/embed.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { type Linear, type LowRank, linearLayer } from '../nn/linear.ts'
 import { modulatedNorm } from '../nn/norm.ts'
+import type { Offload } from '../nn/offload.ts'
 import type { ComputeType, Weights } from '../nn/weights.ts'
 import { cast } from '../ops/cast.ts'
 import { reshape } from '../ops/copy.ts'
@@ -96,6 +97,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
    * Begins as the config says.
    */
   checkpointing: number | false
+  readonly offload: Offload | null
   readonly #form: NetworkForm<C>
   readonly #parts: NetworkParts
   // Of a network that another one made to add them; that one owns the weights.
@@ -112,6 +114,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     this.dtype = weights.dtype
     this.latentChannels = form.latentChannels
     this.checkpointing = config.use_gradient_checkpointing && config.gradient_checkpointing_ratio
+    this.offload = weights.offload
     this.#form = form
     this.#parts = parts
     this.#adapters = adapters

@@ -1,5 +1,6 @@
 import type { ModelConfig } from '../io/pretrained.ts'
 import type { LowRank } from '../nn/linear.ts'
+import type { Offload } from '../nn/offload.ts'
 import type { ComputeType } from '../nn/weights.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import type { Steps } from '../tensor/tape.ts'
@@ -13,6 +14,8 @@ export interface TransformerOptions {
   train?: boolean
   /** Keep matrices packed for the kernels instead of plain. Default: unless training. */
   pack?: boolean
+  /** Let matrices out of memory and back; `absent`: begin without them. Not for training. */
+  offload?: 'possible' | 'absent' | undefined
   /** Ends the loading. */
   signal?: AbortSignal | undefined
 }
@@ -66,6 +69,8 @@ export interface VelocityNetwork {
   readonly buffers: ReadonlyMap<string, Tensor>
   /** Share of the blocks that are computed again in backward instead of kept (spec/training.md §3), or false. */
   checkpointing: number | false
+  /** Lets the matrices out of memory, of a network that was loaded for it. */
+  readonly offload: Offload | null
   /** The token layout of inputs of these sizes, to be reused by every step of a stage. */
   layout(inputs: LayoutInputs): Layout
   /** `layout` that pauses now and then, for `sliced`. */

@@ -1,6 +1,7 @@
 import { engine } from '../engine/engine.ts'
 import type { TensorToWrite } from '../io/safetensors.ts'
 import { Tensor } from '../tensor/tensor.ts'
+import { whileThere } from './offload.ts'
 
 /**
  * Describes tensors for a safetensors file in the given storage type. Each is read from the engine only when the
@@ -24,16 +25,16 @@ export async function readAs(
   dtype: 'f32' | 'bf16',
 ): Promise<Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>> {
   const target = dtype === 'bf16' ? new Uint16Array(tensor.size) : new Float32Array(tensor.size)
-  if (tensor.dtype === dtype) {
-    await engine.read(tensor.storage, tensor.byteOffset, target)
-    return target
-  }
-  const converted = Tensor.empty(tensor.shape, dtype)
-  engine.run('cast', [tensor], [converted], [])
-  try {
-    await engine.read(converted.storage, converted.byteOffset, target)
-  } finally {
+  // What is only queued here finds the values, wherever they are afterwards.
+  const reading = async (): Promise<void> => {
+    if (tensor.dtype === dtype) return engine.read(tensor.storage, tensor.byteOffset, target)
+    const converted = Tensor.empty(tensor.shape, dtype)
+    engine.run('cast', [tensor], [converted], [])
+    const read = engine.read(converted.storage, converted.byteOffset, target)
     converted.dispose()
+    return read
   }
+  // Beside a packed form the values are those of the file.
+  await (tensor.packed ? reading() : whileThere(tensor, reading))
   return target
 }

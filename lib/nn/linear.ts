@@ -1,6 +1,7 @@
 import { type LinearOptions, linear } from '../ops/matmul.ts'
 import { add, geluTanh, scale as scaled, silu } from '../ops/pointwise.ts'
 import type { Tensor } from '../tensor/tensor.ts'
+import { whileThere } from './offload.ts'
 import type { Init, Weights } from './weights.ts'
 
 /** x [..., K] → act(x·Wᵀ + b) + residual [..., N]. */
@@ -28,10 +29,11 @@ export function linearLayer(
 ): Linear {
   const weight = weights.get('weight', [outputs, inputs], init, { matrix: true })
   const bias = withBias ? weights.get('bias', [outputs], 'zeros') : null
+  const plain: Linear = (x, options) => whileThere(weight, () => linear(x, weight, bias, options))
   const adapter = weights.adapter
-  if (!adapter) return (x, options) => linear(x, weight, bias, options)
+  if (!adapter) return plain
   return (x, { activation = 'none', residual } = {}) => {
-    const y = addLowRank(x, linear(x, weight, bias), adapter)
+    const y = addLowRank(x, plain(x), adapter)
     const active = activation === 'none' ? y : activation === 'silu' ? silu(y) : geluTanh(y)
     return residual ? add(active, residual) : active
   }

@@ -2,6 +2,7 @@ import { statSync } from 'node:fs'
 import { abortable } from '../engine/abortable.ts'
 import { type DType, engine } from '../engine/engine.ts'
 import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
+import { nearestName } from '../io/nearest-name.ts'
 import type { Safetensors, SafetensorsDtype, TensorEntry } from '../io/safetensors.ts'
 import { openWeights } from '../io/safetensors.ts'
 import { packWeight } from '../ops/matmul.ts'
@@ -13,6 +14,7 @@ import type { Steps } from '../tensor/tape.ts'
 import { sizeOf, Tensor } from '../tensor/tensor.ts'
 import type { LowRank } from './linear.ts'
 import { inTurn, release, share } from './loaded.ts'
+import { Offload } from './offload.ts'
 
 /** Types that weights may be computed in. */
 export type ComputeType = 'f32' | 'bf16'
@@ -34,6 +36,11 @@ export interface WeightsOptions {
   train?: boolean
   /** Whether linear layers keep their weights packed for the matrix kernels. Default: unless training. */
   pack?: boolean
+  /**
+   * Let matrices out of memory and back (`Weights.offload`), which are then not shared with others who load the file;
+   * `absent`: begin without them. Not for training.
+   */
+  offload?: 'possible' | 'absent' | undefined
   /** Only check names, shapes and types: every tensor is what the file holds, mapped, and none of it is read. */
   survey?: boolean
   /** Prefix in training checkpoints, e.g. `dit.`: if any key has it, only those are meant, without it. */
@@ -68,6 +75,8 @@ interface Shared {
   readonly train: boolean
   readonly pack: boolean
   readonly survey: boolean
+  readonly offload: Offload | null
+  readonly absent: boolean
   readonly files: Map<string, { id: number; identity: string }>
   readonly parameters: Map<string, Tensor>
   readonly buffers: Map<string, Tensor>
@@ -131,7 +140,10 @@ export class Weights {
     }
     const empty = { files: new Map(), parameters: new Map(), buffers: new Map(), shares: [], loading: null }
     const adapters = new Map<string, LowRank>()
-    return new Weights({ label, entries, generator, dtype, train, pack, survey, adapters, ...empty }, '')
+    const offload = options.offload && !train ? new Offload() : null
+    const away = { offload, absent: options.offload === 'absent' }
+    const how = { dtype, train, pack, survey, ...away }
+    return new Weights({ label, entries, generator, adapters, ...how, ...empty }, '')
   }
 
   /**
@@ -156,7 +168,7 @@ export class Weights {
         const network = await sliced(() => make(weights), { grad: false, job })
         weights.assertAllUsed(ignorePrefixes)
         await sliced(() => weights.#fillSteps(signal), { grad: false, job })
-        weights.close()
+        if (!weights.offload) weights.close()
         await abortable(weights.#checkSums(), signal, job, 'loading')
         return network
       } catch (error) {
@@ -209,6 +221,11 @@ export class Weights {
     return this.#shared.pack
   }
 
+  /** Lets the matrices out of memory, where that was asked for. */
+  get offload(): Offload | null {
+    return this.#shared.offload
+  }
+
   /** The same weights seen from below `name`. */
   sub(name: string | number): Weights {
     return new Weights(this.#shared, `${this.#prefix}${name}.`)
@@ -243,10 +260,13 @@ export class Weights {
     if (known) return known
     const dtype = options.dtype ?? this.#shared.dtype
     const values = entries?.has(key) ? undefined : options.values
-    const pack = this.#shared.pack && options.matrix === true
+    const matrix = options.matrix === true
+    const pack = this.#shared.pack && matrix
     const make = (): Tensor => {
       if (values) return engine.rehearsing ? Tensor.empty(shape, dtype) : Tensor.from(values(), shape, dtype)
-      if (entries) return this.#load(key, shape, dtype, pack)
+      if (entries) return this.#load(key, shape, dtype, matrix)
+      // What was drawn cannot be read again; for a plan it need not.
+      if (matrix && this.offload && engine.rehearsing) return this.#rehearsed(shape, dtype, pack)
       const drawn = this.#draw(key, shape, dtype, init)
       if (pack) packWeight(drawn)
       return drawn
@@ -257,8 +277,10 @@ export class Weights {
     return tensor
   }
 
-  #load(key: string, shape: readonly number[], dtype: ComputeType, pack: boolean): Tensor {
-    const { entries, label, train, survey, shares, loading } = this.#shared
+  #load(key: string, shape: readonly number[], dtype: ComputeType, matrix: boolean): Tensor {
+    const { entries, label, train, survey, absent, shares, loading } = this.#shared
+    const pack = this.#shared.pack && matrix
+    const offload = matrix ? this.offload : null
     const entry = entries?.get(key)
     if (!entry) {
       const near = nearestName(key, (entries as ReadonlyMap<string, TensorEntry>).keys())
@@ -289,40 +311,46 @@ export class Weights {
     const { id, identity } = this.#file(entry.file)
     const asStored = (): Tensor => Tensor.mapped(id, entry.begin, shape, type)
     const later = (step: () => void): void => (loading ? void loading.steps.push(step) : step())
-    const count = sizeOf(shape)
     if (survey) return asStored()
-    // An optimizer writes parameters in place, which a mapping does not allow.
     const bytes = pack ? engine.packBytes(shape[0] as number, shape[1] as number, dtype) : 0
-    if (type === dtype && !train && bytes === 0) {
+    // An optimizer writes parameters in place, which a mapping does not allow; to a device a mapping is a copy.
+    if (type === dtype && !train && bytes === 0 && !(offload && engine.separateMemory)) {
       const tensor = asStored()
       later(() => this.#sum(key, tensor))
       return tensor
     }
     const convert = (): Tensor => {
-      if (bytes === 0) {
-        const tensor = keep(Tensor.empty(shape, dtype))
-        later(() => {
-          if (count > 0) engine.load(tensor, id, entry.begin, type)
-          this.#sum(key, tensor)
-        })
-        return tensor
-      }
+      const space = offload ? Tensor.absent : Tensor.empty
       // Only the packed form stays. Whoever wants the plain values, as saving does, finds them in the file.
-      const tensor = keep(asStored())
-      tensor.packed = keep(Tensor.empty([bytes], 'u8'))
-      later(() => {
-        const plain = Tensor.empty(shape, dtype)
-        engine.load(plain, id, entry.begin, type)
+      const tensor = keep(bytes > 0 ? asStored() : space(shape, dtype))
+      if (bytes > 0) tensor.packed = keep(space([bytes], 'u8'))
+      const read = (): void => {
+        const plain = tensor.packed ? Tensor.empty(shape, dtype) : tensor
+        if (sizeOf(shape) > 0) engine.load(plain, id, entry.begin, type)
         this.#sum(key, plain)
+        if (!tensor.packed) return
         engine.run('matmul_pack', [plain], [tensor.packed], [])
         plain.dispose()
-      })
+      }
+      offload?.add(tensor, read)
+      later(offload ? () => offload.admit(tensor, absent) : read)
       return tensor
     }
-    if (train || !loading) return convert()
+    if (train || !loading || offload) return convert()
     const name = [identity, entry.begin, type, dtype, bytes > 0].join(':')
     shares.push(name)
     return share(name, convert)
+  }
+
+  // Only counted: how it is read depends on a file that may not be there, at most as a copy of its own.
+  #rehearsed(shape: readonly number[], dtype: ComputeType, pack: boolean): Tensor {
+    const tensor = Tensor.absent(shape, dtype)
+    const bytes = pack ? engine.packBytes(shape[0] as number, shape[1] as number, dtype) : 0
+    if (bytes > 0) tensor.packed = keep(Tensor.absent([bytes], 'u8'))
+    this.offload?.add(tensor, () => {
+      if (bytes > 0) Tensor.empty(shape, dtype).dispose()
+    })
+    return tensor
   }
 
   #file(path: string): { id: number; identity: string } {
@@ -423,30 +451,4 @@ function stripPrefix(
       .filter(([key]) => key.startsWith(prefix))
       .map(([key, entry]) => [key.slice(prefix.length), entry] as const),
   )
-}
-
-/** The candidate with the smallest edit distance to `name`. */
-export function nearestName(name: string, candidates: Iterable<string>): string | undefined {
-  let best: string | undefined
-  let least = Number.POSITIVE_INFINITY
-  for (const candidate of candidates) {
-    const distance = editDistance(name, candidate)
-    if (distance >= least) continue
-    best = candidate
-    least = distance
-  }
-  return best
-}
-
-function editDistance(a: string, b: string): number {
-  let previous = Array.from({ length: b.length + 1 }, (_, j) => j)
-  for (let i = 1; i <= a.length; i++) {
-    const row = [i]
-    for (let j = 1; j <= b.length; j++) {
-      const replace = previous[j - 1] + (a[i - 1] === b[j - 1] ? 0 : 1)
-      row.push(Math.min(replace, previous[j] + 1, row[j - 1] + 1))
-    }
-    previous = row
-  }
-  return previous[b.length]
 }

@@ -65,6 +65,12 @@ export class Tensor implements Operand {
     return new Tensor(new Storage(engine.alloc(bytes)), 0, [...shape], dtype)
   }
 
+  /** A tensor without memory: only `engine` and `Offload` can do something with it. */
+  static absent(shape: readonly number[], dtype: DType = 'f32'): Tensor {
+    checkShape(shape)
+    return new Tensor(new Storage(engine.reserve()), 0, [...shape], dtype)
+  }
+
   static full(shape: readonly number[], value: number, dtype: DType = 'f32'): Tensor {
     const t = Tensor.empty(shape, dtype)
     if (t.size > 0) engine.run('fill', [], [t], [value])
