@@ -1,8 +1,10 @@
 import { engine } from './engine/engine.ts'
+import { PyraflowError } from './engine/errors.ts'
 import { networkOf } from './generate/adapters.ts'
 import { denoise, latentsOf, stepCosts } from './generate/denoise.ts'
 import type { GenerateEvent } from './generate/generation.ts'
-import { givenLatents, streamOf } from './generate/given.ts'
+import { type Given, givenLatents, streamOf } from './generate/given.ts'
+import { KeptUnits } from './generate/kept-units.ts'
 import { decodeFrames, toClip } from './generate/latents.ts'
 import { preview } from './generate/preview.ts'
 import type { Recipe } from './generate/recipe.ts'
@@ -10,15 +12,19 @@ import { checkLength, type Request } from './generate/resolve.ts'
 import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
+import { slice } from './ops/copy.ts'
 import type { Pipeline } from './pipeline.ts'
 import { decodeBudget, planWithinLimit } from './plan.ts'
-import { pixelFrames } from './pyramid/units.ts'
+import { pixelFrames, unitsForFrames } from './pyramid/units.ts'
+import { keep, scope } from './tensor/scope.ts'
 import type { Tensor } from './tensor/tensor.ts'
 
 interface Run {
   readonly pipeline: Pipeline
   readonly signal: AbortSignal | undefined
   readonly previews: boolean
+  /** Folder of finished units. */
+  readonly resume: string | undefined
   readonly job: number
   readonly network: VelocityNetwork
   readonly features: PromptFeatures
@@ -33,7 +39,7 @@ interface Run {
 export async function* generateVideos(
   pipeline: Pipeline,
   requests: readonly Request[],
-  options: { signal: AbortSignal | undefined; previews: boolean },
+  options: Pick<Run, 'signal' | 'previews' | 'resume'>,
 ): AsyncGenerator<GenerateEvent, Video[]> {
   const { signal } = options
   const warnings: string[] = []
@@ -87,10 +93,15 @@ async function* generateVideo(
   const decoder = pipeline.vae.decodeStream({
     maxMemory: decodeBudget(pipeline, request.recipe, run.offload),
   })
+  let given: Given | undefined
+  let known: Tensor | undefined
   let whole = new Uint8Array()
   let count = 0
+  const finished = async (recipe: Recipe): Promise<Video> => {
+    const latents = await toClip(units)
+    return new Video({ frames: whole, count, width, height, fps: recipe.fps, latents, recipe })
+  }
   const show = async (latent: Tensor, what: string): Promise<GenerateEvent> => {
-    units.push(latent)
     const first = count
     const decode = decoder.pushSteps.bind(decoder)
     const frames = await decodeFrames(pipeline, latent, { ...where, what, begins: first === 0, decode })
@@ -100,28 +111,39 @@ async function* generateVideo(
   }
   try {
     const onWarning = (message: string): unknown => warnings.push(message)
-    const given = await givenLatents(pipeline, request, { ...where, onWarning })
-    if (given.latents) units.push(given.latents)
+    given = await givenLatents(pipeline, request, { ...where, onWarning })
     const recipe = finishRecipe(pipeline, request, { ...given.facts, ...place }, given.latents)
+    const total = latentsOf(pipeline, recipe, given.latents)
+    const kept = run.resume === undefined ? undefined : new KeptUnits(run.resume, video, recipe)
+    known = (await kept?.read(onWarning)) ?? given.latents?.view(given.latents.shape)
+    const parts = partsOf(pipeline, known, { given: given.latents, total })
     for (const message of warnings.splice(0)) yield { type: 'warning', message }
     // Filled unit by unit: copying all of a long video at once would hold up the event loop.
-    whole = new Uint8Array(pixelFrames(latentsOf(pipeline, recipe, given.latents)) * width * height * 3)
-    if (given.latents) yield await show(units.pop() as Tensor, 'decoding the given frames')
-
-    progress.begin(stepCosts(pipeline, recipe, given.latents))
-    const generator = streamOf(recipe)
-    const work = {
-      network: run.network,
-      recipe,
-      features: run.features,
-      generator,
-      given: given.latents,
-      signal,
+    whole = new Uint8Array(pixelFrames(total) * width * height * 3)
+    for (const part of parts) {
+      const latent = keep(scope(() => slice(known as Tensor, 2, part.first, part.frames)))
+      units.push(latent)
+      yield await show(latent, part.what)
     }
+
+    const there = known?.shape[2] ?? 0
+    const costs = (frames: number) => stepCosts(pipeline, recipe, { frames: total, given: frames })
+    progress.begin(costs(given.latents?.shape[2] ?? 0), costs(there).length)
+    if (there === total) return await finished(recipe)
+    const generator = streamOf(recipe)
+    const { network, features } = run
+    const work = { network, recipe, features, generator, frames: total, given: known, signal }
     for await (const event of denoise(pipeline, work)) {
       const { unit } = event
-      if (event.type === 'unit') yield await show(event.latent, `decoding unit ${unit}`)
-      else if (event.type === 'step') {
+      if (event.type === 'unit') {
+        units.push(event.latent)
+        // A full disk costs the safety, not the video.
+        await kept?.write(units).catch((error: Error) => {
+          warnings.push(`Finished units could not be kept: ${error.message}`)
+        })
+        for (const message of warnings.splice(0)) yield { type: 'warning', message }
+        yield await show(event.latent, `decoding unit ${unit}`)
+      } else if (event.type === 'step') {
         const { stage, step } = event
         yield { type: 'progress', phase: 'denoise', video, unit, stage, step, ...progress.step() }
       } else if (run.previews && event.stage < pipeline.stages.count - 1) {
@@ -131,12 +153,48 @@ async function* generateVideo(
         yield { type: 'preview', video, unit, stage, ...small }
       }
     }
-    const latents = await toClip(units)
-    return new Video({ frames: whole, count, width, height, fps: recipe.fps, latents, recipe })
+    return await finished(recipe)
   } finally {
     decoder.dispose()
+    given?.latents?.dispose()
+    known?.dispose()
     for (const latent of units) latent.dispose()
   }
+}
+
+/**
+ * What is there of a video, in the pieces in which it is decoded: what was given, which is one, and the units after it.
+ *
+ * @throws ERR_CHECKPOINT when kept latents are none of this video's
+ */
+function partsOf(
+  pipeline: Pipeline,
+  known: Tensor | undefined,
+  { given, total }: { given: Tensor | undefined; total: number },
+): { first: number; frames: number; what: string }[] {
+  if (!known) return []
+  const begun = given?.shape[2] ?? 0
+  const there = known.shape[2] as number
+  const { framesPerUnit = 1 } = pipeline.config
+  const units = unitsForFrames(total, { framesPerUnit })
+  const own = units.filter(({ firstFrame, frames }) => firstFrame >= begun && firstFrame + frames <= there)
+  const whole = own.reduce((n, { frames }) => n + frames, begun)
+  if (whole !== there) {
+    throw new PyraflowError('ERR_CHECKPOINT', {
+      what: 'resume: kept latents',
+      expected: `whole units of a video of ${total} latent frames, ${begun} of them given`,
+      received: `${there} latent frames`,
+    })
+  }
+  const first = begun > 0 ? [{ first: 0, frames: begun, what: 'decoding the given frames' }] : []
+  return [
+    ...first,
+    ...own.map(({ index, firstFrame, frames }) => ({
+      first: firstFrame,
+      frames,
+      what: `decoding unit ${index}`,
+    })),
+  ]
 }
 
 /** The recipe of a video, now that all of it is known. */
@@ -177,23 +235,27 @@ class Progress {
   #finished = 0
   #step = 0
   #paid = 0
-  #total = 0
+  #left = 0
 
   constructor(videos: number) {
     this.#videos = videos
   }
 
-  /** Begins the next video; all cost the same. */
-  begin(costs: readonly number[]): void {
+  /** Begins the next video, of which the last `left` steps have to be made; all cost the same. */
+  begin(costs: readonly number[], left: number): void {
+    const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0)
+    if (this.#costs.length === 0) this.#left = this.#videos * sum(costs)
     this.#finished += this.#costs.length
     this.#costs = costs
-    this.#step = 0
-    this.#total = this.#videos * costs.reduce((a, b) => a + b, 0)
+    this.#step = costs.length - left
+    this.#left -= sum(costs.slice(0, this.#step))
   }
 
   step(): { done: number; total: number; etaMs: number } {
-    this.#paid += this.#costs[this.#step++] as number
-    const etaMs = ((performance.now() - this.#began) / this.#paid) * (this.#total - this.#paid)
+    const cost = this.#costs[this.#step++] as number
+    this.#paid += cost
+    this.#left -= cost
+    const etaMs = ((performance.now() - this.#began) / this.#paid) * this.#left
     return { done: this.#finished + this.#step, total: this.#videos * this.#costs.length, etaMs }
   }
 }

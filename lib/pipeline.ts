@@ -124,9 +124,9 @@ export class Pipeline {
    * largest video that fits.
    */
   generate(options: GenerateOptions): Generation {
-    const { signal, previews = false } = options
+    const { signal, previews = false, resume } = options
     const requests = resolveOptions(this, options)
-    return new Generation(generateVideos(this, requests, { signal, previews }), signal)
+    return new Generation(generateVideos(this, requests, { signal, previews, resume }), signal)
   }
 
   /** A hash that tells this model from others; undefined for one made of parts, or whose folder is gone. */

@@ -196,6 +196,16 @@ describe('generate', () => {
     expect(dry).toMatchObject({ seed: 4, frames: 17, guidance: [3, 2] })
   })
 
+  it('goes on with what is kept of a video, and says what it is not', () => {
+    const args = [...base, '--frames', '9', '--resume', 'kept']
+    expect(run([...args, '--out', 'once.webp']).status).toBe(0)
+    expect(readdirSync(join(folder, 'kept'))).toEqual(['video-0.latents.safetensors'])
+    expect(run([...args, '--out', 'twice.webp']).status).toBe(0)
+    expect(readFileSync(join(folder, 'twice.webp'))).toEqual(readFileSync(join(folder, 'once.webp')))
+    const { status, stderr } = run([...args, '--seed', '77', '--out', 'never.webp'])
+    expect([status, stderr]).toEqual([1, expect.stringMatching(/seed: expected 77/)])
+  })
+
   it('keeps to a limit on memory, or says why it cannot', () => {
     const dry = JSON.parse(run([...base, '--max-memory', '1e9', '--dry-run']).stdout)
     expect(dry.plan.offloaded).toBe(0)

@@ -43,6 +43,7 @@ const settings = z.strictObject({
   linearGuidance: z.strictObject({ alpha: z.number().optional(), min: z.number().optional() }).optional(),
   preview: z.string().optional(),
   latents: z.boolean().optional(),
+  resume: z.string().optional(),
   allowUntrained: z.boolean().optional(),
   adapters: z.array(z.strictObject({ path: z.string(), scale: z.number().optional() })).optional(),
   maxMemory: z.number().positive().optional(),
@@ -106,6 +107,7 @@ export function addGenerate(program: Command): void {
   option(command, '--linear-guidance <alpha,min>', 'or falling by alpha a unit down to min', falling)
   option(command, '--preview <dir>', 'write small pictures of what is being made into this folder')
   command.option('--latents', 'also write .latents.safetensors, to continue from without loss')
+  option(command, '--resume <dir>', 'keep finished units here; the same command again goes on behind them')
   option(command, '--max-memory <bytes>', 'most that weights and work together may take', anyNumber)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
   option(command, '--lora <file[:scale]>', 'adapter to add; several may be given', gather(adapterChoice))

@@ -71,6 +71,7 @@ const RULES: Record<string, Rule> = {
     expected: 'a list of { path, scale } with numbers as scales',
     holds: list((v) => object(v) && text(v.path) && (v.scale === undefined || number(v.scale))),
   },
+  resume: { expected: 'the path of a folder', holds: (v) => text(v) && v !== '' },
   previews: { expected: 'a boolean', holds: (v) => typeof v === 'boolean' },
   allowUntrained: { expected: 'a boolean', holds: (v) => typeof v === 'boolean' },
   maxMemory: { expected: 'a positive number of bytes', holds: number },

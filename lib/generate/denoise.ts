@@ -23,16 +23,18 @@ export function denoise(
     recipe: Recipe
     features: PromptFeatures
     generator: Generator
+    /** Latent frames of the whole video, and those that are there. */
+    frames: number
     given: Tensor | undefined
     signal: AbortSignal | undefined
   },
 ): AsyncGenerator<SampleEvent> {
-  const { network, recipe, features, generator, given, signal } = work
+  const { network, recipe, features, generator, frames, given, signal } = work
   const factor = pipeline.vae.spatialFactor
   const framesPerUnit = pipeline.config.framesPerUnit ?? 1
   return sampleLatents(network, {
     stages: pipeline.stages,
-    frames: latentsOf(pipeline, recipe, given),
+    frames,
     height: recipe.height / factor,
     width: recipe.width / factor,
     text: (unit) => features.of(promptAt(recipe, beginOf(unit, framesPerUnit, pipeline) / recipe.fps)),
@@ -63,9 +65,15 @@ function promptAt({ prompt, promptChanges = [] }: Recipe, seconds: number): stri
   return promptChanges.filter(({ from }) => from <= seconds + 1e-6).at(-1)?.prompt ?? prompt
 }
 
-/** What every step of a video costs, in tokens of a sequence, in the order of the steps. */
-export function stepCosts(pipeline: Pipeline, recipe: Recipe, given: Tensor | undefined): number[] {
-  const part = { frames: latentsOf(pipeline, recipe, given), given: given?.shape[2] ?? 0 }
+/**
+ * What every step of a video of `frames` latent frames costs, of which the first `given` are there: in tokens of a
+ * sequence, in the order of the steps.
+ */
+export function stepCosts(
+  pipeline: Pipeline,
+  recipe: Recipe,
+  part: { frames: number; given: number },
+): number[] {
   return unitTokens(pipeline, recipe, part).flatMap(({ steps, history, current, text }) =>
     new Array<number>(steps).fill(history + current + text),
   )

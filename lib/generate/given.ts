@@ -9,7 +9,7 @@ import { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { networkOf } from './adapters.ts'
-import { denoise } from './denoise.ts'
+import { denoise, latentsOf } from './denoise.ts'
 import { encodeFrames, type LatentClip, loadLatents, type Work } from './latents.ts'
 import type { ContinueSource } from './options.ts'
 import type { Recipe } from './recipe.ts'
@@ -140,7 +140,9 @@ async function remake(pipeline: Pipeline, recipe: Recipe, work: GivenWork): Prom
     const { latents: given } = await givenLatents(pipeline, request, work)
     if (given) parts.push(given)
     const generator = streamOf(request.recipe)
-    const job = { network, recipe: request.recipe, features, generator, given, signal: work.signal }
+    const { recipe } = request
+    const frames = latentsOf(pipeline, recipe, given)
+    const job = { network, recipe, features, generator, frames, given, signal: work.signal }
     for await (const event of denoise(pipeline, job)) if (event.type === 'unit') parts.push(event.latent)
     return keep(scope(() => concat(parts, 2)))
   } finally {

@@ -2,7 +2,7 @@ import { abortable } from '../engine/abortable.ts'
 import { engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { denormaliseLatents, normaliseLatents } from '../flow/normalise.ts'
-import { openSafetensors, writeSafetensors } from '../io/safetensors.ts'
+import { openSafetensors, type Safetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts'
 import { samplePosterior } from '../models/causal-vae.ts'
 import type { Capture } from '../models/vae-pass.ts'
 import { cast } from '../ops/cast.ts'
@@ -37,13 +37,18 @@ export async function saveLatents(
 /** Reads what {@link saveLatents} wrote. @throws ERR_IO; ERR_CHECKPOINT for another file */
 export function loadLatents(path: string): LatentClip {
   const file = openSafetensors(path)
-  const shape = file.entries.get(NAME)?.shape
-  if (shape?.length === 5)
-    return { shape: shape as unknown as LatentClip['shape'], data: file.readFloats(NAME) }
+  const { shape } = latentsEntry(file)
+  return { shape: shape as unknown as LatentClip['shape'], data: file.readFloats(NAME) }
+}
+
+/** Where latents lie in a file of {@link saveLatents}. @throws ERR_CHECKPOINT for another file */
+export function latentsEntry({ path, entries }: Safetensors): TensorEntry {
+  const entry = entries.get(NAME)
+  if (entry?.shape.length === 5) return entry
   throw new PyraflowError('ERR_CHECKPOINT', {
     what: path,
     expected: `a tensor '${NAME}' [1, C, T, h, w], as saving with latents: true writes it`,
-    received: [...file.entries.keys()].slice(0, 3).join(', ') || 'no tensors',
+    received: [...entries.keys()].slice(0, 3).join(', ') || 'no tensors',
   })
 }
 

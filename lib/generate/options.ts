@@ -60,6 +60,11 @@ export interface GenerateOptions {
   linearGuidance?: { alpha?: number | undefined; min?: number | undefined } | undefined
   /** Low-rank adapters to add to the transformer for this generation, in place of the pipeline's; [] for none. */
   adapters?: readonly AdapterChoice[] | undefined
+  /**
+   * Folder in which the latents of finished units are kept: the same call after a crash, an abort or a failed decoding goes
+   * on behind the last of them, to the same bits. Units of another video in it are an error.
+   */
+  resume?: string | undefined
   /** Show a small picture at the end of every stage but the last. Costs a few per cent of decoding. */
   previews?: boolean | undefined
   /** Accept sizes that the model was not trained for. */

@@ -35,6 +35,15 @@ export function temporaryName(path: string): string {
   return join(dirname(path), `.${basename(path)}.${process.pid}-${randomBytes(4).toString('hex')}.tmp`)
 }
 
+/** Removes what writes of `path` have left behind whose process died. Nobody else may be writing it. */
+export async function removeTemporaries(path: string): Promise<void> {
+  const folder = dirname(path)
+  for (const name of await readdir(folder).catch(() => [])) {
+    if (!name.startsWith(`.${basename(path)}.`) || !name.endsWith('.tmp')) continue
+    await rm(join(folder, name), { recursive: true, force: true })
+  }
+}
+
 /** Makes what a folder lists durable. Not every platform can open a folder; the data is safe without it. */
 export async function syncFolder(folder: string): Promise<void> {
   try {

@@ -1,8 +1,8 @@
-import { readdir, readFile, rm } from 'node:fs/promises'
+import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setImmediate } from 'node:timers/promises'
 import { PyraflowError } from '../engine/errors.ts'
-import { ioError } from '../io/atomic.ts'
+import { ioError, removeTemporaries } from '../io/atomic.ts'
 import { writeFileAtomic } from '../io/atomic-stream.ts'
 
 /** Beside the shards of a cache: what they hold, in the order of the data set. It is written last. */
@@ -37,10 +37,7 @@ export async function writeIndex(
     }
   }
   await writeFileAtomic(join(dir, INDEX), chunks(), { signal })
-  // What a process left behind that was killed in this very function.
-  for (const name of await readdir(dir)) {
-    if (name.startsWith(`.${INDEX}.`) && name.endsWith('.tmp')) await rm(join(dir, name), { force: true })
-  }
+  await removeTemporaries(join(dir, INDEX))
 }
 
 /**
