@@ -11,6 +11,7 @@ import type { Recipe } from './generate/recipe.ts'
 import { checkLength, type Request } from './generate/resolve.ts'
 import { PromptFeatures } from './generate/texts.ts'
 import { Video } from './generate/video.ts'
+import type { DecodeStream } from './models/vae-stream.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import { slice } from './ops/copy.ts'
 import type { Pipeline } from './pipeline.ts'
@@ -90,9 +91,7 @@ async function* generateVideo(
   const { width, height } = request.recipe
   const where = { signal, job }
   const units: Tensor[] = []
-  const decoder = pipeline.vae.decodeStream({
-    maxMemory: decodeBudget(pipeline, request.recipe, run.offload),
-  })
+  let decoder: DecodeStream | undefined
   let given: Given | undefined
   let known: Tensor | undefined
   let whole = new Uint8Array()
@@ -103,7 +102,7 @@ async function* generateVideo(
   }
   const show = async (latent: Tensor, what: string): Promise<GenerateEvent> => {
     const first = count
-    const decode = decoder.pushSteps.bind(decoder)
+    const decode = (z: Tensor) => (decoder as DecodeStream).pushSteps(z)
     const frames = await decodeFrames(pipeline, latent, { ...where, what, begins: first === 0, decode })
     whole.set(frames, first * width * height * 3)
     count += frames.length / (width * height * 3)
@@ -118,6 +117,10 @@ async function* generateVideo(
     known = (await kept?.read(onWarning)) ?? given.latents?.view(given.latents.shape)
     const parts = partsOf(pipeline, known, { given: given.latents, total })
     for (const message of warnings.splice(0)) yield { type: 'warning', message }
+    decoder = pipeline.vae.decodeStream({
+      maxMemory: decodeBudget(pipeline, recipe, run.offload),
+      single: total === 1,
+    })
     // Filled unit by unit: copying all of a long video at once would hold up the event loop.
     whole = new Uint8Array(pixelFrames(total) * width * height * 3)
     for (const part of parts) {
@@ -155,7 +158,7 @@ async function* generateVideo(
     }
     return await finished(recipe)
   } finally {
-    decoder.dispose()
+    decoder?.dispose()
     given?.latents?.dispose()
     known?.dispose()
     for (const latent of units) latent.dispose()

@@ -121,7 +121,7 @@ export class Pipeline {
    * Starts a generation; nothing runs until it is iterated or awaited. Several videos are made one after another, so
    * that a batch takes no more memory than one. A recipe is an option set: it makes its video again.
    * @throws ERR_OPTION. What is beyond `maxMemory` ends it before anything is computed, with an ERR_MEMORY that names the
-   * largest video that fits.
+   * largest video that fits; a `resume` folder of another video with ERR_CHECKPOINT.
    */
   generate(options: GenerateOptions): Generation {
     const { signal, previews = false, resume } = options

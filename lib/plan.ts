@@ -198,7 +198,10 @@ async function rehearsePhases(
     pooled: tensor([1, text.pooledDim], textType),
   })
   const latentOf = (frames: number): Tensor => tensor([1, channels, frames, h, w])
-  const stream = vae.decodeStream({ maxMemory: decodeBudget(pipeline, recipe, offload) })
+  const stream = vae.decodeStream({
+    maxMemory: decodeBudget(pipeline, recipe, offload),
+    single: last.unit === 0,
+  })
   const history = new LatentHistory(stages.count, f)
   const decode = async (latent: Tensor, begins: boolean): Promise<Lap> => {
     const steps = function* (): Steps<Tensor> {

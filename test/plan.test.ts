@@ -127,6 +127,21 @@ describe('a plan', () => {
     pipe.dispose()
   })
 
+  test('lets a picture have what a film would leave no room for', async () => {
+    const pipe = small('f32')
+    const size = { width: 256, height: 192 }
+    const { decode } = (await pipe.plan({ ...size, frames: 1 })).bytes
+    const tight = { ...size, maxMemory: 3 * decode }
+    expect((await pipe.plan({ ...tight, frames: 1 })).pieces).toEqual({ tile: null, window: null })
+    close(decode, (await measured(pipe, { ...tight, frames: 1 })).decode)
+    const film = await pipe.plan({ ...tight, frames: 17 }).then(
+      ({ pieces }) => pieces.tile,
+      () => 0,
+    )
+    expect(film).not.toBeNull()
+    pipe.dispose()
+  })
+
   test('is the same for a folder that is not loaded, and allocates nothing', async () => {
     const options = { frames: 17, dtype: 'bf16' } as const
     await engine.idle()

@@ -81,6 +81,25 @@ describe('a clip in chunks', () => {
     },
   )
 
+  test('that is one unit carries nothing to a next one', async () => {
+    const z = random([1, 16, 1, 6, 4])
+    const before = await live()
+    const [single, stream] = [vae.decodeStream({ single: true }), vae.decodeStream()]
+    const peaks: number[] = []
+    const values: Float32Array[] = []
+    for (const one of [single, stream]) {
+      engine.resetPeak()
+      values.push((await taken(() => one.push(z))).values)
+      peaks.push(engine.memory().peak - before)
+    }
+    expect(values[0]).toEqual(values[1])
+    expect(peaks[0] as number).toBeLessThan(0.9 * (peaks[1] as number))
+    expect(() => single.push(z)).toThrow(
+      expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringMatching(/one unit/) }),
+    )
+    for (const x of [single, stream, z]) x.dispose()
+  })
+
   test('forgets nothing and knows nothing of later frames', async () => {
     const z = random([1, 16, 4, 2, 2])
     const other = random([1, 16, 4, 2, 2], 7)

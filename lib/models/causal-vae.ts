@@ -191,13 +191,16 @@ export class CausalVideoVAE {
 
   /**
    * Decodes a clip unit by unit: the same frames as {@link decode} with the same pieces, as soon as their latents are
-   * there. The budget counts what all tiles carry along.
+   * there. The budget counts what all tiles carry along, and what later units will need. `single`: there will be none, so
+   * nothing is carried.
    */
-  decodeStream(options: VaePieces = {}): DecodeStream {
-    checkPieces(options, this.spatialFactor)
+  decodeStream(options: VaePieces & { single?: boolean } = {}): DecodeStream {
+    const { single = false, ...pieces } = options
+    checkPieces(pieces, this.spatialFactor)
     return new DecodeStream(this.#decoder, {
       check: (z) => this.#checkStream(z),
-      plan: (shape, how) => this.#planDecode(shape, options, { ...how, stream: true }),
+      plan: (shape, how) => this.#planDecode(shape, pieces, { ...how, stream: !single }),
+      carry: !single,
       grid: (tile) => decodeGrid(tile, this.spatialFactor),
     })
   }

@@ -12,6 +12,8 @@ interface StreamRules {
   check(z: Tensor): void
   plan(shape: readonly number[], how: { initial: boolean; tile?: number | null | undefined }): VaePlan
   grid(tile: number): TileGrid
+  /** Whether frames are carried from unit to unit; without it there is one unit. */
+  readonly carry: boolean
 }
 
 /**
@@ -46,6 +48,13 @@ export class DecodeStream {
 
   /** `push` that pauses after every layer, for `sliced`; what it makes belongs to the surrounding scope. */
   *pushSteps(z: Tensor): Steps<Tensor> {
+    if (this.#shape && !this.#rules.carry) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'a stream of frames',
+        expected: 'one unit, as it was made for (single)',
+        received: 'another one',
+      })
+    }
     if (this.#state !== 'ready') {
       throw new PyraflowError('ERR_OPTION', {
         what: 'a stream of frames',
@@ -87,7 +96,7 @@ export class DecodeStream {
   #pass(index: number): Pass {
     let pass = this.#passes[index]
     if (!pass) {
-      pass = new Pass({ carry: true })
+      pass = new Pass({ carry: this.#rules.carry })
       this.#passes[index] = pass
     }
     return pass
