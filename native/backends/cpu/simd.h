@@ -48,18 +48,14 @@ static inline Vf LoadF(const Bf16* p) {
   return (Vf)(Widen(h) << 16);
 }
 static inline void StoreF(float* p, Vf v) { memcpy(p, &v, sizeof(v)); }
-// The upper half of every lane: v rounded to bf16, ties to even; not for NaN.
-static inline Vu RoundedUpperHalf(Vf v) {
-  const Vu u = (Vu)v;
-  return u + 0x7fffu + ((u >> 16) & 1);
-}
 // v rounded to bf16, in the lower half of every lane.
 static inline Vu Bf16Bits(Vf v) {
 #if defined(__AVX512BF16__)
   // The instruction takes subnormal numbers for zero; nothing here lives below 1e-38.
   return Widen((Vh)_mm512_cvtneps_pbh((__m512)v));
 #else
-  return (v != v ? (Vu)v | 0x400000 : RoundedUpperHalf(v)) >> 16;
+  const Vu u = (Vu)v;
+  return (v != v ? u | 0x400000 : u + 0x7fffu + ((u >> 16) & 1)) >> 16;
 #endif
 }
 #if defined(__AVX512BF16__)
@@ -103,6 +99,22 @@ static inline void StorePair(float* p, Vf a, Vf b) {
   StoreF(p, a);
   StoreF(p + kLanes, b);
 }
+#if PF_LANES == 8
+// The lower halves of four values, then the upper ones: as _mm256_shuffle_epi8 wants it.
+static inline __m256i PartedHalves() {
+  return _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+}
+// a and b rounded to bf16, both halves of 16 values at once; `one` in every 16 bits. Not for NaN, unless of
+// bf16: with an empty lower half there is nothing to carry.
+static inline Vf RoundedPair(Vf a, Vf b, __m256i parted, __m256i one) {
+  const __m256i x = _mm256_shuffle_epi8((__m256i)a, parted), y = _mm256_shuffle_epi8((__m256i)b, parted);
+  const __m256i low = _mm256_unpacklo_epi64(x, y), high = _mm256_unpackhi_epi64(x, y);
+  // One up if the lower half is a half or more, less one where the upper one is even.
+  const __m256i less = _mm256_subs_epu16(low, _mm256_andnot_si256(high, one));
+  const __m256i rounded = _mm256_add_epi16(high, _mm256_srli_epi16(less, 15));
+  return (Vf)_mm256_permute4x64_epi64(rounded, 0xd8);  // each 128-bit half packed its own
+}
+#endif
 // Both rounded to bf16, a first.
 static inline Vf Bf16Packed(Vf a, Vf b) {
 #if defined(__AVX512BF16__)
@@ -111,12 +123,11 @@ static inline Vf Bf16Packed(Vf a, Vf b) {
   const __m256i low = (__m256i)Narrow(Bf16Bits(a)), high = (__m256i)Narrow(Bf16Bits(b));
   return (Vf)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
 #elif PF_LANES == 8
-  __m256i halves;
-  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)), 0))
-    halves = _mm256_packus_epi32((__m256i)Bf16Bits(a), (__m256i)Bf16Bits(b));
-  else  // no NaN, which rounding to even would spoil
-    halves = _mm256_packus_epi32((__m256i)(RoundedUpperHalf(a) >> 16), (__m256i)(RoundedUpperHalf(b) >> 16));
-  return (Vf)_mm256_permute4x64_epi64(halves, 0xd8);  // each 128-bit half packed its own
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)), 0)) {
+    const __m256i halves = _mm256_packus_epi32((__m256i)Bf16Bits(a), (__m256i)Bf16Bits(b));
+    return (Vf)_mm256_permute4x64_epi64(halves, 0xd8);
+  }
+  return RoundedPair(a, b, PartedHalves(), _mm256_set1_epi16(1));
 #else
   return (Vf)_mm_set_epi64x((long long)Narrow(Bf16Bits(b)), (long long)Narrow(Bf16Bits(a)));
 #endif
