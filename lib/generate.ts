@@ -15,7 +15,7 @@ import type { DecodeStream } from './models/vae-stream.ts'
 import type { VelocityNetwork } from './models/velocity-network.ts'
 import { slice } from './ops/copy.ts'
 import type { Pipeline } from './pipeline.ts'
-import { decodeBudget, planWithinLimit } from './plan.ts'
+import { decodeBudget, gib, planWithinLimit } from './plan.ts'
 import { pixelFrames, unitsForFrames } from './pyramid/units.ts'
 import { keep, scope } from './tensor/scope.ts'
 import type { Tensor } from './tensor/tensor.ts'
@@ -58,9 +58,7 @@ export async function* generateVideos(
   try {
     if (plan?.offloaded) {
       comeBack = pipeline.transformer.offload?.begin()
-      warnings.push(
-        `To fit in maxMemory, ${(plan.offloaded / 2 ** 30).toFixed(2)} GiB of weights are read again for every step.`,
-      )
+      warnings.push(`To fit in maxMemory, ${gib(plan.offloaded)} of weights are read again for every step.`)
     } else await pipeline.transformer.offload?.restore(signal)
     features = await PromptFeatures.of(pipeline, recipes, { signal, onWarning })
     const progress = new Progress(requests.length)

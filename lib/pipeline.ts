@@ -90,7 +90,8 @@ export class Pipeline {
   /**
    * Loads a model folder, published or one of ours: `diffusion_transformer…` of either family, `causal_video_vae`,
    * `text_encoder…`, `tokenizer…` and, where there is one, `pyraflow.json`. Weights are converted once to the type computed in,
-   * shared with other pipelines of the same folder, and while they load the event loop goes on.
+   * shared with other pipelines of the same folder (but for the transformer's where there is a `maxMemory`), and while they
+   * load the event loop goes on.
    *
    * @throws ERR_CHECKPOINT saying what the folder is or lacks, which file is damaged, or which parts do not belong
    * together; ERR_IO for a file that cannot be read; ERR_DEVICE; ERR_OPTION; ERR_MEMORY; ERR_ABORTED.

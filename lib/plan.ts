@@ -283,7 +283,8 @@ export async function planWithinLimit(pipeline: Pipeline, recipe: Recipe): Promi
   })
 }
 
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
+/** Bytes as people read them. */
+export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
 
 /** Undefined when not even the smallest pieces of decoding fit. */
 async function unlessTooLarge(plan: Promise<Plan>): Promise<Plan | undefined> {

@@ -54,10 +54,11 @@ export class KeptUnits {
   #compare(kept: Partial<Recipe>, onWarning: (message: string) => void): void {
     const wanted: Partial<Recipe> = this.#recipe
     const names = new Set([...Object.keys(kept), ...Object.keys(wanted)]) as Set<keyof Recipe>
-    const shown = (value: unknown): string => JSON.stringify(value)?.slice(0, 80) ?? 'nothing'
+    const text = (value: unknown): string => JSON.stringify(value) ?? 'nothing'
     for (const name of names) {
-      const [was, is] = [shown(kept[name]), shown(wanted[name])]
-      if (JSON.stringify(kept[name]) === JSON.stringify(wanted[name])) continue
+      const both = [text(kept[name]), text(wanted[name])] as const
+      if (both[0] === both[1]) continue
+      const [was, is] = both.map((value) => value.slice(0, 80)) as [string, string]
       if (name === 'backend') {
         onWarning(`The units in ${this.#path} were made with other kernels (${was}, not ${is})`)
       }

@@ -55,7 +55,13 @@ export function whileThere<T>(weight: Tensor, fn: () => T): T {
  */
 export class Offload {
   readonly #guests: Guest[] = []
+  readonly #begins: 'possible' | 'absent'
   #users = 0
+
+  /** `absent`: no matrix is in memory after loading. */
+  constructor(begins: 'possible' | 'absent') {
+    this.#begins = begins
+  }
 
   /** A matrix, which has no memory yet, and what queues its reading once it has. */
   add(weight: Tensor, fill: () => void): void {
@@ -65,8 +71,8 @@ export class Offload {
   }
 
   /** Queues the first reading of one: to stay, or, to be looked at, for a moment. */
-  admit(weight: Tensor, leaves: boolean): void {
-    if (leaves) whileThere(weight, () => undefined)
+  admit(weight: Tensor): void {
+    if (this.#begins === 'absent') whileThere(weight, () => undefined)
     else this.#come(guests.get(weight) as Guest)
   }
 

@@ -76,7 +76,6 @@ interface Shared {
   readonly pack: boolean
   readonly survey: boolean
   readonly offload: Offload | null
-  readonly absent: boolean
   readonly files: Map<string, { id: number; identity: string }>
   readonly parameters: Map<string, Tensor>
   readonly buffers: Map<string, Tensor>
@@ -140,9 +139,8 @@ export class Weights {
     }
     const empty = { files: new Map(), parameters: new Map(), buffers: new Map(), shares: [], loading: null }
     const adapters = new Map<string, LowRank>()
-    const offload = options.offload && !train ? new Offload() : null
-    const away = { offload, absent: options.offload === 'absent' }
-    const how = { dtype, train, pack, survey, ...away }
+    const offload = options.offload && !train ? new Offload(options.offload) : null
+    const how = { dtype, train, pack, survey, offload }
     return new Weights({ label, entries, generator, adapters, ...how, ...empty }, '')
   }
 
@@ -278,7 +276,7 @@ export class Weights {
   }
 
   #load(key: string, shape: readonly number[], dtype: ComputeType, matrix: boolean): Tensor {
-    const { entries, label, train, survey, absent, shares, loading } = this.#shared
+    const { entries, label, train, survey, shares, loading } = this.#shared
     const pack = this.#shared.pack && matrix
     const offload = matrix ? this.offload : null
     const entry = entries?.get(key)
@@ -333,7 +331,7 @@ export class Weights {
         plain.dispose()
       }
       offload?.add(tensor, read)
-      later(offload ? () => offload.admit(tensor, absent) : read)
+      later(offload ? () => offload.admit(tensor) : read)
       return tensor
     }
     if (train || !loading || offload) return convert()
