@@ -77,6 +77,14 @@ __device__ __forceinline__ void HoldRegisters(uint32_t (&x)[kN][4]) {
   "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d = A B^T, or d += A B^T: both in shared memory, with rows along the sum.
+__device__ __forceinline__ void WgmmaShared(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PF_TEXT_D8
+      "}, %32, %33, accumulate, 1, 1, 0, 0;\n}"
+      : PF_D8
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
 __device__ __forceinline__ void WgmmaShared(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"

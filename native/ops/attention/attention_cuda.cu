@@ -1,7 +1,7 @@
 #include <initializer_list>
 
-#include "ops/attention/attention_hopper.cuh"
-#include "ops/attention/attention_mma_backward.cuh"
+#include "ops/attention/attention_hopper_backward.cuh"
+#include "ops/attention/attention_hopper_forward.cuh"
 #include "ops/attention/attention_simt.cuh"
 
 namespace {
@@ -51,6 +51,9 @@ int32_t pf_cuda_attention_backward(const PfArgs* a) {
   PF_TRY(AttentionRefuseBackward(a));
   Mask mask;
   PF_TRY(MakeMask(a, s, &mask));
-  return AllBf16(a, {0, 1, 2, 7}) && s.d <= kMostBackwardMma ? BackwardMma(a, s, mask)
-                                                             : BackwardSimt(a, s, mask);
+  if (!AllBf16(a, {0, 1, 2, 7}) || s.d > kMostBackwardMma) return BackwardSimt(a, s, mask);
+  BackwardCalls calls{};
+  PF_TRY(MakeBackwardCalls(a, s, mask, &calls));
+  int32_t status;
+  return TryBackwardHopper(a, s, calls, &status) ? status : BackwardMma(a, s, calls);
 }

@@ -1,8 +1,6 @@
-// The forward pass for compute capability 9.0, heads of 64 or 128 elements in bf16, in the manner of
-// FlashAttention-3. One warp brings tiles of keys and values through the TMA unit into a ring of stages; two
-// warpgroups of 64 queries each work on them. The logits of a tile are computed while the tile before is
-// summed, and the groups take turns in starting products, so that one is at its exponentials while the other
-// has the tensor cores.
+// What the kernels for compute capability 9.0 share (attention_hopper_forward.cuh,
+// attention_hopper_backward.cuh): one warp brings tiles through the TMA unit into a ring of stages, two
+// warpgroups of 64 rows each work on them. Heads have 64 or 128 elements in bf16.
 #pragma once
 #include <stdlib.h>
 
@@ -12,61 +10,12 @@
 
 namespace {
 
-template <int D, int Stages>
-struct HopperPlan {
-  static constexpr int kD = D, kStages = Stages, kKeys = 128, kGroups = 2, kGroupRows = 64;
-  static constexpr int kRows = kGroups * kGroupRows, kThreads = 128 * (kGroups + 1), kPanels = D / 64;
-  static constexpr int kQueryBytes = kGroupRows * D * 2, kKeyBytes = kKeys * D * 2;
-  static constexpr int kKeysAt = kGroups * kQueryBytes, kValuesAt = kKeysAt + kStages * kKeyBytes;
-  static constexpr int kBarriersAt = kValuesAt + kStages * kKeyBytes;
-  static constexpr int kWordsAt = kBarriersAt + 16 * (2 * kStages + 1);
-  static constexpr size_t kShared = kWordsAt + 2 * kStages * kKeys * sizeof(int32_t);
-};
-
-struct HopperCall {
-  TensorMap q, k, v;
-  ForwardCall forward;
-};
-
 // Registers of the 65536 that 384 threads begin with 168 each of: the copying group keeps 24.
 constexpr int kCopyRegisters = 24, kGroupRegisters = 240;
+constexpr int kHopperGroups = 2, kGroupRows = 64, kHopperRows = kHopperGroups * kGroupRows;
+constexpr int kHopperThreads = 128 * (kHopperGroups + 1);
 
 #if PF_HOPPER
-
-// Shared memory of a block. A tile lies in panels as ChunkAt has them.
-template <class Plan>
-struct HopperShared {
-  unsigned char* base;
-
-  __device__ unsigned char* Queries(int group) const { return base + group * Plan::kQueryBytes; }
-  __device__ unsigned char* Keys(int stage) const { return base + Plan::kKeysAt + stage * Plan::kKeyBytes; }
-  __device__ unsigned char* Values(int stage) const {
-    return base + Plan::kValuesAt + stage * Plan::kKeyBytes;
-  }
-  // The mask values of a stage's keys: segments, then orders.
-  __device__ int32_t* Words(int stage) const {
-    return reinterpret_cast<int32_t*>(base + Plan::kWordsAt) + stage * 2 * Plan::kKeys;
-  }
-  __device__ uint64_t* Barrier(int i) const {
-    return reinterpret_cast<uint64_t*>(base + Plan::kBarriersAt) + i;
-  }
-  __device__ uint64_t* QueriesFull() const { return Barrier(0); }
-  __device__ uint64_t* KeysFull(int stage) const { return Barrier(2 + 4 * stage); }
-  __device__ uint64_t* KeysFree(int stage) const { return Barrier(3 + 4 * stage); }
-  __device__ uint64_t* ValuesFull(int stage) const { return Barrier(4 + 4 * stage); }
-  __device__ uint64_t* ValuesFree(int stage) const { return Barrier(5 + 4 * stage); }
-
-  __device__ void MakeBarriers() const {
-    MBarrierInit(QueriesFull(), 1);
-    for (int i = 0; i < Plan::kStages; ++i) {
-      MBarrierInit(KeysFull(i), 1 + 32);  // who starts the copy, and every lane that brings mask values
-      MBarrierInit(ValuesFull(i), 1);
-      MBarrierInit(KeysFree(i), 4 * Plan::kGroups);
-      MBarrierInit(ValuesFree(i), 4 * Plan::kGroups);
-    }
-    MBarrierInitFence();
-  }
-};
 
 // Where a walk through the ring is: a stage, and the parity of its barriers' phase.
 template <int kStages>
@@ -81,259 +30,71 @@ struct RingPlace {
   }
 };
 
-// By one warp. Every copy is awaited by the groups, those of skipped tiles, too: none may be under way when
-// the block ends and its shared memory goes to the next one.
-template <class Plan>
-__device__ __forceinline__ void BringTiles(const HopperCall& call, const HopperShared<Plan>& shared,
-                                           const Mask& mask, int first, int head, int batch) {
-  constexpr int kKeys = Plan::kKeys, kPanels = Plan::kPanels;
-  const int lane = threadIdx.x % 32, lk = call.forward.lk;
-  const auto copy = [&](unsigned char* to, const TensorMap& map, int rows, int row, uint64_t* barrier) {
-    for (int panel = 0; panel < kPanels; ++panel)
-      CopyBox(to + panel * rows * 128, map, panel * 64, head, row, batch, barrier);
-  };
-  if (lane == 0) {
-    MBarrierArriveExpecting(shared.QueriesFull(), Plan::kGroups * Plan::kQueryBytes);
-    for (int i = 0; i < Plan::kGroups; ++i)
-      copy(shared.Queries(i), call.q, Plan::kGroupRows, first + i * Plan::kGroupRows, shared.QueriesFull());
-  }
-  RingPlace<Plan::kStages> at;
-  auto walk = TileWalk<true, Plan::kRows, kKeys>::Over(mask, first, lk);
-  for (int tile = walk.Next(); tile < walk.count(); tile = walk.Next(), at.Advance()) {
-    MBarrierWait(shared.KeysFree(at.stage), at.parity ^ 1);  // at first they count as freed
-    if (lane == 0) {
-      MBarrierArriveExpecting(shared.KeysFull(at.stage), Plan::kKeyBytes);
-      copy(shared.Keys(at.stage), call.k, kKeys, tile * kKeys, shared.KeysFull(at.stage));
-    }
-    // Mask values come by plain loads: a batch's first lies at no multiple of 16 bytes. Keys do not count as
-    // there before their mask values are.
-    if (mask.segment) {
-      int32_t* const words = shared.Words(at.stage);
-#pragma unroll
-      for (int i = lane; i < kKeys; i += 32) {
-        const int key = tile * kKeys + i < lk ? tile * kKeys + i : lk - 1;
-        words[i] = mask.segment[key];
-        words[kKeys + i] = mask.order[key];
-      }
-    }
-    MBarrierArrive(shared.KeysFull(at.stage));
-    MBarrierWait(shared.ValuesFree(at.stage), at.parity ^ 1);
-    if (lane == 0) {
-      MBarrierArriveExpecting(shared.ValuesFull(at.stage), Plan::kKeyBytes);
-      copy(shared.Values(at.stage), call.v, kKeys, tile * kKeys, shared.ValuesFull(at.stage));
-    }
-  }
+// Starts the copy of kRows rows, panel by panel; its bytes arrive at the barrier. By one thread.
+template <int kPanels, int kRows>
+__device__ __forceinline__ void CopyPanels(unsigned char* to, const TensorMap& map, int head, int row,
+                                           int batch, uint64_t* barrier) {
+  for (int panel = 0; panel < kPanels; ++panel)
+    CopyBox(to + panel * kRows * 128, map, panel * 64, head, row, batch, barrier);
 }
 
-// A warpgroup's 64 queries.
-template <class Plan>
-class HopperGroup {
- public:
-  __device__ __forceinline__ HopperGroup(const ForwardCall& call, const HopperShared<Plan>& shared,
-                                         const Mask& mask, int first, int group)
-      : call_(call),
-        shared_(shared),
-        mask_(mask),
-        walk_(TileWalk<true, Plan::kRows, kKeys>::Over(mask, first, call.lk)),
-        group_(group),
-        row_(first + group * Plan::kGroupRows),
-        queries_(MatrixDescriptor(SharedAddress(shared.Queries(group)), 16, 1024)) {}
-
-  __device__ __forceinline__ void Run() {
-    Clear(o_);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) top_[h] = -INFINITY, sum_[h] = 0;
-    tile_ = walk_.Next();
-    // The first group begins; each passes the turn on once a tile, the last time to nobody.
-    if (group_ == 1 && tile_ < walk_.count()) NamedBarrierArrive(1, 256);
-    MBarrierWait(shared_.QueriesFull(), 0);
-    // Runs of tiles that this group sees. A run ends with the sums of its last tile: they cannot wait for the
-    // next run, since they hold a stage that the tiles between need.
-    while (tile_ < walk_.count()) {
-      see_ = Look();
-      if (see_ == kNothing) {
-        Skip();
-        continue;
-      }
-      Step<false>();
-      while (tile_ < walk_.count() && (see_ = Look()) != kNothing) Step<true>();
-      AwaitAndSum();
-      WgmmaWait<0>();
-      HoldRegisters(o_[0]);
-      Free(shared_.ValuesFree(held_.stage));
-    }
-  }
-
-  __device__ __forceinline__ void Store(int64_t pair, int64_t at) {
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x % 128 / 32 * 16;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum_[h] += __shfl_xor_sync(0xffffffffu, sum_[h], 1);
-      sum_[h] += __shfl_xor_sync(0xffffffffu, sum_[h], 2);
-      const int i = row_ + warp_row + 8 * h + lane / 4;
-      if (call_.lse && lane % 4 == 0 && i < call_.lq)
-        call_.lse[pair * call_.lq + i] =
-            sum_[h] == 0 ? -INFINITY : top_[h] * call_.unit * kLn2 + logf(sum_[h]);
-    }
-    // The group's own queries make room, once all of its warps are done with them.
-    NamedBarrierSync(3 + group_, 128);
-    StoreRows<Plan::kGroupRows>(o_, shared_.Queries(group_), warp_row, call_.lq - row_, 0, call_.o, at,
-                                [&](int, int h) { return sum_[h] == 0 ? 0 : 1 / sum_[h]; });
-  }
-
- private:
-  static constexpr int kKeys = Plan::kKeys;
-
-  __device__ __forceinline__ Visibility Look() const {
-    if (row_ >= call_.lq) return kNothing;
-    const Visibility see = mask_.bounds ? SeeColumns<true, kKeys>(mask_.bounds[row_ / kBoundsTile],
-                                                                  mask_.bounds, mask_.tiles, tile_)
-                                        : kAll;
-    return see == kAll && (tile_ + 1) * kKeys > call_.lk ? kSome : see;
-  }
-  __device__ __forceinline__ void AwaitTurn() const { NamedBarrierSync(1 + group_, 256); }
-  __device__ __forceinline__ void PassTurn(int next) const {
-    if (group_ == 0 || next < walk_.count()) NamedBarrierArrive(2 - group_, 256);
-  }
-  // By every warp, after its last look at what lies there.
-  __device__ __forceinline__ void Free(uint64_t* barrier) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) MBarrierArrive(barrier);
-  }
-
-  // A tile that only the other group sees. It is freed after it came, so that no phase is counted twice.
-  __device__ __forceinline__ void Skip() {
-    const int next = walk_.Next();
-    AwaitTurn();
-    PassTurn(next);
-    MBarrierWait(shared_.KeysFull(at_.stage), at_.parity);
-    Free(shared_.KeysFree(at_.stage));
-    MBarrierWait(shared_.ValuesFull(at_.stage), at_.parity);
-    Free(shared_.ValuesFree(at_.stage));
-    at_.Advance();
-    tile_ = next;
-  }
-
-  // Starts s = q k^T with the tile at hand: 16 elements of a row are 32 bytes of a panel, 64 a whole one.
-  __device__ __forceinline__ void StartLogits() {
-    const uint64_t keys = MatrixDescriptor(SharedAddress(shared_.Keys(at_.stage)), 16, 1024);
-#pragma unroll
-    for (int k = 0; k < Plan::kD / 16; ++k)
-      WgmmaShared(s_[0], queries_ + DescriptorStep(k / 4 * Plan::kGroupRows * 128 + k % 4 * 32),
-                  keys + DescriptorStep(k / 4 * kKeys * 128 + k % 4 * 32), k > 0);
-    WgmmaCommit();
-  }
-  // Starts o += p v with the tile before it: rows are those of the sum, 16 of them are two groups of eight.
-  __device__ __forceinline__ void StartSums() {
-    const uint64_t values = MatrixDescriptor(SharedAddress(shared_.Values(held_.stage)), kKeys * 128, 1024);
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) WgmmaAcross(o_[0], p_[k], values + DescriptorStep(k * 16 * 128));
-    WgmmaCommit();
-  }
-  __device__ __forceinline__ void AwaitAndSum() {
-    MBarrierWait(shared_.ValuesFull(held_.stage), held_.parity);
-    HoldRegisters(o_[0]);
-    HoldRegisters(p_);
-    WgmmaFence();
-    StartSums();
-  }
-
-  // The weights of a tile, while those of the tile before it are summed (kHeld) or without one. Nothing but
-  // waiting comes between the start of products and the wait for them: the compiler makes them one after the
-  // other where it sees their registers touched.
-  template <bool kHeld>
-  __device__ __forceinline__ void Step() {
-    const int next = walk_.Next();
-    AwaitTurn();
-    MBarrierWait(shared_.KeysFull(at_.stage), at_.parity);
-    if constexpr (kHeld) {
-      MBarrierWait(shared_.ValuesFull(held_.stage), held_.parity);
-      HoldRegisters(o_[0]);
-      HoldRegisters(p_);
-    }
-    WgmmaFence();
-    StartLogits();
-    if constexpr (kHeld) StartSums();
-    PassTurn(next);
-    WgmmaWait<kHeld ? 1 : 0>();
-    HoldRegisters(s_[0]);
-    if (call_.negate)
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s_[0][n][i] = -s_[0][n][i];
-    if (see_ == kSome) {
-      const WarpMask<1, true> own = {mask_, row_ + static_cast<int>(threadIdx.x % 128 / 32 * 16), call_.lq,
-                                     call_.lk, nullptr};
-      const int32_t* const words = shared_.Words(at_.stage);
-      own.Hide(s_, -INFINITY, words, words + kKeys, call_.lk - tile_ * kKeys);
-    }
-    Free(shared_.KeysFree(at_.stage));  // the words of its mask, too, were read
-    float shrink[2];
-    const bool grows = Weigh(s_[0], call_.unit, top_, sum_, shrink);
-    if constexpr (kHeld) {
-      WgmmaWait<0>();
-      HoldRegisters(o_[0]);
-      Free(shared_.ValuesFree(held_.stage));
-    }
-    if (__any_sync(0xffffffffu, grows))
-#pragma unroll
-      for (int n = 0; n < Plan::kD / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o_[0][n][i] *= shrink[i / 2];
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        p_[k][i] = PackBf16(s_[0][2 * k + i / 2][i % 2 * 2], s_[0][2 * k + i / 2][i % 2 * 2 + 1]);
-    held_ = at_;
-    at_.Advance();
-    tile_ = next;
-  }
-
-  const ForwardCall& call_;
-  const HopperShared<Plan> shared_;
-  const Mask mask_;
-  TileWalk<true, Plan::kRows, kKeys> walk_;
-  const int group_, row_;
-  const uint64_t queries_;
-  int tile_;
-  Visibility see_;
-  RingPlace<Plan::kStages> at_, held_;
-  float o_[1][Plan::kD / 8][4], s_[1][kKeys / 8][4], top_[2], sum_[2];
-  uint32_t p_[kKeys / 16][4];
-};
-
-#endif
-
-template <class Plan>
-__global__ void __launch_bounds__(Plan::kThreads, 1)
-    ForwardHopperKernel(const __grid_constant__ HopperCall call) {
-#if PF_HOPPER
-  PF_DYNAMIC_SHARED(base);
-  const HopperShared<Plan> shared = {base};
-  const ForwardCall& forward = call.forward;
-  const int pair = blockIdx.x / forward.blocks, batch = pair / forward.heads, head = pair % forward.heads;
-  // Later queries tend to see more keys: they come first.
-  const int first = (forward.blocks - 1 - static_cast<int>(blockIdx.x % forward.blocks)) * Plan::kRows;
-  const Mask mask = forward.mask.Batch(batch, forward.lq);
-  if (threadIdx.x == 0) shared.MakeBarriers();
-  __syncthreads();
-  // The same in all lanes, and known to be.
-  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
-  if (group == Plan::kGroups) {
-    GiveRegisters<kCopyRegisters>();
-    if (threadIdx.x % 128 < 32) BringTiles<Plan>(call, shared, mask, first, head, batch);
-  } else {
-    TakeRegisters<kGroupRegisters>();
-    HopperGroup<Plan> work(forward, shared, mask, first, group);
-    work.Run();
-    work.Store(pair, (static_cast<int64_t>(batch) * forward.lq + first + group * Plan::kGroupRows) *
-                             forward.o.token +
-                         static_cast<int64_t>(head) * forward.o.d);
-  }
-#endif
+// Lets a stage's next copy begin. By every warp, after its last look at what lies there.
+__device__ __forceinline__ void Release(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) MBarrierArrive(barrier);
 }
+
+// The descriptor of rows of 64 or 128 elements in panels of kRows; `across` when the rows are those of the
+// sum, which then reads 16 of them at a time.
+template <int kRows>
+__device__ __forceinline__ uint64_t PanelDescriptor(const unsigned char* tile, bool across) {
+  return MatrixDescriptor(SharedAddress(tile), across ? kRows * 128 : 16, 1024);
+}
+// Starts d = a b^T over kD elements, of kGroupRows rows and kRows: 16 elements of a row are 32 bytes of a
+// panel, 64 a whole one.
+template <int kD, int kRows, int kN>
+__device__ __forceinline__ void StartRows(float (&d)[kN][4], uint64_t a, uint64_t b) {
+  static_assert(kRows == 8 * kN);
+#pragma unroll
+  for (int k = 0; k < kD / 16; ++k)
+    WgmmaShared(d, a + DescriptorStep(k / 4 * kGroupRows * 128 + k % 4 * 32),
+                b + DescriptorStep(k / 4 * kRows * 128 + k % 4 * 32), k > 0);
+}
+// Starts d += p b: p in registers, the rows of b are those of the sum.
+template <int kN, int kK16>
+__device__ __forceinline__ void StartColumns(float (&d)[kN][4], const uint32_t (&p)[kK16][4], uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < kK16; ++k) WgmmaAcross(d, p[k], b + DescriptorStep(k * 16 * 128));
+}
+
+// A result, rounded to bf16, as a left operand.
+template <int kK16>
+__device__ __forceinline__ void PackLeft(uint32_t (&to)[kK16][4], const float (&from)[2 * kK16][4]) {
+#pragma unroll
+  for (int k = 0; k < kK16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      to[k][i] = PackBf16(from[2 * k + i / 2][i % 2 * 2], from[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+// The warpgroup of a thread: the same in all lanes, and known to be.
+__device__ __forceinline__ int GroupOfThread() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+}
+// The first of a warp's 16 rows among those of its group.
+__device__ __forceinline__ int WarpRow() { return threadIdx.x % 128 / 32 * 16; }
+
+// How the rows of a group from `row` on meet a tile of kTile columns.
+template <bool kRowsAreQueries, int kTile>
+__device__ __forceinline__ Visibility LookAt(const Mask& mask, int row, int rows, int tile, int columns) {
+  if (row >= rows) return kNothing;
+  const Visibility see = mask.bounds ? SeeColumns<kRowsAreQueries, kTile>(mask.bounds[row / kBoundsTile],
+                                                                          mask.bounds, mask.tiles, tile)
+                                     : kAll;
+  return see == kAll && (tile + 1) * kTile > columns ? kSome : see;
+}
+
+#endif
 
 // PYRAFLOW_HOPPER=off leaves everything to mma.sync; the emulator does unless it is on.
 inline bool HopperWanted() {
@@ -349,48 +110,29 @@ inline bool HopperWanted() {
   return wish && !strcmp(wish, "on");
 #endif
 }
-// Whether this build has the kernel's code: one without sm_90a runs on such a device, too, but there the
+// Whether this device and shape are for the kernels. A tensor map has no empty dimension.
+inline bool HopperTakes(const AttentionShape& s) {
+  return (s.d == 64 || s.d == 128) && s.batch * s.heads * s.lq * s.lk != 0 && HopperWanted();
+}
+// Whether this build has a kernel's code: one without sm_90a runs on such a device, too, but there the
 // kernel is empty and takes next to no registers.
-template <class Plan>
-bool HopperBuilt() {
+template <class Call>
+bool HopperBuilt(void (*kernel)(Call)) {
 #if defined(__CUDACC__)
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&ForwardHopperKernel<Plan>)) ==
-      cudaSuccess)
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess)
     return attributes.numRegs > 64;
   cudaGetLastError();
   return false;
 #else
-  return true;
+  return kernel != nullptr;
 #endif
 }
 
-// False when this device, build or shape is not for it, and nothing was done.
-template <class Plan>
-bool TryForwardHopper(const PfArgs* a, const AttentionShape& s, const ForwardCall& forward, int32_t* status) {
-  static const bool built = HopperBuilt<Plan>();
-  if (!built) return false;
-  HopperCall call{};
-  call.forward = forward;
-  call.forward.blocks = static_cast<int>(CeilDiv(s.lq, Plan::kRows));
-  const auto make = [&](const Rows<Bf16>& x, int64_t length, int rows, TensorMap* map) {
-    return MakeTensorMap({x.data, s.batch, length, s.heads, Plan::kPanels, x.token * 2, int64_t{x.head} * 2},
-                         rows, map);
-  };
-  if (!make(forward.q, s.lq, Plan::kGroupRows, &call.q) || !make(forward.k, s.lk, Plan::kKeys, &call.k) ||
-      !make(forward.v, s.lk, Plan::kKeys, &call.v))
-    return false;
-  const int64_t grid = s.batch * s.heads * call.forward.blocks;
-  *status = Launch(a, &ForwardHopperKernel<Plan>, dim3(static_cast<unsigned>(grid)), Plan::kThreads,
-                   Plan::kShared, call);
-  return true;
-}
-inline bool TryForwardHopper(const PfArgs* a, const AttentionShape& s, const ForwardCall& forward,
-                             int32_t* status) {
-  // A tensor map has no empty dimension.
-  if ((s.d != 64 && s.d != 128) || s.batch * s.heads * s.lq * s.lk == 0 || !HopperWanted()) return false;
-  return s.d == 64 ? TryForwardHopper<HopperPlan<64, 4>>(a, s, forward, status)
-                   : TryForwardHopper<HopperPlan<128, 2>>(a, s, forward, status);
+// A map of x [B, length, H, D] whose boxes have `rows` tokens.
+inline bool MapRows(const AttentionShape& s, const Rows<Bf16>& x, int64_t length, int rows, TensorMap* map) {
+  return MakeTensorMap({x.data, s.batch, length, s.heads, s.d / 64, x.token * 2, int64_t{x.head} * 2}, rows,
+                       map);
 }
 
 }  // namespace

@@ -176,13 +176,17 @@ int32_t LaunchBackwardMma(const PfArgs* a, const AttentionShape& s, BackwardCall
 
 constexpr int kMostBackwardMma = 128;
 
-inline int32_t BackwardMma(const PfArgs* a, const AttentionShape& s, const Mask& mask) {
+struct BackwardCalls {
+  BackwardCall of_queries, of_keys;
+};
+inline int32_t MakeBackwardCalls(const PfArgs* a, const AttentionShape& s, const Mask& mask,
+                                 BackwardCalls* calls) {
   Rows<Bf16> q, k, v, dout;
   PF_TRY(MakeRows(a, a->in[0], nullptr, &q));
   PF_TRY(MakeRows(a, a->in[1], nullptr, &k));
   PF_TRY(MakeRows(a, a->in[2], nullptr, &v));
   PF_TRY(MakeRows(a, a->in[7], nullptr, &dout));
-  BackwardCall of_queries{}, of_keys;
+  BackwardCall &of_queries = calls->of_queries, &of_keys = calls->of_keys;
   of_queries.mask = mask;
   PF_TRY(MakeSums(a, s, kLog2E, &of_queries.sums));
   of_queries.heads = static_cast<int>(s.heads);
@@ -199,12 +203,16 @@ inline int32_t BackwardMma(const PfArgs* a, const AttentionShape& s, const Mask&
   of_queries.to[0] = MakeOutRows(a->out[0]);
   of_keys.to[0] = MakeOutRows(a->out[1]);
   of_keys.to[1] = MakeOutRows(a->out[2]);
+  return PF_OK;
+}
+
+inline int32_t BackwardMma(const PfArgs* a, const AttentionShape& s, const BackwardCalls& calls) {
   if (s.d <= 64) {
-    PF_TRY((LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, false>>(a, s, of_queries)));
-    return LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, true>>(a, s, of_keys);
+    PF_TRY((LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, false>>(a, s, calls.of_queries)));
+    return LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, true>>(a, s, calls.of_keys);
   }
-  PF_TRY((LaunchBackwardMma<BackwardPlan<128, 1, 8, 64, false>>(a, s, of_queries)));
-  return LaunchBackwardMma<BackwardPlan<128, 1, 8, 32, true>>(a, s, of_keys);
+  PF_TRY((LaunchBackwardMma<BackwardPlan<128, 1, 8, 64, false>>(a, s, calls.of_queries)));
+  return LaunchBackwardMma<BackwardPlan<128, 1, 8, 32, true>>(a, s, calls.of_keys);
 }
 
 }  // namespace

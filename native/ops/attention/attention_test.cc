@@ -99,11 +99,15 @@ PF_CASES(attention) {
       const Dims x = {b, l, h, d};
       Forward(test, x, x, &mask, 0.125);
     }
+    const Dims clips = {1, 390, 1, d};
+    for (const Mask& mask : {long_masks[0], long_masks[1]}) Backward(test, clips, clips, &mask, 0.125);
     const int64_t lengths[][2] = {{300, 70}, {70, 645}, {129, 384}, {1, 1}, {64, 256}};
     for (const auto& [lq, lk] : lengths) {
       const Dims q = {2, lq, 3, d}, k = {2, lk, 3, d};
       Forward(test, q, k, nullptr, 0.1);
     }
+    Backward(test, {2, 300, 1, d}, {2, 70, 1, d}, nullptr, 0.1);
+    Backward(test, {1, 70, 1, d}, {1, 421, 1, d}, nullptr, 0.1);
     // Results in f32, no lse, scale 0; and many heads of few tokens.
     const Dims few = {2, 150, 2, d}, many = {1, 9, 24, d};
     test.Case("attention")
