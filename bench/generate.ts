@@ -5,8 +5,10 @@ import { engine } from '../lib/engine/engine.ts'
 import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { Pipeline } from '../lib/pipeline.ts'
+import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import { breakdown, type Effort, type Unnamed } from './harness.ts'
+import type { TextFeatures } from '../lib/text/encoder.ts'
+import { breakdown, type Effort, median, type Unnamed } from './harness.ts'
 import { NORMALISATION, PROMPT, wordEncoder } from './toy.ts'
 
 /** One toy generation: how long its phases take and which ops they consist of. */
@@ -35,6 +37,8 @@ export async function generate(effort: Effort): Promise<Unnamed[]> {
     }
     const end = performance.now()
     rows.push(...breakdown('decode'))
+    engine.profile(false)
+    const repeated = await repetition(pipeline, effort)
     const weights = trained ? 'examples/shapes/model' : 'random weights'
     const { width, height } = pipeline.resolve(options)
     const seconds = (ms: number): number => ms / 1000
@@ -47,12 +51,52 @@ export async function generate(effort: Effort): Promise<Unnamed[]> {
       { name: 'per frame', value: seconds(end - begin) / frames, unit: 's' },
       { name: 'denoise', value: seconds(denoised - begin), unit: 's' },
       { name: 'decode', value: seconds(end - denoised), unit: 's' },
+      repeated,
       ...rows,
     ]
   } finally {
     engine.profile(false)
     pipeline.dispose()
     await engine.idle()
+  }
+}
+
+/** Denoising whose steps are repeated (docs/decisions.md), against the same with every step queued anew. */
+async function repetition(pipeline: Pipeline, effort: Effort): Promise<Unnamed> {
+  const { transformer, stages, vae } = pipeline
+  const { width, height, steps, videoSteps, guidanceScale, videoGuidanceScale } = pipeline.resolve({
+    prompt: PROMPT,
+  })
+  const [text, negative] = [PROMPT, ''].map((prompt) => wordEncoder().encode([prompt]))
+  const options = {
+    ...{ stages, text: text as TextFeatures, negative: negative as TextFeatures, steps, videoSteps },
+    ...{ frames: 3, height: height / vae.spatialFactor, width: width / vae.spatialFactor },
+    guidance: { guidanceScale, videoGuidanceScale },
+    noise: seededNoise(new Generator(1)),
+  }
+  const sample = async (repeat: boolean): Promise<number> => {
+    const begin = performance.now()
+    for await (const event of sampleLatents(transformer, { ...options, repeat })) {
+      if (event.type === 'unit') event.latent.dispose()
+    }
+    await engine.idle()
+    return performance.now() - begin
+  }
+  const [ours, ratios]: [number[], number[]] = [[], []]
+  for (let i = 0; i < effort.rounds; i++) {
+    const once = await sample(true)
+    ours.push(once)
+    ratios.push((await sample(false)) / once)
+  }
+  for (const features of [text, negative]) {
+    for (const x of [features?.embeds, features?.pooled]) x?.dispose()
+  }
+  return {
+    name: 'denoise 9 frames, steps repeated',
+    value: median(ours),
+    unit: 'ms',
+    ratio: median(ratios),
+    against: 'the same with each step queued anew',
   }
 }
 

@@ -239,6 +239,7 @@ async function rehearsePhases(
       ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, job: 0 },
       ...{ unit: last.unit, stage: last.stage, clips: history.clips(last.unit, last.stage) },
       ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
+      repeat: false,
       began: keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale])),
     }))
     const run = own(await sliced(() => StageRun.make(options), { grad: false, within }))

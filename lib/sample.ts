@@ -60,6 +60,11 @@ export interface SampleOptions {
   jump?: ((matched: JumpCoefficients) => JumpCoefficients) | undefined
   /** The whole video as one unit without history, for networks trained without the temporal pyramid (§11). */
   fullSequence?: boolean
+  /**
+   * Note the network's ops in the first step of a stage of few tokens, and only repeat them in the others; default. What
+   * the network computes with then stays in memory from step to step, in more bytes than plans count.
+   */
+  repeat?: boolean
   signal?: AbortSignal | undefined
 }
 
@@ -80,7 +85,7 @@ export async function* sampleLatents(
   model: SampledNetwork,
   options: SampleOptions,
 ): AsyncGenerator<SampleEvent> {
-  const { stages, given, negative, framesPerUnit = 1, signal } = options
+  const { stages, given, negative, framesPerUnit = 1, repeat = true, signal } = options
   checkSizes(options)
   const units = unitsToMake(options)
   const total = units.reduce((n, unit) => n + sum(stepCounts(unit, options)), 0)
@@ -108,7 +113,7 @@ export async function* sampleLatents(
         const clips = queued(() => history.clips(unit.index, stage))
         const counts = stageSteps(stages, stage, stepCounts(unit, options)[stage] as number)
         const place = { unit: unit.index, stage, began: latent, clips, prompts, guidance, guided }
-        const stageOptions = { model, job, signal, ...place, ...counts }
+        const stageOptions = { model, job, signal, repeat, ...place, ...counts }
         const run = await sliced(() => StageRun.make(stageOptions), { grad: false, job })
         try {
           for (let step = 0; step < run.steps; step++) {

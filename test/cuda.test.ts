@@ -1,11 +1,13 @@
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
+import { makeStages } from '../lib/flow/stages.ts'
 import { verifyFolder } from '../lib/golden/verify.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { embedding } from '../lib/ops/embedding.ts'
+import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import { scope } from '../lib/tensor/scope.ts'
+import { keep, scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { live } from './fixtures/memory.ts'
 import { goldenFolder } from './golden.ts'
@@ -79,6 +81,33 @@ describe('the CUDA backend in its emulator', () => {
     expect(away.values.every((v) => Number.isFinite(v) && v !== 0)).toBe(true)
     expect(away.bytes).toBeLessThan(0.2 * there.bytes)
   }, 180_000)
+
+  it.each(['f32', 'bf16'] as const)(
+    'repeats the steps of a stage as one graph, to the same bits, in %s',
+    async (dtype) => {
+      const dir = join(goldenFolder, 'models', 'flux_b', 'diffusion_transformer_384p')
+      const network = await PyramidFluxTransformer.fromPretrained(dir, { dtype })
+      const { joint_attention_dim: wide, pooled_projection_dim: pooled } = network.config
+      const draw = (shape: readonly number[]): Tensor => new Generator(1).normal(shape)
+      const text = { embeds: draw([1, 3, wide]), mask: [[1, 1, 0]], pooled: draw([1, pooled]) }
+      const sample = async (repeat: boolean): Promise<Float32Array> => {
+        const options = {
+          ...{ stages: makeStages(), frames: 1, height: 8, width: 8, text, repeat },
+          ...{ steps: [3, 1, 2], videoSteps: [1, 1, 1], noise: seededNoise(new Generator(5)) },
+          guidance: { guidanceScale: 1, videoGuidanceScale: 1 },
+        }
+        for await (const event of sampleLatents(network, options)) {
+          if (event.type === 'unit') return scope(() => keep(event.latent)).floats()
+        }
+        throw new Error('no unit')
+      }
+      const repeated = await sample(true)
+      expect(repeated).toEqual(await sample(false))
+      expect(repeated.every(Number.isFinite)).toBe(true)
+      network.dispose()
+    },
+    180_000,
+  )
 
   it('leaves nothing behind', async () => {
     await engine.idle()

@@ -48,6 +48,9 @@ const OP_ALLOC = 1
 const OP_FREE = 2
 const OP_LOAD = 3
 const OP_MAP = 4
+const OP_RECORD = 10
+const OP_REPLAY = 11
+const OP_FORGET = 12
 const MAX_RANK = 6
 // Ids from here on belong to rehearsals: no storage has them.
 const REHEARSED = 2 ** 40
@@ -73,6 +76,7 @@ export class Engine {
   // No two rehearsals share one: what the first has made may be used in the second.
   #nextRehearsedId = REHEARSED
   #lastJob = 0
+  #lastRecording = 0
   #opened: { backend: string; threads: number } | undefined
   #rehearsing = false
 
@@ -300,6 +304,43 @@ export class Engine {
     c[4] = bytes
     this.#submit(5)
     return id
+  }
+
+  /**
+   * Begins to note the ops of the current job, which run as ever, and names what they become: a recording, to be ended by
+   * `endRecording` and freed by `forget`. Memory that is allocated meanwhile stays with it, whatever is freed.
+   */
+  beginRecording(): number {
+    const id = ++this.#lastRecording
+    this.#recorded(OP_RECORD, id, 1)
+    return id
+  }
+
+  /** Ends the noting. */
+  endRecording(id: number): void {
+    this.#recorded(OP_RECORD, id, 0)
+  }
+
+  /**
+   * Queues all ops of a recording once more. They read and write where they did: storages from outside must still be there,
+   * what was written into one meanwhile is what they read; what the recording itself wrote from the host stays.
+   */
+  replay(id: number): void {
+    this.#recorded(OP_REPLAY, id)
+  }
+
+  /** Queues the end of a recording. Storages that it made and nobody freed stay. */
+  forget(id: number): void {
+    this.#recorded(OP_FORGET, id)
+  }
+
+  #recorded(kind: number, id: number, begins = 0): void {
+    this.#flushed()
+    const c = this.#commands
+    c[0] = kind
+    c[1] = id
+    c[2] = begins
+    this.#submit(kind === OP_RECORD ? 3 : 2)
   }
 
   /** Exact bytes: `live` in tensors, `cached` kept for reuse, `peak` of live, and commands still queued. */

@@ -50,6 +50,7 @@ export function denoise(
     noise: seededNoise(generator),
     given,
     framesPerUnit,
+    repeat: pipeline.maxMemory === undefined,
     signal,
   })
 }

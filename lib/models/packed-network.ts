@@ -1,6 +1,6 @@
 import { type ModelConfig, writePretrained } from '../io/pretrained.ts'
 import { type TokenArrays, uploadLayout } from '../nn/attention.ts'
-import { conditioning, roundToBf16 } from '../nn/embed.ts'
+import { conditioning, roundToBf16, TIME_FEATURES, timeFeatures } from '../nn/embed.ts'
 import { tensorsToWrite } from '../nn/export.ts'
 import { type Linear, type LowRank, linearLayer } from '../nn/linear.ts'
 import { modulatedNorm } from '../nn/norm.ts'
@@ -13,7 +13,7 @@ import { silu } from '../ops/pointwise.ts'
 import { type Layout, layoutSteps } from '../pyramid/layout.ts'
 import { scope } from '../tensor/scope.ts'
 import { checkpoint, drain, needsGrad, type Steps } from '../tensor/tape.ts'
-import type { Tensor } from '../tensor/tensor.ts'
+import { Tensor } from '../tensor/tensor.ts'
 import { checkInputs, checkLayout } from './network-inputs.ts'
 import type { LayoutInputs, NetworkConfig, TransformerInputs, VelocityNetwork } from './velocity-network.ts'
 
@@ -56,7 +56,7 @@ export interface NetworkForm<C extends NetworkConfig> {
 /** The layers of a network, by what they do. */
 export interface NetworkParts {
   readonly weights: Weights
-  readonly embedTime: (timesteps: ArrayLike<number>, pooled: Tensor) => Tensor
+  readonly embedTime: (phi: Tensor, pooled: Tensor) => Tensor
   readonly embedText: Linear
   readonly trunk: Trunk
   readonly normOut: (x: Tensor, e: Tensor, rows: Tensor) => Tensor
@@ -153,6 +153,11 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     })
   }
 
+  /** φ(τ) as this network takes it, [R, 256]. */
+  timeFeatures(timesteps: ArrayLike<number>, round = this.dtype === 'bf16'): Float32Array {
+    return timeFeatures(round ? Array.from(timesteps, roundToBf16) : timesteps)
+  }
+
   /**
    * The velocity of each column's last clip, of that clip's shape. Without training everything else is freed at once;
    * while recording, call it inside a scope that ends after backward.
@@ -178,10 +183,11 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     const recording = this.#recording(inputs)
     const { capture, columns, text, pooled } = inputs
     const arrays = uploadLayout(layout, recording)
-    const round = inputs.roundTimesteps ?? dtype === 'bf16'
-    const timesteps = round ? Array.from(inputs.timesteps, roundToBf16) : inputs.timesteps
+    const phi =
+      inputs.timeFeatures ??
+      Tensor.from(this.timeFeatures(inputs.timesteps, inputs.roundTimesteps), [layout.rows, TIME_FEATURES])
 
-    const temb = this.#parts.embedTime(timesteps, cast(pooled, dtype)) // [R, d]
+    const temb = this.#parts.embedTime(phi, cast(pooled, dtype)) // [R, d]
     capture?.('temb', temb)
     const e = silu(temb)
     const c = this.#parts.embedText(reshape(cast(text, dtype), [layout.textTokens, -1])) // [R·S, d]

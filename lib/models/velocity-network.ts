@@ -26,6 +26,8 @@ export interface TransformerInputs {
   columns: readonly (readonly Tensor[])[]
   /** τ in 0 to 1000, [R]. */
   timesteps: ArrayLike<number>
+  /** φ(τ) [R, 256] in f32, as `timeFeatures` gives it for the timesteps, where it is in memory already. */
+  timeFeatures?: Tensor | undefined
   /** [R, S, joint_attention_dim]. */
   text: Tensor
   /** [R, S], 1 for a token and 0 for padding. */
@@ -75,6 +77,8 @@ export interface VelocityNetwork {
   layout(inputs: LayoutInputs): Layout
   /** `layout` that pauses now and then, for `sliced`. */
   layoutSteps(inputs: LayoutInputs): Steps<Layout>
+  /** φ(τ) as this network takes it, [R, 256]; `round`: τ to bf16 first. */
+  timeFeatures(timesteps: ArrayLike<number>, round?: boolean): Float32Array
   /** A network over the same weights, which stay this one's, whose layers add what adapters say (by layer name). */
   adapted(adapters: ReadonlyMap<string, LowRank>): VelocityNetwork
   /** The velocity of each column's last clip, of that clip's shape. @throws ERR_SHAPE or ERR_DTYPE */

@@ -1,5 +1,5 @@
 import { cast } from '../ops/cast.ts'
-import { Tensor } from '../tensor/tensor.ts'
+import type { Tensor } from '../tensor/tensor.ts'
 import { linearLayer } from './linear.ts'
 import type { Weights } from './weights.ts'
 
@@ -33,13 +33,14 @@ export function roundToBf16(x: number): number {
 }
 
 /**
- * temb = W2·SiLU(W1·φ(τ)) + P2·SiLU(P1·pooled), [R, d] (spec/dit-flux.md eq. 2); keys below `time_text_embed`.
+ * temb = W2·SiLU(W1·φ) + P2·SiLU(P1·pooled), [R, d], of φ = φ(τ) [R, 256] (spec/dit-flux.md eq. 2); keys below
+ * `time_text_embed`.
  */
 export function conditioning(
   weights: Weights,
   pooledWidth: number,
   width: number,
-): (timesteps: ArrayLike<number>, pooled: Tensor) => Tensor {
+): (phi: Tensor, pooled: Tensor) => Tensor {
   const init = { normal: 0.02 }
   const time = weights.sub('timestep_embedder')
   const text = weights.sub('text_embedder')
@@ -47,8 +48,7 @@ export function conditioning(
   const w2 = linearLayer(time.sub('linear_2'), width, width, init)
   const p1 = linearLayer(text.sub('linear_1'), pooledWidth, width, init)
   const p2 = linearLayer(text.sub('linear_2'), width, width, init)
-  return (timesteps, pooled) => {
-    const phi = Tensor.from(timeFeatures(timesteps), [timesteps.length, TIME_FEATURES])
+  return (phi, pooled) => {
     const fromTime = w2(w1(cast(phi, pooled.dtype), { activation: 'silu' }))
     return p2(p1(pooled, { activation: 'silu' }), { residual: fromTime })
   }

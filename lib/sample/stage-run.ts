@@ -11,8 +11,15 @@ import type { Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import type { TextFeatures } from '../text/encoder.ts'
 import { FiniteCheck, nonFinite } from './finite.ts'
+import { RepeatedStep } from './repeated-step.ts'
 
-export type SampledNetwork = Pick<VelocityNetwork, 'latentChannels' | 'layoutSteps' | 'forwardSteps'>
+/** What sampling needs of a network; one that gives no `timeFeatures` is asked anew for every step. */
+export type SampledNetwork = Pick<VelocityNetwork, 'latentChannels' | 'layoutSteps' | 'forwardSteps'> &
+  Partial<Pick<VelocityNetwork, 'offload' | 'timeFeatures'>>
+
+// Tokens of all rows. A step over more takes far longer than to queue it, and what a repeated one keeps in memory is no
+// longer little.
+const MOST_REPEATED = 4096
 
 type Capture = TransformerInputs['capture']
 
@@ -28,6 +35,8 @@ export interface StageRunOptions extends StageSteps {
   readonly prompts: TextFeatures
   readonly guidance: number
   readonly guided: boolean
+  /** Whether steps after the first repeat its ops instead of queueing their own. */
+  readonly repeat: boolean
   readonly job: number
   readonly signal: AbortSignal | undefined
 }
@@ -39,6 +48,7 @@ export class StageRun {
   readonly #clips: readonly Tensor[]
   readonly #layout: Layout
   #latent: Tensor
+  #repeated: RepeatedStep | undefined
   #running: { step: number; bad: Promise<string | undefined> } | undefined
 
   private constructor(options: StageRunOptions, clips: readonly Tensor[], layout: Layout) {
@@ -83,7 +93,7 @@ export class StageRun {
 
   /** The first step as work for `sliced`, unchecked; for plans. */
   firstStep(): Steps<Tensor> {
-    return this.#euler(this.#latent, 0, undefined)
+    return this.#step(this.#latent, 0, undefined)
   }
 
   /** Waits for the last step and gives its latent to the caller. @throws ERR_ABORTED; ERR_NUMERICS */
@@ -94,22 +104,51 @@ export class StageRun {
     return latent
   }
 
-  /** latent + Δς·v with v = v_uncond + g·(v_cond − v_uncond) (27), (28). */
-  *#euler(x: Tensor, n: number, capture: Capture): Steps<Tensor> {
-    const { model, timesteps, sigmas, prompts, guidance, guided } = this.#options
+  *#step(x: Tensor, n: number, capture: Capture): Steps<Tensor> {
+    return this.#euler(x, yield* this.#velocity(x, n, { capture }), n)
+  }
+
+  #times(n: number): number[] {
+    return new Array<number>(this.#options.prompts.mask.length).fill(this.#options.timesteps[n] as number)
+  }
+
+  *#velocity(x: Tensor, n: number, more: { capture?: Capture; timeFeatures?: Tensor }): Steps<Tensor> {
+    const { model, prompts, guided } = this.#options
     const [v] = (yield* model.forwardSteps({
-      columns: [[...this.#clips, twice(x, this.#options.guided)]],
-      timesteps: new Array<number>(prompts.mask.length).fill(timesteps[n] as number),
+      columns: [[...this.#clips, twice(x, guided)]],
+      timesteps: this.#times(n),
       text: prompts.embeds,
       textMask: prompts.mask,
       pooled: prompts.pooled,
       layout: this.#layout,
-      capture,
+      ...more,
     })) as [Tensor]
+    return v
+  }
+
+  /** latent + Δς·v with v = v_uncond + g·(v_cond − v_uncond) (27), (28). */
+  #euler(x: Tensor, v: Tensor, n: number): Tensor {
+    const { sigmas, guidance, guided } = this.#options
     const deltaSigma = (sigmas[n + 1] as number) - (sigmas[n] as number)
     if (!guided) return euler(x, v, null, { deltaSigma, guidance: 1 })
     const batch = x.shape[0] as number
     return euler(x, slice(v, 0, batch, batch), slice(v, 0, 0, batch), { deltaSigma, guidance })
+  }
+
+  // A step whose network is noted, or repeated where that was done.
+  *#repeatedStep(x: Tensor, n: number, phi: Float32Array): Steps<Tensor> {
+    this.#repeated ??= new RepeatedStep(x, phi)
+    const { latent, timeFeatures } = this.#repeated
+    const v = yield* this.#repeated.velocity(x, phi, () => this.#velocity(latent, n, { timeFeatures }))
+    return this.#euler(x, v, n)
+  }
+
+  // φ(τ) of a step that may be a repeated one. Weights that are read for every step cannot be where they were.
+  #timeFeatures(n: number): Float32Array | undefined {
+    const { repeat, model } = this.#options
+    if (!repeat || !model.timeFeatures || this.steps === 1 || model.offload?.absent) return undefined
+    const { textTokens, latentTokens } = this.#layout
+    return textTokens + latentTokens <= MOST_REPEATED ? model.timeFeatures(this.#times(n)) : undefined
   }
 
   async #queue(x: Tensor, n: number, check: FiniteCheck, everything = false): Promise<Tensor> {
@@ -124,7 +163,8 @@ export class StageRun {
   }
 
   *#checked(x: Tensor, n: number, check: FiniteCheck, capture: Capture): Steps<Tensor> {
-    const next = yield* this.#euler(x, n, capture)
+    const phi = capture ? undefined : this.#timeFeatures(n)
+    const next = yield* phi ? this.#repeatedStep(x, n, phi) : this.#step(x, n, capture)
     check.add('the velocity', next)
     return next
   }
@@ -160,6 +200,7 @@ export class StageRun {
   dispose(): void {
     if (this.#latent !== this.began) this.#latent.dispose()
     for (const clip of [...this.#clips, ...this.#options.clips]) clip.dispose()
+    this.#repeated?.dispose()
     this.began.dispose()
   }
 }

@@ -131,6 +131,8 @@ async function sampleFrames(
 export function asTrained(model: SampledNetwork, causal: boolean | undefined): SampledNetwork {
   return {
     latentChannels: model.latentChannels,
+    ...(model.offload && { offload: model.offload }),
+    ...(model.timeFeatures && { timeFeatures: model.timeFeatures.bind(model) }),
     layoutSteps: (inputs) => model.layoutSteps({ ...inputs, causal }),
     forwardSteps: (inputs) => model.forwardSteps({ ...inputs, causal }),
   }

@@ -117,6 +117,9 @@ class Addon : public Napi::Addon<Addon> {
     switch (static_cast<CommandKind>(static_cast<int>(c[0]))) {
       case CommandKind::kAlloc: return 3;
       case CommandKind::kFree: return 2;
+      case CommandKind::kRecord: return 3;
+      case CommandKind::kReplay: return 2;
+      case CommandKind::kForget: return 2;
       case CommandKind::kMap: return 5;
       case CommandKind::kLoad: return 4 + operand(4);
       case CommandKind::kRun: {

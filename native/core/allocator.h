@@ -21,6 +21,10 @@ class Allocator {
   void Free(void* pointer, size_t bytes);
   // Gives back what is kept for reuse beyond this many bytes.
   void Trim(size_t most);
+  // A block that is in use holds another number of bytes from here on, of the same class.
+  void Recount(size_t from, size_t to) { live_ += to - from; }
+  // The class of blocks that a number of bytes takes one of.
+  static size_t Rounded(size_t bytes);
 
   size_t live() const { return live_; }
   size_t cached() const { return cached_; }
@@ -28,7 +32,6 @@ class Allocator {
   void ResetPeak() { peak_ = live_.load(); }
 
  private:
-  static size_t Rounded(size_t bytes);
   size_t Room() const;  // bytes that may be kept for reuse
   void* Acquire(size_t bytes);
   void Return(void* pointer, size_t bytes);

@@ -37,14 +37,23 @@ std::string Describe(const PfView& v) {
 
 struct ScratchContext : PfContext {
   Allocator* allocator;
-  std::vector<std::pair<void*, size_t>> blocks;
+  Recording* recording;
+  const NotedOp* noted;
+  std::vector<Block> blocks;
 };
 
 void* Scratch(PfContext* self, size_t bytes) {
   auto* context = static_cast<ScratchContext*>(self);
-  void* block = context->allocator->Allocate(bytes);
-  if (block) context->blocks.emplace_back(block, bytes);
-  return block;
+  const size_t i = context->blocks.size();
+  void* data = nullptr;
+  if (context->noted) {  // kernels ask for the same every time
+    if (i < context->noted->scratch.size() && context->noted->scratch[i].bytes == bytes)
+      data = context->noted->scratch[i].data;
+  } else {
+    data = context->recording ? context->recording->Allocate(bytes) : context->allocator->Allocate(bytes);
+  }
+  if (data) context->blocks.push_back({data, bytes});
+  return data;
 }
 
 constexpr int kSpinMicroseconds = 30;
@@ -126,11 +135,12 @@ void Engine::Submit(std::span<Command> commands) {
 
 void Engine::Cancel(std::optional<int> job) {
   std::lock_guard lock(mutex_);
+  if (replaying_ >= 0 && job.value_or(replaying_) == replaying_) stop_replay_ = true;
   for (Command& command : queue_) {
     if (command.kind != CommandKind::kBatch || job.value_or(command.job) != command.job) continue;
     ForSteps(command, [](double* w) {
       const auto kind = static_cast<CommandKind>(w[1]);
-      if (kind == CommandKind::kRun || kind == CommandKind::kLoad)
+      if (kind == CommandKind::kRun || kind == CommandKind::kLoad || kind == CommandKind::kReplay)
         w[1] = static_cast<double>(CommandKind::kDropped);
     });
   }
@@ -174,6 +184,7 @@ void Engine::Loop() {
     command.words = std::move(words);
   }
   // A device's memory can only be given back by the thread that has its stream.
+  while (!recordings_.empty()) Forget(recordings_.begin()->first);
   for (Slot& slot : slots_) Release(slot);
   allocator_.Trim(0);
   if (started && backend_->memory) backend_->memory->end();
@@ -200,7 +211,10 @@ std::string Engine::TakeError(int job) {
 }
 
 void Engine::Release(Slot& slot) {
-  if (slot.allocated) allocator_.Free(slot.data, slot.bytes);
+  if (slot.recording)
+    slot.recording->Free(slot.data);
+  else if (slot.allocated)
+    allocator_.Free(slot.data, slot.bytes);
   if (slot.file) slot.file->Forget(static_cast<char*>(slot.data) - slot.file->data(), slot.bytes);
   slot = Slot{};
 }
@@ -228,16 +242,25 @@ void Engine::Step(CommandKind kind, const double* w, const std::shared_ptr<Mappe
   switch (kind) {
     case CommandKind::kRun:
       if (!Failed()) Run(w);
+      if (Recording* const recording = Failed() ? Open() : nullptr) recording->Break();
       break;
     case CommandKind::kAlloc: Allocate(static_cast<size_t>(w[0]), static_cast<size_t>(w[1])); break;
     case CommandKind::kFree:
       if (static_cast<size_t>(w[0]) < slots_.size()) Release(slots_[static_cast<size_t>(w[0])]);
       break;
     case CommandKind::kLoad:
+      if (Recording* const recording = Open()) recording->Break();
       if (!Failed()) Load(w, file.get());
       break;
     case CommandKind::kMap: Map(w, file); break;
-    default: FailWith("ERR_ABORTED", "work was dropped by engine.cancel()");
+    case CommandKind::kRecord: Record(static_cast<int>(w[0]), w[1] != 0); break;
+    case CommandKind::kReplay:
+      if (!Failed()) Replay(static_cast<int>(w[0]));
+      break;
+    case CommandKind::kForget: Forget(static_cast<int>(w[0])); break;
+    default:
+      if (Recording* const recording = Open()) recording->Break();
+      FailWith("ERR_ABORTED", "work was dropped by engine.cancel()");
   }
 }
 
@@ -246,71 +269,12 @@ void Engine::Allocate(size_t id, size_t bytes) {
   Slot& slot = slots_[id];
   slot.job = job_;
   if (Failed()) return;  // its users are skipped anyway
-  slot.data = allocator_.Allocate(bytes);
+  Recording* const recording = Open();
+  slot.data = recording ? recording->Allocate(bytes) : allocator_.Allocate(bytes);
   if (!slot.data) return FailWith("ERR_MEMORY", NoRoom(bytes));
   slot.bytes = bytes;
   slot.allocated = true;
-}
-
-void Engine::Map(const double* w, const std::shared_ptr<MappedFile>& file) {
-  const size_t id = static_cast<size_t>(w[0]), offset = static_cast<size_t>(w[2]),
-               bytes = static_cast<size_t>(w[3]);
-  if (id >= slots_.size()) slots_.resize(id + 1);
-  if (!file || offset + bytes > file->size())
-    return FailWith("ERR_IO", "a mapped tensor lies outside its file");
-  Slot& slot = slots_[id];
-  slot.job = job_;
-  const char* const source = file->data() + offset;
-  if (backend_->memory) {  // a device does not see the file: its bytes are sent once
-    if (Failed()) return;
-    slot.data = allocator_.Allocate(bytes);
-    if (!slot.data) return FailWith("ERR_MEMORY", NoRoom(bytes));
-    slot.allocated = true;
-    slot.bytes = bytes;
-    char error[256];
-    if (const int32_t status = backend_->memory->upload(slot.data, source, bytes, error))
-      return FailWith(status, error);
-  } else {
-    slot.data = const_cast<char*>(source);
-    slot.bytes = bytes;
-    slot.file = file;
-  }
-  slot.written = true;
-}
-
-void Engine::Write(const Command& command) {
-  const size_t id = static_cast<size_t>(command.words[0]), offset = static_cast<size_t>(command.words[1]);
-  if (id >= slots_.size() || !slots_[id].data || offset + command.payload.size() > slots_[id].bytes)
-    return FailWith("ERR_SHAPE", "write: outside its tensor");
-  char* const target = static_cast<char*>(slots_[id].data) + offset;
-  char error[256];
-  if (!backend_->memory)
-    memcpy(target, command.payload.data(), command.payload.size());
-  else if (const int32_t status =
-               backend_->memory->upload(target, command.payload.data(), command.payload.size(), error))
-    return FailWith(status, error);
-  slots_[id].written = true;
-}
-
-void Engine::Read(Command& command) {
-  const size_t id = static_cast<size_t>(command.words[0]), offset = static_cast<size_t>(command.words[1]);
-  // What the reader waits for is the work of whoever made the tensor.
-  if (id < slots_.size()) job_ = slots_[id].job;
-  if (!Failed()) {
-    if (id >= slots_.size() || (!slots_[id].written && command.bytes) ||
-        offset + command.bytes > slots_[id].bytes) {
-      FailWith("ERR_SHAPE", "read: outside its tensor, or the tensor was lost to an earlier error");
-    } else if (command.bytes) {
-      const char* const source = static_cast<const char*>(slots_[id].data) + offset;
-      char error[256];
-      if (!backend_->memory)
-        memcpy(command.target, source, command.bytes);
-      else if (const int32_t status =
-                   backend_->memory->download(command.target, source, command.bytes, error))
-        FailWith(status, error);
-    }
-  }
-  command.done(TakeError(job_));
+  slot.recording = recording;
 }
 
 bool Engine::ReadOperand(const double* w, size_t* at, PfView* view, Slot** slot) {
@@ -363,22 +327,8 @@ void Engine::Run(const double* w) {
 
   PfArgs args{in, out, w + at, n_in, n_out, n_scalars, nullptr};
   std::string error;
-  const bool timed = profiling_ || trace_;
-  const double begin = timed ? Now() : 0;
-  int32_t status = Call(op, &args, &error);
-  if (timed) {
-    char text[256];  // what a device still does is not over when the call is
-    if (status == PF_OK && backend_->memory && (status = backend_->memory->synchronize(text))) error = text;
-    const double end = Now();
-    if (profiling_) {
-      std::lock_guard lock(profile_mutex_);
-      profile_calls_[op] += 1;
-      profile_seconds_[op] += end - begin;
-    }
-    if (trace_)
-      std::fprintf(trace_, "{\"name\":\"%s\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":%.1f,\"dur\":%.1f},\n",
-                   kOpNames[op], begin * 1e6, (end - begin) * 1e6);
-  }
+  Recording* const recording = Open();
+  const int32_t status = Measure(op, &args, &error, recording, nullptr);
   for (Slot* slot : to)
     if (slot && status == PF_OK) slot->written = true;
   if (status != PF_OK)
@@ -386,69 +336,48 @@ void Engine::Run(const double* w) {
                                  kOpNames[op] + describe());
 }
 
-int32_t Engine::Call(int op, PfArgs* args, std::string* error) {
+int32_t Engine::Measure(int op, PfArgs* args, std::string* error, Recording* recording,
+                        const NotedOp* noted) {
+  if (!profiling_ && !trace_) return Call(op, args, error, recording, noted);
+  const double begin = Now();
+  int32_t status = Call(op, args, error, recording, noted);
+  char text[256];  // what a device still does is not over when the call is
+  if (status == PF_OK && backend_->memory && (status = backend_->memory->synchronize(text))) *error = text;
+  const double end = Now();
+  if (profiling_) {
+    std::lock_guard lock(profile_mutex_);
+    profile_calls_[op] += 1;
+    profile_seconds_[op] += end - begin;
+  }
+  if (trace_)
+    std::fprintf(trace_, "{\"name\":\"%s\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":%.1f,\"dur\":%.1f},\n",
+                 kOpNames[op], begin * 1e6, (end - begin) * 1e6);
+  return status;
+}
+
+int32_t Engine::Call(int op, PfArgs* args, std::string* error, Recording* recording, const NotedOp* noted) {
   ScratchContext context;
   static_cast<PfContext&>(context) = lent_;
   context.scratch = Scratch;
   context.error[0] = 0;
   context.allocator = &allocator_;
+  context.recording = recording;
+  context.noted = noted;
   args->context = &context;
   int32_t status = backend_->kernels[op](args);
-  if (status == PF_OK && backend_->memory) status = backend_->memory->pace(context.error);
+  if (status == PF_OK && backend_->memory && !capturing_) status = backend_->memory->pace(context.error);
   // A device may still be reading: whoever gets the block next is queued behind it.
-  for (const auto& [block, bytes] : context.blocks) allocator_.Free(block, bytes);
+  if (!noted)
+    for (const auto& [data, bytes] : context.blocks)
+      recording ? recording->Free(data) : allocator_.Free(data, bytes);
+  if (recording && status == PF_OK)
+    recording->Note({op,
+                     {args->in, args->in + args->n_in},
+                     {args->out, args->out + args->n_out},
+                     {args->scalars, args->scalars + args->n_scalars},
+                     std::move(context.blocks)});
   *error = context.error;
   return status;
-}
-
-void Engine::Load(const double* w, MappedFile* file) {
-  size_t at = 3;
-  PfView view;
-  Slot* slot = nullptr;
-  if (!ReadOperand(w, &at, &view, &slot)) return FailWith("ERR_DEVICE", "load: the target tensor was lost");
-  const int32_t from = static_cast<int32_t>(w[2]);
-  size_t offset = static_cast<size_t>(w[1]);
-  const int64_t n = PfCount(view), step = 1 << 20;
-  const PfMemory* const memory = backend_->memory;
-  const bool converts = from != view.dtype;
-  std::vector<char> buffer;
-  char* staged = nullptr;  // a part in the file's type, where the kernel can read it
-  const size_t staged_bytes = std::min(n, step) * PfSize(from);
-  if (memory && converts && n > 0) {
-    staged = static_cast<char*>(allocator_.Allocate(staged_bytes));
-    if (!staged) return FailWith("ERR_MEMORY", NoRoom(staged_bytes));
-  }
-  int32_t status = PF_OK;
-  std::string error;
-  for (int64_t i = 0; i < n && status == PF_OK; i += step) {
-    const int64_t count = std::min(step, n - i);
-    const size_t bytes = count * PfSize(from);
-    char* const target = static_cast<char*>(view.data) + i * PfSize(view.dtype);
-    char* read = target;
-    if (memory || converts) {
-      buffer.resize(bytes);
-      read = buffer.data();
-    }
-    if (!file || !file->Read(offset, read, bytes)) {
-      status = PF_ERR_IO;
-      error = "a weight file ended early: it was truncated or replaced while loading";
-      break;
-    }
-    offset += bytes;
-    if (memory) {
-      char text[256] = "";
-      status = memory->upload(converts ? staged : target, read, bytes, text);
-      error = text;
-      read = staged;
-    }
-    if (!converts || status != PF_OK) continue;
-    const PfView source{read, from, 1, {count}}, part{target, view.dtype, 1, {count}};
-    PfArgs args{&source, &part, nullptr, 1, 1, 0, nullptr};
-    status = Call(PF_OP_cast, &args, &error);
-  }
-  if (staged) allocator_.Free(staged, staged_bytes);
-  if (status != PF_OK) return FailWith(CodeOf(status), error);
-  if (slot) slot->written = true;
 }
 
 void Engine::Profile(bool enabled) {

@@ -19,8 +19,10 @@
 #include "core/allocator.h"
 #include "core/backend.h"
 #include "core/mapped_file.h"
+#include "core/recording.h"
 
-// First number of a command in the shared buffer; those up to kMap stand in lib/engine/engine.ts too.
+// First number of a command in the shared buffer; lib/engine/engine.ts has those that JavaScript writes
+// there.
 enum class CommandKind : int {
   kRun = 0,
   kAlloc = 1,
@@ -31,7 +33,10 @@ enum class CommandKind : int {
   kRead = 6,
   kFence = 7,
   kDropped = 8,
-  kBatch = 9
+  kBatch = 9,
+  kRecord = 10,  // begins or ends a recording of the job's ops
+  kReplay = 11,
+  kForget = 12
 };
 
 struct Command {
@@ -73,8 +78,9 @@ class Engine {
     size_t bytes = 0;
     std::shared_ptr<MappedFile> file;  // set when data points into a mapping
     bool allocated = false;
-    int job = 0;           // that allocated it
-    bool written = false;  // by an op that succeeded, or from outside
+    int job = 0;                     // that allocated it
+    Recording* recording = nullptr;  // that the memory belongs to, else the allocator
+    bool written = false;            // by an op that succeeded, or from outside
   };
 
   std::unique_lock<std::mutex> Lock();
@@ -88,8 +94,18 @@ class Engine {
   void Write(const Command& command);
   void Read(Command& command);
   bool Start();  // on the engine thread, once
-  // One call of a kernel with scratch memory; the status, and the kernel's sentence in *error.
-  int32_t Call(int op, PfArgs* args, std::string* error);
+  // One call of a kernel, with the job's open recording taken along (nullptr: none) or an op of a finished
+  // one repeated; the status, and the kernel's sentence in *error.
+  int32_t Call(int op, PfArgs* args, std::string* error, Recording* recording = nullptr,
+               const NotedOp* noted = nullptr);
+  // The same, timed where somebody wants to know.
+  int32_t Measure(int op, PfArgs* args, std::string* error, Recording* recording, const NotedOp* noted);
+  Recording* Open();  // of the job
+  void Record(int id, bool begins);
+  void Replay(int id);
+  int32_t Repeat(const NotedOp& noted, std::string* error);
+  void Compile(Recording* recording);
+  void Forget(int id);
   bool ReadOperand(const double* words, size_t* at, PfView* view, Slot** slot);
   bool Failed() const { return !fatal_.empty() || (!errors_.empty() && errors_.count(job_)); }
   void FailWith(const std::string& code, const std::string& message);
@@ -103,6 +119,7 @@ class Engine {
   PfContext lent_{};  // stream and faults of a device backend
   Allocator allocator_;
   std::vector<Slot> slots_;
+  std::map<int, std::unique_ptr<Recording>> recordings_;
   int job_ = 0;  // of the command that is being executed
   std::map<int, std::string> errors_;
   std::string fatal_;  // the backend did not start: nothing will ever run
@@ -114,11 +131,14 @@ class Engine {
   std::atomic<size_t> queued_{0};
   std::atomic<bool> stop_{false};
   bool sleeping_ = false;
+  int replaying_ = -1;  // the job whose recording runs
+  std::atomic<bool> stop_replay_{false};
 
   std::mutex profile_mutex_;
   std::atomic<bool> profiling_{false};
   std::vector<double> profile_calls_, profile_seconds_;
   FILE* trace_ = nullptr;
+  bool capturing_ = false;
 
   std::thread thread_;  // last: it uses everything above
 };

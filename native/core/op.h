@@ -6,7 +6,7 @@
 
 #include "core/half.h"  // PF_HD
 
-#define PF_ABI_VERSION 2
+#define PF_ABI_VERSION 3
 #define PF_MAX_RANK 6
 #define PF_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -71,6 +71,12 @@ struct PfMemory {
   int32_t (*synchronize)(char* error);
   // Called after every op: waits while too much is in flight, so that cancelling stays quick.
   int32_t (*pace)(char* error);
+  // From capture on, what kernels launch is noted and not run; captured ends that and makes a graph of it,
+  // which launch queues as a whole. capture is nullptr where a device cannot do that.
+  int32_t (*capture)(char* error);
+  int32_t (*captured)(void** graph, char* error);
+  int32_t (*launch)(void* graph, char* error);
+  void (*drop)(void* graph);
 };
 
 struct PfBackendTable {

@@ -37,7 +37,10 @@ int32_t Launch(const PfArgs* a, void (*kernel)(P...), dim3 grid, dim3 block, siz
   if (status == cudaSuccess) return PF_OK;
   return Fail(a, PF_ERR_DEVICE, "launch failed: %s", cudaGetErrorString(status));
 #else
-  if (emulator::Run(grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); })) return PF_OK;
+  const auto run = [=] {
+    return emulator::Run(grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); });
+  };
+  if (emulator::Queue(run)) return PF_OK;
   return Fail(a, PF_ERR_DEVICE, "%s", emulator::Error());
 #endif
 }
@@ -48,7 +51,7 @@ static inline int32_t DeviceZero(const PfArgs* a, void* at, size_t bytes) {
   if (status != cudaSuccess) return Fail(a, PF_ERR_DEVICE, "memset failed: %s", cudaGetErrorString(status));
 #else
   (void)a;
-  memset(at, 0, bytes);
+  emulator::Queue([=] { return memset(at, 0, bytes) != nullptr; });
 #endif
   return PF_OK;
 }
@@ -59,7 +62,7 @@ static inline int32_t DeviceCopy(const PfArgs* a, void* to, const void* from, si
   if (status != cudaSuccess) return Fail(a, PF_ERR_DEVICE, "copy failed: %s", cudaGetErrorString(status));
 #else
   (void)a;
-  memmove(to, from, bytes);
+  emulator::Queue([=] { return memmove(to, from, bytes) != nullptr; });
 #endif
   return PF_OK;
 }

@@ -16,6 +16,7 @@
 namespace emulator {
 
 Place place;
+Launches* noted = nullptr;
 
 namespace {
 

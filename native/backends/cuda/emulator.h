@@ -11,6 +11,8 @@
 
 #include <functional>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -64,6 +66,10 @@ void CopyLater(void* to, const void* from, size_t bytes, size_t zeros);
 void CopyCommit();
 void CopyWait(int groups_left);
 
+// What is launched while `noted` is set is noted there instead of being run.
+typedef std::vector<std::function<bool()>> Launches;
+extern Launches* noted;
+
 // Runs every block; false when a kernel got stuck, with the reason in Error().
 bool Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 const char* Error();
@@ -75,6 +81,13 @@ T Shuffle(uint32_t mask, T value, int from) {
   T result;
   memcpy(&result, values.of[from & 31], sizeof(T));
   return result;
+}
+// Runs `launch`, a copy of which must be enough to run it later, or notes it.
+template <class F>
+bool Queue(F launch) {
+  if (!noted) return launch();
+  noted->push_back(std::move(launch));
+  return true;
 }
 inline int Lane() { return Linear() & 31; }
 

@@ -131,9 +131,38 @@ int32_t Pace(char* error) {
   return PF_OK;
 }
 
+// Relaxed: what kernels ask of the runtime beside launching (attributes, heuristics) is harmless.
+int32_t Capture(char* error) {
+  PF_CUDA(cudaStreamBeginCapture(device.stream, cudaStreamCaptureModeRelaxed), "capturing");
+  return PF_OK;
+}
+
+int32_t Captured(void** graph, char* error) {
+  cudaGraph_t captured = nullptr;
+  PF_CUDA(cudaStreamEndCapture(device.stream, &captured), "capturing");
+  cudaGraphExec_t made = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&made, captured, 0);
+  cudaGraphDestroy(captured);
+  PF_CUDA(status, "making a graph");
+  *graph = made;
+  return PF_OK;
+}
+
+int32_t LaunchGraph(void* graph, char* error) {
+  PF_CUDA(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), device.stream), "launching a graph");
+  return PF_OK;
+}
+
+// What is under way ends first: the runtime sees to that.
+void Drop(void* graph) {
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+  cudaGetLastError();
+}
+
 }  // namespace
 
-const PfMemory kDeviceMemory = {Begin, End, Allocate, Release, Upload, Download, Synchronize, Pace};
+const PfMemory kDeviceMemory = {Begin,       End,  Allocate, Release,  Upload,      Download,
+                                Synchronize, Pace, Capture,  Captured, LaunchGraph, Drop};
 
 int32_t DeviceProbe(int32_t index, char* text) {
   int count = 0;

@@ -1,6 +1,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backends/cuda/emulator.h"
 #include "backends/cuda/memory.h"
 
 namespace {
@@ -25,9 +26,29 @@ int32_t Download(void* to, const void* from, size_t bytes, char* error) {
 int32_t Synchronize(char* error) { return TakeFault(&faults, error); }
 int32_t Pace(char*) { return PF_OK; }
 
+int32_t Capture(char*) {
+  emulator::noted = new emulator::Launches;
+  return PF_OK;
+}
+int32_t Captured(void** graph, char*) {
+  *graph = emulator::noted;
+  emulator::noted = nullptr;
+  return PF_OK;
+}
+int32_t LaunchGraph(void* graph, char* error) {
+  for (const auto& launch : *static_cast<emulator::Launches*>(graph))
+    if (!launch()) {
+      snprintf(error, 256, "%s", emulator::Error());
+      return PF_ERR_DEVICE;
+    }
+  return PF_OK;
+}
+void Drop(void* graph) { delete static_cast<emulator::Launches*>(graph); }
+
 }  // namespace
 
-const PfMemory kDeviceMemory = {Begin, End, Allocate, free, Upload, Download, Synchronize, Pace};
+const PfMemory kDeviceMemory = {Begin,       End,  Allocate, free,     Upload,      Download,
+                                Synchronize, Pace, Capture,  Captured, LaunchGraph, Drop};
 int32_t DeviceProbe(int32_t, char* text) {
   snprintf(text, 256, "kernels run by the host, for tests");
   return PF_OK;
