@@ -88,6 +88,22 @@ describe('ops compute what their equations say', () => {
     w.dispose()
   })
 
+  it.each(['plain', 'packed'])(
+    'a product with a %s weight goes into part of a wider tensor',
+    async (form) => {
+      const [x, w, bias] = [random([9, 33]), random([18, 33]), random([18])]
+      if (form === 'packed') packWeight(w)
+      const into = Tensor.full([9, 25], 7)
+      const alone = await linear(x, w, bias, { activation: 'geluTanh' }).floats()
+      expect(linear(x, w, bias, { activation: 'geluTanh', into, column: 4 })).toBe(into)
+      const wide = await into.floats()
+      const inside = (i: number): boolean => i % 25 >= 4 && i % 25 < 22
+      expect(wide.filter((_, i) => inside(i))).toEqual(alone)
+      expect(wide.filter((v, i) => !inside(i) && v !== 7)).toHaveLength(0)
+      w.dispose()
+    },
+  )
+
   it('attention normalises and rotates queries and keys as rope does before it', async () => {
     const [length, heads, d, split] = [7, 2, 6, 3]
     const shape = [1, length, heads, d]
@@ -230,6 +246,11 @@ describe('ops refuse what does not fit, naming it', () => {
       'activation',
       () => linear(t(2, 3), t(4, 3), null, { activation: 'gelu' as never }),
       /silu, received gelu/,
+    ],
+    [
+      'linear into',
+      () => linear(t(2, 3), t(4, 3), null, { into: t(2, 5), column: 2 }),
+      /4 columns of into from 2 on, received \[2, 5\]/,
     ],
     ['linear dtype', () => linear(t(2, 3), Tensor.zeros([4, 3], 'bf16')), /weight of f32/],
     ['matmul', () => matmul(t(2, 3), t(2, 3)), /b \[..., K, N\]/],

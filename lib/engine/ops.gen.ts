@@ -20,7 +20,7 @@ export const OPS = {
   sum: { id: 10, inputs: 1, outputs: 1, scalars: ['outer', 'count', 'inner', 'scale', 'accumulate'] },
   matmul: { id: 11, inputs: 4, outputs: 1, scalars: ['trans_a', 'trans_b', 'activation', 'accumulate'] },
   matmul_pack: { id: 12, inputs: 1, outputs: 1, scalars: [] },
-  matmul_packed: { id: 13, inputs: 4, outputs: 1, scalars: ['n', 'activation'] },
+  matmul_packed: { id: 13, inputs: 4, outputs: 1, scalars: ['n', 'activation', 'column'] },
   conv3d: {
     id: 14,
     inputs: 3,

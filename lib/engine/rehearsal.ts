@@ -22,6 +22,9 @@ const NAMES: ReadonlyMap<number, OpName> = new Map(
 const TYPES = new Map(Object.entries(DTYPES).map(([name, { code }]) => [code, name as Operand['dtype']]))
 
 const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].bytes : 0)
+const columnsOf = (x: Size | undefined, n: number): { shape: number[] } => ({
+  shape: [...(x?.shape.slice(0, -1) ?? []), n],
+})
 const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
 
 // What the kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
@@ -196,6 +199,9 @@ class Ledger {
     }
     const inputs = Array.from({ length: c[2] as number }, next)
     const outputs = Array.from({ length: c[3] as number }, next)
+    // Its result may be some columns of a wider tensor.
+    if (op === 'matmul_packed')
+      outputs[0] = { ...(outputs[0] as Operand), ...columnsOf(outputs[0], c[at] as number) }
     const flops = flopsOf(op, inputs, outputs)
     this.#flops += flops
     if (ATTENTION.has(op)) this.#attention += flops

@@ -3,9 +3,10 @@ import { linearLayer } from '../nn/linear.ts'
 import { feedForward } from '../nn/mlp.ts'
 import { modulate, modulatedNorm, modulation } from '../nn/norm.ts'
 import type { Weights } from '../nn/weights.ts'
-import { concat } from '../ops/copy.ts'
+import { concat, copyInto } from '../ops/copy.ts'
 import { gatedAdd } from '../ops/pointwise.ts'
-import type { Tensor } from '../tensor/tensor.ts'
+import { needsGrad } from '../tensor/tape.ts'
+import { Tensor } from '../tensor/tensor.ts'
 
 /** Latent tokens X [N, d] and text tokens C [T, d]; e = SiLU(temb) [R, d]. */
 export type DoubleBlock = (x: Tensor, c: Tensor, e: Tensor, arrays: TokenArrays) => [Tensor, Tensor]
@@ -74,11 +75,19 @@ export function singleBlock(
   const projMlp = linearLayer(w.sub('proj_mlp'), width, 4 * width)
   const projOut = linearLayer(w.sub('proj_out'), 5 * width, width)
   const attend = selfAttention(w.sub('attn'), options)
+  // Attention and hidden layer in one tensor [T + N, 5d], for which nothing is copied but the attention's part.
+  const beside = (y: Tensor, arrays: TokenArrays): Tensor => {
+    if (arrays.recording || needsGrad(y)) {
+      return concat([attend(y, arrays), projMlp(y, { activation: 'geluTanh' })], 1)
+    }
+    const both = Tensor.empty([y.shape[0] as number, 5 * width], y.dtype)
+    arrays.local(() => copyInto(attend(y, arrays), both, 1, 0))
+    return projMlp(y, { activation: 'geluTanh', into: both, column: width })
+  }
 
   return (z, e, arrays) => {
     const [shift, scale, gate] = norm(e) as [Tensor, Tensor, Tensor]
     const y = modulate(z, shift, scale, arrays.jointRows)
-    const both = concat([attend(y, arrays), projMlp(y, { activation: 'geluTanh' })], 1) // [T + N, 5d]
-    return gatedAdd(z, projOut(both), gate, arrays.jointRows)
+    return gatedAdd(z, projOut(beside(y, arrays)), gate, arrays.jointRows)
   }
 }

@@ -136,15 +136,22 @@ export function jointAttention(
   return (latent, text, arrays) => {
     const { latentCos: cos, latentSin: sin, textTokens, latentTokens, local } = arrays
     const o = local(() => {
-      const pair = (name: 'q' | 'k' | 'v') => [split(c[name](text)), split(x[name](latent))] as const
-      const [q, k, v] = [pair('q'), pair('k'), pair('v')]
       if (mayFuse(arrays, c.normQ, c.normK, x.normQ, x.normK)) {
+        // Both projections write where the attention reads: text first.
+        const joint = (name: 'q' | 'k' | 'v'): Tensor => {
+          const all = Tensor.empty([textTokens + latentTokens, width], latent.dtype)
+          c[name](text, { into: all.view([textTokens, width]) })
+          x[name](latent, { into: all.view([latentTokens, width], textTokens * width) })
+          return split(all)
+        }
         const both = (name: 'normQ' | 'normK') => reshape(concat([c[name], x[name]], 0), [2, headDim])
         const { jointCos, jointSin } = arrays
         const [weightQ, weightK] = [both('normQ'), both('normK')]
         const norm = { weightQ, weightK, cos: jointCos, sin: jointSin, eps, split: textTokens }
-        return attend(concat(q, 0), concat(k, 0), concat(v, 0), arrays, norm)
+        return attend(joint('q'), joint('k'), joint('v'), arrays, norm)
       }
+      const pair = (name: 'q' | 'k' | 'v') => [split(c[name](text)), split(x[name](latent))] as const
+      const [q, k, v] = [pair('q'), pair('k'), pair('v')]
       // Text lies at position 0, where the rotation is the identity.
       const turned = ([ofText, ofLatent]: readonly [Tensor, Tensor], norm: 'normQ' | 'normK') =>
         concat(

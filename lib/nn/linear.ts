@@ -1,3 +1,4 @@
+import { copyInto } from '../ops/copy.ts'
 import { type LinearOptions, linear } from '../ops/matmul.ts'
 import { add, geluTanh, scale as scaled, silu } from '../ops/pointwise.ts'
 import type { Tensor } from '../tensor/tensor.ts'
@@ -32,10 +33,13 @@ export function linearLayer(
   const plain: Linear = (x, options) => whileThere(weight, () => linear(x, weight, bias, options))
   const adapter = weights.adapter
   if (!adapter) return plain
-  return (x, { activation = 'none', residual } = {}) => {
+  return (x, { activation = 'none', residual, into, column = 0 } = {}) => {
     const y = addLowRank(x, plain(x), adapter)
     const active = activation === 'none' ? y : activation === 'silu' ? silu(y) : geluTanh(y)
-    return residual ? add(active, residual) : active
+    const result = residual ? add(active, residual) : active
+    if (!into) return result
+    copyInto(result, into, 1, column)
+    return into
   }
 }
 

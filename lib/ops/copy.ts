@@ -28,6 +28,20 @@ function copyRegion(x: Tensor, from: number, y: Tensor, to: number, axis: number
   engine.run('copy_region', [x], [y], [outer, count, inner, xAxis, from, y.shape[axis] as number, to, 0])
 }
 
+/** Copies x into `to` from step `at` of an axis on; all other axes agree. Not differentiable. @throws ERR_SHAPE */
+export function copyInto(x: Tensor, to: Tensor, axis: number, at: number): void {
+  const steps = x.shape[axis] as number
+  const others = x.shape.map((d, i) => (i === axis ? null : d))
+  expectShape('copyInto', `a tensor that agrees but for axis ${axis}`, to, others)
+  expectThat(
+    at >= 0 && at + steps <= (to.shape[axis] as number),
+    'copyInto',
+    `room for ${steps} steps from ${at} on`,
+    to,
+  )
+  copyRegion(x, 0, to, at, axis, steps)
+}
+
 function cut(x: Tensor, axis: number, start: number, count: number): Tensor {
   const shape = x.shape.map((d, i) => (i === axis ? count : d))
   const [outer, , inner] = around(x.shape, axis)
@@ -61,6 +75,18 @@ export function slice(x: Tensor, axis: number, start: number, count: number): Te
   return y
 }
 
+// All in one op, as pieces of one memory.
+function equalParts(x: Tensor, axis: number, n: number): Tensor[] {
+  const shape = x.shape.map((d, i) => (i === axis ? d / n : d))
+  const [outer, size, inner] = around(x.shape, axis)
+  const each = sizeOf(shape)
+  const lines = x.view([outer, n, (size / n) * inner])
+  const parts = outer === 1 ? lines : permuted(lines, [1, 0, 2])
+  const ys = Array.from({ length: n }, (_, i) => parts.view(shape, i * each))
+  for (const t of new Set([lines, parts])) t.dispose()
+  return ys
+}
+
 /** `n` slices of one axis, of lengths that differ by at most one (longer ones first). */
 export function chunk(x: Tensor, axis: number, n: number): Tensor[] {
   const at = resolveAxis('chunk', x, axis)
@@ -74,7 +100,10 @@ export function chunk(x: Tensor, axis: number, n: number): Tensor[] {
   }
   const starts = Array.from({ length: n + 1 }, (_, i) => i * Math.floor(size / n) + Math.min(i, size % n))
   const length = (i: number) => (starts[i + 1] as number) - (starts[i] as number)
-  const ys = Array.from({ length: n }, (_, i) => cut(x, at, starts[i] as number, length(i)))
+  const ys =
+    size % n === 0
+      ? equalParts(x, at, n)
+      : Array.from({ length: n }, (_, i) => cut(x, at, starts[i] as number, length(i)))
   // One node for all pieces, so that their gradients meet in one buffer.
   record([x], ys, (grads) => {
     const dx = grads.every((g) => g !== null)

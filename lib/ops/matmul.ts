@@ -4,7 +4,7 @@ import { keep } from '../tensor/scope.ts'
 import { needsGrad, noGrad, record } from '../tensor/tape.ts'
 import { sizeOf, Tensor } from '../tensor/tensor.ts'
 import { expectFloats, expectShape, expectThat, shaped, weightGrad } from './check.ts'
-import { permute } from './copy.ts'
+import { copyInto, permute } from './copy.ts'
 import { add, geluTanh, silu } from './pointwise.ts'
 import { reduceTo } from './reduce.ts'
 
@@ -18,6 +18,13 @@ export interface LinearOptions {
   readonly activation?: Activation | undefined
   /** Added last, [..., N]. */
   readonly residual?: Tensor | null | undefined
+  /**
+   * Where the result goes instead of a new tensor, [rows, W] in x's dtype: columns `column` to `column` + N of its rows.
+   * Not where a gradient is wanted.
+   */
+  readonly into?: Tensor | undefined
+  /** Default 0. */
+  readonly column?: number | undefined
 }
 
 function checkPair(op: string, a: Tensor, b: Tensor, name: string): void {
@@ -36,8 +43,8 @@ function checkPair(op: string, a: Tensor, b: Tensor, name: string): void {
  * @param x - [..., K]
  * @param weight - [N, K], of x's dtype unless packed; its packed form is used where no gradient is wanted
  * @param bias - [N]
- * @returns [..., N]
- * @throws ERR_OPTION for an activation that there is none of; ERR_SHAPE; ERR_DTYPE
+ * @returns [..., N], or `into`
+ * @throws ERR_OPTION for an activation that there is none of, and for `into` beside gradients; ERR_SHAPE; ERR_DTYPE
  */
 export function linear(
   x: Tensor,
@@ -61,6 +68,9 @@ export function linear(
   const shape = [...x.shape.slice(0, -1), n]
   if (residual) expectShape('linear', 'residual [..., N]', residual, shape)
 
+  const { into, column = 0 } = options
+  if (into) return linearInto(into, column, x, weight, bias, options)
+
   const wanted = needsGrad(x) || needsGrad(weight) || needsGrad(bias)
   if (wanted && activation !== 'none') {
     // The gradient needs the value before the activation, which the fused kernel does not keep.
@@ -74,7 +84,7 @@ export function linear(
   const added = residual && shaped(residual, [m, n])
   const out = shaped(y, [m, n])
   if (!wanted && weight.packed) {
-    engine.run('matmul_packed', [rows, weight.packed, bias, added], [out], [n, ACTIVATION[activation]])
+    engine.run('matmul_packed', [rows, weight.packed, bias, added], [out], [n, ACTIVATION[activation], 0])
   } else {
     engine.run('matmul', [rows, weight, bias, added], [out], [0, 1, ACTIVATION[activation], 0])
   }
@@ -107,6 +117,40 @@ export function linear(
     return [dx, dWeight, dBias, forResidual ? g : null]
   })
   return y
+}
+
+// The kernels of packed weights write rows as long as those of their result; others get a copy.
+function linearInto(
+  into: Tensor,
+  column: number,
+  x: Tensor,
+  weight: Tensor,
+  bias: Tensor | null,
+  options: LinearOptions,
+): Tensor {
+  const { activation = 'none', residual = null } = options
+  const [n, k] = weight.shape as [number, number]
+  const rows = x.size / k
+  const width = into.shape[1] ?? 0
+  expectShape('linear', 'into [rows, W]', into, [rows, null])
+  expectThat(column >= 0 && column + n <= width, 'linear', `${n} columns of into from ${column} on`, into)
+  if (into.dtype !== x.dtype) checkPair('linear', x, into, 'into')
+  if ([x, weight, bias, residual].some((t) => t && needsGrad(t))) {
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'linear',
+      expected: 'no `into` where a gradient is wanted',
+      received: `into [${into.shape}]`,
+    })
+  }
+  if (weight.packed && !residual && rows > 0) {
+    const scalars = [n, ACTIVATION[activation], column]
+    engine.run('matmul_packed', [shaped(x, [rows, k]), weight.packed, bias, null], [into], scalars)
+  } else {
+    const y = linear(x, weight, bias, { activation, residual })
+    copyInto(y.view([rows, n]), into, 1, column)
+    y.dispose()
+  }
+  return into
 }
 
 /** Which operands of {@link matmul} are stored with their last two axes exchanged. */

@@ -4,8 +4,9 @@
 //                a [..., M, K] or [..., K, M] (trans_a); b [..., K, N] or [..., N, K] (trans_b), leading dims
 //                those of a, or none: one b for the whole batch. bias [N], residual like y [..., M, N].
 // matmul_pack    w [N, K] -> u8 blob of the backend's pack_bytes(N, K): the weight as the backend likes to
-// read it. matmul_packed  y [..., N] = act(x wT + bias) + residual, x [..., K]. act: 0 none, 1 gelu (tanh
-// form), 2 silu. Sums are f32 whatever the dtypes; y is rounded once, at the end.
+// read it. matmul_packed  y [..., N] = act(x wT + bias) + residual, x [..., K]. y may be wider: the result
+// goes to its columns from `column` on, without a residual. act: 0 none, 1 gelu (tanh form), 2 silu. Sums are
+// f32 whatever the dtypes; y is rounded once, at the end.
 #pragma once
 #include "core/check.h"
 
@@ -13,7 +14,7 @@ struct MatmulParams {
   double trans_a, trans_b, activation, accumulate;
 };
 struct MatmulPackedParams {
-  double n, activation;
+  double n, activation, column;
 };
 
 // The lengths a matmul call means. Fills shape or refuses.
@@ -71,6 +72,21 @@ static inline int32_t GetMatmulShape(const PfArgs* args, MatmulShape* s) {
   if (p.accumulate != 0 && (PfPresent(args->in[2]) || PfPresent(args->in[3]) || p.activation != 0))
     return Fail(args, PF_ERR_OPTION, "matmul: accumulate takes no bias, activation or residual");
   return CheckEpilogue(args, "matmul", args->in[2], args->in[3], y, s->n, p.activation);
+}
+
+// Of matmul_packed: m rows of n columns somewhere in y's rows.
+static inline int32_t CheckPackedResult(const PfArgs* args, int64_t m, int64_t n) {
+  const PfView &residual = args->in[3], &y = args->out[0];
+  const MatmulPackedParams& p = PfParams<MatmulPackedParams>(args);
+  const int64_t width = y.rank >= 1 ? y.dims[y.rank - 1] : 0;
+  if (!(p.column >= 0 && p.column + n <= width) || PfCount(y) != m * width)
+    return Fail(
+        args, PF_ERR_SHAPE,
+        "matmul_packed: expected y of %lld rows with columns %g to %g, received %lld values in rows of %lld",
+        (long long)m, p.column, p.column + n, (long long)PfCount(y), (long long)width);
+  if (width > n && PfPresent(residual))
+    return Fail(args, PF_ERR_OPTION, "matmul_packed: part of a tensor takes no residual");
+  return CheckEpilogue(args, "matmul_packed", args->in[2], residual, y, n, p.activation);
 }
 
 // A packed weight is bytes, everything else f32 or bf16.

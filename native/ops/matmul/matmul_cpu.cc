@@ -21,12 +21,13 @@ struct Problem {
   int64_t b_batch, b_row, b_column;
   int64_t dtype, packed_tile_bytes;  // packed_tile_bytes > 0: b is packed
   char* y;
+  int64_t y_row;
   Epilogue end;
 };
 
 template <class Y, class R>
 void StoreTile(const Epilogue& e, const float* tile, int64_t m, int64_t n, int64_t ld, const float* bias,
-               const R* residual, Y* y) {
+               const R* residual, Y* y) {  // a residual lies like y
   for (int64_t i = 0; i < m; ++i, tile += n, y += ld) {
     for (int64_t j = 0; j < n; j += kLanes) {
       const int64_t left = n - j;
@@ -117,7 +118,8 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
   const bool padded = padded_rows > last_rows;
   // oneDNN's best kernels want a dense result, so tiles are computed aside unless the detour costs more than
   // they save (a short inner sum).
-  const bool direct = p.end.Trivial() && !padded && (columns == 1 || (!p.packed_tile_bytes && p.k < 256));
+  const bool direct =
+      p.end.Trivial() && !padded && p.y_row == p.n && (columns == 1 || (!p.packed_tile_bytes && p.k < 256));
 
   OnednnGemm gemms[2][2];
   OnednnKernel* kernels[2][2] = {};
@@ -159,7 +161,7 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
           const OnednnGemm& g = gemms[last_m][last_n];
           const OnednnKernel* kernel = kernels[last_m][last_n];
           char* mine = memory + thread * per_thread;
-          const int64_t at = (entry * p.m + m0) * p.n + n0;
+          const int64_t at = (entry * p.m + m0) * p.y_row + n0;
           float* c = direct ? reinterpret_cast<float*>(p.y) + at : reinterpret_cast<float*>(mine + scratch);
           const char* a = p.a + (entry * p.a_batch + m0 * p.a_row) * size;
           const char* b = p.packed_tile_bytes ? p.b + column * p.packed_tile_bytes
@@ -178,7 +180,7 @@ int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
           } else {
             PlainTile(g, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c);
           }
-          if (!direct) StoreTile(p.end, c, last_m ? last_rows : g.m, g.n, p.n, n0, at, p.y);
+          if (!direct) StoreTile(p.end, c, last_m ? last_rows : g.m, g.n, p.y_row, n0, at, p.y);
           return static_cast<int32_t>(PF_OK);
         });
   }
@@ -249,6 +251,7 @@ int32_t pf_cpu_matmul(const PfArgs* args) {
   p.b_row = s.trans_b ? 1 : s.n;
   p.b_column = s.trans_b ? s.k : 1;
   p.y = static_cast<char*>(y.data);
+  p.y_row = s.n;
   p.end = {PfPresent(bias) ? static_cast<const float*>(As(args, bias, PF_F32)) : nullptr,
            residual.data,
            PfPresent(residual) ? residual.dtype : PF_F32,
@@ -291,10 +294,7 @@ int32_t pf_cpu_matmul_packed(const PfArgs* args) {
                 "matmul_packed: the weight is [%lld, %lld], received x [..., %lld] and n = %g",
                 (long long)w.n, (long long)w.k, (long long)k, params.n);
   const int64_t m = PfCount(x) / k;
-  if (y.rank < 1 || y.dims[y.rank - 1] != w.n || PfCount(y) != m * w.n)
-    return Fail(args, PF_ERR_SHAPE, "matmul_packed: expected y [%lld, %lld], received %lld values",
-                (long long)m, (long long)w.n, (long long)PfCount(y));
-  status = CheckEpilogue(args, "matmul_packed", bias, residual, y, w.n, params.activation);
+  status = CheckPackedResult(args, m, w.n);
   if (status != PF_OK) return status;
   if (m == 0) return PF_OK;
 
@@ -324,7 +324,8 @@ int32_t pf_cpu_matmul_packed(const PfArgs* args) {
     p.b_column = k;
   }
   p.a = static_cast<const char*>(As(args, x, p.dtype));
-  p.y = static_cast<char*>(y.data);
+  p.y = static_cast<char*>(y.data) + static_cast<int64_t>(params.column) * PfSize(y.dtype);
+  p.y_row = y.dims[y.rank - 1];
   p.end = {PfPresent(bias) ? static_cast<const float*>(As(args, bias, PF_F32)) : nullptr,
            residual.data,
            PfPresent(residual) ? residual.dtype : PF_F32,

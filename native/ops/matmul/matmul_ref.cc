@@ -55,8 +55,10 @@ int32_t pf_ref_matmul_packed(const PfArgs* args) {
   int64_t header[2];
   memcpy(header, blob.data, 16);
   const int64_t n = header[0], k = header[1], m = PfCount(x) / k;
-  if (n != p.n || x.dims[x.rank - 1] != k || PfCount(y) != m * n)
-    return Fail(args, PF_ERR_SHAPE, "matmul_packed: shapes differ");
+  if (n != p.n || x.dims[x.rank - 1] != k) return Fail(args, PF_ERR_SHAPE, "matmul_packed: shapes differ");
+  const int32_t status = CheckPackedResult(args, m, n);
+  if (status != PF_OK) return status;
+  const int64_t width = y.dims[y.rank - 1], column = static_cast<int64_t>(p.column);
   // The element size follows from the blob's length: the reference packs any float dtype.
   const int64_t size = (PfCount(blob) - 16) / (n * k);
   PfView w{PfData<char>(blob) + 16, size == 8 ? PF_F64 : size == 4 ? PF_F32 : PF_BF16, 2, {n, k}};
@@ -64,7 +66,8 @@ int32_t pf_ref_matmul_packed(const PfArgs* args) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = PfPresent(bias) ? Get(bias, j) : 0;
       for (int64_t q = 0; q < k; ++q) sum += Get(x, i * k + q) * Get(w, j * k + q);
-      Set(y, i * n + j, Activate(sum, p.activation) + (PfPresent(residual) ? Get(residual, i * n + j) : 0));
+      Set(y, i * width + column + j,
+          Activate(sum, p.activation) + (PfPresent(residual) ? Get(residual, i * n + j) : 0));
     }
   return PF_OK;
 }
