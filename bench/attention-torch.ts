@@ -2,7 +2,7 @@ import { engine } from '../lib/engine/engine.ts'
 import { type Layout, makeLayout } from '../lib/pyramid/layout.ts'
 import { columnOf, type Problem, STAGES, TEXT, withMask, withOp } from './attention-problem.ts'
 import { countFor, type Effort, engineSeconds, onGpu, type Required, type Unnamed } from './harness.ts'
-import { type TorchProblem, torchAttention } from './torch.ts'
+import { fastest, type TorchProblem, torchAttention } from './torch.ts'
 
 interface Case {
   name: string
@@ -26,7 +26,7 @@ export async function againstTorch(effort: Effort): Promise<Unnamed[]> {
   }
   const rows: Unnamed[] = []
   for (const [i, { name, problem, layout, required }] of cases.entries()) {
-    const best = (found.answer[i] ?? []).sort(([, a], [, b]) => a - b)[0]
+    const best = fastest(found.answer[i])
     if (!best) continue
     const seconds = await secondsOf(problem, layout, effort)
     const against = `PyTorch ${found.version}, ${best[0]}`

@@ -2,6 +2,7 @@ import { mkdirSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
+import { againstTorchOps } from './against-torch.ts'
 import { attention } from './attention.ts'
 import { blocks } from './blocks.ts'
 import { dispatch } from './dispatch.ts'
@@ -23,6 +24,7 @@ const GROUPS: Record<string, Group> = {
   kernels,
   attention,
   blocks,
+  torch: againstTorchOps,
   train,
   'train-step': trainStep,
   generate,

@@ -56,10 +56,50 @@ export interface TorchProblem {
   readonly mask?: { readonly segment: readonly number[]; readonly order: readonly number[] }
 }
 
-/** Name and seconds of every kernel of PyTorch's that takes a problem (bench/torch_attention.py), or why there is none. */
+/** A convolution, a group norm with SiLU, or a step of AdamW, as bench/torch_ops.py takes them. */
+export type TorchOp =
+  | {
+      readonly op: 'conv3d'
+      readonly dtype: 'f32' | 'bf16'
+      readonly channels: number
+      readonly frames: number
+      readonly height: number
+      readonly width: number
+    }
+  | {
+      readonly op: 'group_norm'
+      readonly dtype: 'f32' | 'bf16'
+      readonly images: number
+      readonly pixels: number
+      readonly channels: number
+    }
+  | { readonly op: 'adamw'; readonly count: number }
+
+/** Name and seconds of every way in which PyTorch computes a problem. */
+export type TorchTimes = [name: string, seconds: number][]
+
+interface TorchOptions {
+  device: 'cpu' | 'cuda'
+  threads: number
+  seconds: number
+}
+
+/** Those of attention (bench/torch_attention.py), or why there are none. */
 export function torchAttention(
   problems: readonly TorchProblem[],
-  options: { device: 'cpu' | 'cuda'; threads: number; seconds: number },
-): { version: string; answer: [name: string, seconds: number][][] } | string {
+  options: TorchOptions,
+): { version: string; answer: TorchTimes[] } | string {
   return ask('torch_attention.py', { problems, ...options })
 }
+
+/** Those of other ops (bench/torch_ops.py), or why there are none. */
+export function torchOps(
+  problems: readonly TorchOp[],
+  options: TorchOptions,
+): { version: string; answer: TorchTimes[] } | string {
+  return ask('torch_ops.py', { problems, ...options })
+}
+
+/** The fastest of them. */
+export const fastest = (times: TorchTimes | undefined): TorchTimes[number] | undefined =>
+  [...(times ?? [])].sort(([, a], [, b]) => a - b)[0]

@@ -8,7 +8,6 @@ Two products a pair forward, five backward; a mask is a dense tensor for the for
 
 import json
 import sys
-import time
 
 import torch
 from torch.nn import functional as F
@@ -18,29 +17,7 @@ try:
 except ImportError:  # before PyTorch 2.3: two products and a softmax are all there is
     SDPBackend = None
 
-request = json.load(sys.stdin)
-device = torch.device(request["device"])
-torch.set_num_threads(request["threads"])
-torch.manual_seed(0)
-
-
-def synchronize():
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(run):
-    for _ in range(2):
-        run()
-    synchronize()
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < request["seconds"]:
-        run()
-        count += 1
-        if count % 8 == 0 or device.type == "cpu":
-            synchronize()
-    synchronize()
-    return (time.perf_counter() - begin) / count
+from torch_timing import device, dtype_of, request, seconds_of
 
 
 def visible(mask):
@@ -82,10 +59,9 @@ def kernels(mask):
 
 
 def measure(problem):
-    dtype = torch.bfloat16 if problem["dtype"] == "bf16" else torch.float32
     shape = (1, problem["heads"], problem["length"], problem["dim"])
     q, k, v = (
-        torch.randn(shape, device=device, dtype=dtype, requires_grad=problem["backward"]) for _ in range(3)
+        torch.randn(shape, device=device, dtype=dtype_of(problem), requires_grad=problem["backward"]) for _ in range(3)
     )
     found, mask = [], None
     if problem.get("mask"):

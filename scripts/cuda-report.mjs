@@ -1,5 +1,5 @@
 // Reads what ptxas said of every kernel of the last CUDA build: registers, shared memory, spills.
-//   node scripts/cuda-report.mjs [--json FILE]
+//   node scripts/cuda-report.mjs [--table FILE]      tab-separated, as bench/results/cuda-kernels.tsv
 // Exits with 1 when an attention kernel spills more than a few registers: those loops have no time for local memory; and
 // when ptxas makes a kernel's asynchronous products wait for one another.
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
@@ -40,6 +40,13 @@ function demangled(kernels) {
   }))
 }
 
+function tableOf(kernels) {
+  const columns = ['file', 'kernel', 'arch', 'registers', 'shared', 'spill']
+  return [columns, ...kernels.map((k) => columns.map((c) => k[c]))]
+    .map((row) => `${row.join('\t')}\n`)
+    .join('')
+}
+
 await main(() => {
   const folder = join(nativeTree, 'cuda')
   if (!existsSync(folder))
@@ -51,8 +58,8 @@ await main(() => {
       text: readFileSync(join(folder, name), 'utf8'),
     }))
   const kernels = demangled(reports.flatMap(({ file, text }) => kernelsIn(text, file)))
-  const at = process.argv.indexOf('--json')
-  if (at > 0) writeFileSync(process.argv[at + 1], `${JSON.stringify(kernels, null, 1)}\n`)
+  const at = process.argv.indexOf('--table')
+  if (at > 0) writeFileSync(process.argv[at + 1], tableOf(kernels))
   const spilling = kernels.filter(({ spill }) => spill > 0)
   for (const { file, kernel, arch, registers, spill } of spilling)
     console.error(`cuda: ${file} sm_${arch} ${kernel}: ${registers} registers, ${spill} bytes spilled`)
