@@ -100,6 +100,39 @@ static inline float SquareSum(const Bf16* x, int64_t n) {
   }
   return Sum(a + b);
 }
+// sums[i] = sum of the squares of row i of `rows`, n values each, a multiple of kPairs: sixteen rows at a
+// time are added up by the shuffles that one row takes three of.
+static inline void SquareSums(const Bf16* x, int64_t rows, int64_t n, float* sums) {
+  for (int64_t first = 0; first < rows; first += 16) {
+    Vf v[16] = {};
+    const int64_t count = rows - first < 16 ? rows - first : 16;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; ++i)
+      for (int64_t j = 0; i < count && j < n; j += kPairs) {
+        const __m512bh pairs = LoadPairs(x + (first + i) * n + j);
+        v[i] = DotPairs(v[i], pairs, pairs);
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+      v[i] = (Vf)(_mm512_maskz_unpacklo_ps(0xffff, a, b) + _mm512_maskz_unpackhi_ps(0xffff, a, b));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = (__m512d)v[2 * i], b = (__m512d)v[2 * i + 1];
+      v[i] = (Vf)_mm512_maskz_unpacklo_pd(0xff, a, b) + (Vf)_mm512_maskz_unpackhi_pd(0xff, a, b);
+    }
+#pragma GCC unroll 2
+    for (int levels = 2; levels > 0; --levels)
+#pragma GCC unroll 2
+      for (int i = 0; i < levels; ++i) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        v[i] = (Vf)(_mm512_maskz_shuffle_f32x4(0xffff, a, b, 0x88) +
+                    _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0xdd));
+      }
+    StoreN(sums + first, v[0], count);
+  }
+}
 static inline Moments MomentsOf(const Bf16* x, int64_t n) {
   Vf sum[2] = {}, square[2] = {};
   int64_t i = 0;

@@ -34,6 +34,13 @@ void EvenFirst(float* p, int64_t d) {
     StoreF(p + i + kLanes, __builtin_shuffle(low, high, 2 * kLaneIndex + 1));
   }
 }
+// The next row is on its way, to be read and to be written, while this one is computed.
+template <class X, class Y>
+void AskNext(const X* x, const Y* y, int64_t row, int64_t d) {
+  for (int64_t i = 0; i < d; i += 64 / sizeof(X)) __builtin_prefetch(x + row + i, 0);
+  for (int64_t i = 0; i < d; i += 64 / sizeof(Y)) __builtin_prefetch(y + row + i, 1);
+}
+
 // One head, with c and s as EvenFirst leaves them.
 void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r, Bf16* y) {
   for (int64_t i = 0; i < d; i += kPairValues) {
@@ -45,6 +52,52 @@ void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r
     const Vu both = Bf16Pairs(a, b);
     memcpy(y + i, &both, sizeof(both));
   }
+}
+
+#if defined(__AVX512BF16__)
+// All heads of a row, each of kVectors * kPairValues values: c and s stay in registers.
+template <int kVectors>
+void TurnHeads(const Bf16* x, const float* c, const float* s, int64_t heads, const float* rstd, Bf16* y) {
+  constexpr int64_t d = kVectors * kPairValues;
+  Vf cosine[2 * kVectors], sine[2 * kVectors];
+  for (int i = 0; i < 2 * kVectors; ++i) cosine[i] = LoadF(c + i * kLanes), sine[i] = LoadF(s + i * kLanes);
+  for (int64_t h = 0; h < heads; ++h, x += d, y += d) {
+    const float r = rstd[h];
+    AskNext(x, y, heads * d, d);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      Vu pairs;
+      memcpy(&pairs, x + i * kPairValues, sizeof(pairs));
+      const Vf even = (Vf)(pairs << 16), odd = (Vf)(pairs & 0xffff0000u);
+      const Vf a = Fma(odd, sine[2 * i], even * cosine[2 * i]) * r;
+      const Vf b = Fma(even, sine[2 * i + 1], odd * cosine[2 * i + 1]) * r;
+      const Vu both = Bf16Pairs(a, b);
+      memcpy(y + i * kPairValues, &both, sizeof(both));
+    }
+  }
+}
+#endif
+
+// 1 / root mean square of every head of a row; 1 without a norm.
+template <class X>
+void HeadScales(const X* x, int64_t heads, int64_t d, bool norm, float eps, float* rstd) {
+  if (!norm) {
+    for (int64_t h = 0; h < heads; ++h) rstd[h] = 1;
+    return;
+  }
+  bool summed = false;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<X, Bf16>)
+    if (d % kPairs == 0) {
+      SquareSums(x, heads, d, rstd);
+      summed = true;
+    }
+#endif
+  if (!summed)
+    for (int64_t h = 0; h < heads; ++h) rstd[h] = SquareSum(x + h * d, d);
+  ForLanes(heads, [=](int64_t h, int64_t m) {
+    StoreN(rstd + h, 1 / Sqrt(LoadN(rstd + h, m, 1) / static_cast<float>(d) + eps), m);
+  });
 }
 
 // Every head of the rows: y = rstd·(x·c + swap(x)·s), where c and s hold weight and angles of all heads.
@@ -71,14 +124,18 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
     }
     const X* x = PfData<X>(a->in[0]) + n * heads * d;
     Y* y = PfData<Y>(a->out[0]) + n * heads * d;
-    for (int64_t h = 0; h < heads; ++h) rstd[h] = w ? SquareSum(x + h * d, d) / d + eps : 1;
-    if (w)
-      ForLanes(heads, [=](int64_t h, int64_t m) { StoreN(rstd + h, 1 / Sqrt(LoadN(rstd + h, m, 1)), m); });
+    HeadScales(x, heads, d, w != nullptr, eps, rstd);
+#if defined(__AVX512BF16__)
+    if constexpr (kByPairs<X, Y>)
+      if (by_pairs && (d == 2 * kPairValues || d == 4 * kPairValues)) {
+        d == 2 * kPairValues ? TurnHeads<2>(x, c, s, heads, rstd, y) : TurnHeads<4>(x, c, s, heads, rstd, y);
+        if (rstds) memcpy(rstds + n * heads, rstd, heads * sizeof(float));
+        continue;
+      }
+#endif
     for (int64_t h = 0; h < heads; ++h) {
       const X* from = x + h * d;
-      // The next row is on its way, to be read and to be written, while this one is computed.
-      for (int64_t i = 0; i < d; i += 64 / sizeof(X)) __builtin_prefetch(from + heads * d + i, 0);
-      for (int64_t i = 0; i < d; i += 64 / sizeof(Y)) __builtin_prefetch(y + (h + heads) * d + i, 1);
+      AskNext(from, y + h * d, heads * d, d);
       const float r = rstd[h];
       if constexpr (kByPairs<X, Y>)
         if (by_pairs) {
