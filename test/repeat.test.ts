@@ -106,6 +106,21 @@ describe('a recording', () => {
     for (const t of [table, made, good.made]) t.dispose()
   })
 
+  test('refuses to run without a tensor that it read', async () => {
+    const [x, w] = [input(1), input(2)]
+    const { id, made } = record(() => matmul(x, w))
+    await made.floats()
+    w.dispose()
+    engine.replay(id)
+    await expect(engine.idle()).rejects.toMatchObject({
+      code: 'ERR_DEVICE',
+      message: expect.stringMatching(/a tensor that was read or written is gone/),
+    })
+    engine.forget(id)
+    for (const t of [x, made]) t.dispose()
+    await engine.idle()
+  })
+
   test('stops between its ops when its job is cancelled', async () => {
     const job = engine.newJob()
     const side = 512

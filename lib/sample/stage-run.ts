@@ -143,10 +143,10 @@ export class StageRun {
     return this.#euler(x, v, n)
   }
 
-  // φ(τ) of a step that may be a repeated one. Weights that are read for every step cannot be where they were.
+  // φ(τ) of a step that may be a repeated one. Weights that can leave memory may not be where they were.
   #timeFeatures(n: number): Float32Array | undefined {
     const { repeat, model } = this.#options
-    if (!repeat || !model.timeFeatures || this.steps === 1 || model.offload?.absent) return undefined
+    if (!repeat || !model.timeFeatures || this.steps === 1 || model.offload) return undefined
     const { textTokens, latentTokens } = this.#layout
     return textTokens + latentTokens <= MOST_REPEATED ? model.timeFeatures(this.#times(n)) : undefined
   }

@@ -327,6 +327,11 @@ void Engine::Run(const double* w) {
   PfArgs args{in, out, w + at, n_in, n_out, n_scalars, nullptr};
   std::string error;
   Recording* const recording = Open();
+  if (recording)
+    for (const auto& slots : {from, to})
+      for (int i = 0; i < kMost; ++i)
+        if (slots[i] && slots[i]->recording != recording)
+          recording->Need(slots[i] - slots_.data(), slots[i]->data);
   const int32_t status = Measure(op, &args, &error, recording, nullptr);
   for (Slot* slot : to)
     if (slot && status == PF_OK) slot->written = true;

@@ -65,6 +65,9 @@ void Engine::Replay(int id) {
   if (found == recordings_.end() || found->second->broken())
     return FailWith("ERR_DEVICE", "replay: what was recorded is not whole");
   Recording* const recording = found->second.get();
+  for (const auto& [slot, data] : recording->needs())
+    if (slot >= slots_.size() || slots_[slot].data != data)
+      return FailWith("ERR_DEVICE", "replay: a tensor that was read or written is gone");
   const PfMemory* const memory = backend_->memory;
   std::string error;
   int32_t status = PF_OK;

@@ -45,6 +45,10 @@ class Recording {
   // The tensor that has it now owns it from here on.
   void Yield(void* data) { blocks_.erase(data); }
 
+  // A tensor that is not the recording's own: it has to be where it was whenever the ops run again.
+  void Need(size_t slot, const void* data) { needs_[slot] = data; }
+  const std::map<size_t, const void*>& needs() const { return needs_; }
+
   void Note(NotedOp op) { ops_.push_back(std::move(op)); }
   const std::vector<NotedOp>& ops() const { return ops_; }
 
@@ -63,6 +67,7 @@ class Recording {
   const int job_;
   bool open_ = true, broken_ = false;
   std::vector<NotedOp> ops_;
+  std::map<size_t, const void*> needs_;
   std::map<void*, Held> blocks_;
   std::map<size_t, std::vector<void*>> free_;  // by Allocator::Rounded
 };
