@@ -7,7 +7,6 @@ import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import type { TextFeatures } from '../lib/text/encoder.ts'
 import { breakdown, type Effort, median, type Unnamed } from './harness.ts'
 import { NORMALISATION, PROMPT, wordEncoder } from './toy.ts'
 
@@ -67,9 +66,9 @@ async function repetition(pipeline: Pipeline, effort: Effort): Promise<Unnamed> 
   const { width, height, steps, videoSteps, guidanceScale, videoGuidanceScale } = pipeline.resolve({
     prompt: PROMPT,
   })
-  const [text, negative] = [PROMPT, ''].map((prompt) => wordEncoder().encode([prompt]))
+  const [text, negative] = [wordEncoder().encode([PROMPT]), wordEncoder().encode([''])]
   const options = {
-    ...{ stages, text: text as TextFeatures, negative: negative as TextFeatures, steps, videoSteps },
+    ...{ stages, text, negative, steps, videoSteps },
     ...{ frames: 3, height: height / vae.spatialFactor, width: width / vae.spatialFactor },
     guidance: { guidanceScale, videoGuidanceScale },
     noise: seededNoise(new Generator(1)),
@@ -88,9 +87,7 @@ async function repetition(pipeline: Pipeline, effort: Effort): Promise<Unnamed> 
     ours.push(once)
     ratios.push((await sample(false)) / once)
   }
-  for (const features of [text, negative]) {
-    for (const x of [features?.embeds, features?.pooled]) x?.dispose()
-  }
+  for (const { embeds, pooled } of [text, negative]) for (const x of [embeds, pooled]) x.dispose()
   return {
     name: 'denoise 9 frames, steps repeated',
     value: median(ours),

@@ -7,7 +7,7 @@ import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { embedding } from '../lib/ops/embedding.ts'
 import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
-import { keep, scope } from '../lib/tensor/scope.ts'
+import { scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { live } from './fixtures/memory.ts'
 import { goldenFolder } from './golden.ts'
@@ -97,7 +97,10 @@ describe('the CUDA backend in its emulator', () => {
           guidance: { guidanceScale: 1, videoGuidanceScale: 1 },
         }
         for await (const event of sampleLatents(network, options)) {
-          if (event.type === 'unit') return scope(() => keep(event.latent)).floats()
+          if (event.type !== 'unit') continue
+          const values = await event.latent.floats()
+          event.latent.dispose()
+          return values
         }
         throw new Error('no unit')
       }

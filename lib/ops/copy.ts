@@ -87,7 +87,7 @@ function equalParts(x: Tensor, axis: number, n: number): Tensor[] {
   return ys
 }
 
-/** `n` slices of one axis, of lengths that differ by at most one (longer ones first). */
+/** `n` slices of one axis, of lengths that differ by at most one (longer ones first); equal ones share one memory. */
 export function chunk(x: Tensor, axis: number, n: number): Tensor[] {
   const at = resolveAxis('chunk', x, axis)
   const size = x.shape[at] as number

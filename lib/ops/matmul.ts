@@ -134,8 +134,8 @@ function linearInto(
   const width = into.shape[1] ?? 0
   expectShape('linear', 'into [rows, W]', into, [rows, null])
   expectThat(column >= 0 && column + n <= width, 'linear', `${n} columns of into from ${column} on`, into)
-  if (into.dtype !== x.dtype) checkPair('linear', x, into, 'into')
-  if ([x, weight, bias, residual].some((t) => t && needsGrad(t))) {
+  checkPair('linear', x, into, 'into')
+  if ([x, weight, bias, residual].some(needsGrad)) {
     throw new PyraflowError('ERR_OPTION', {
       what: 'linear',
       expected: 'no `into` where a gradient is wanted',

@@ -1,5 +1,6 @@
 import { engine } from '../engine/engine.ts'
 import { TIME_FEATURES } from '../nn/embed.ts'
+import { copyInto } from '../ops/copy.ts'
 import { keep } from '../tensor/scope.ts'
 import type { Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
@@ -23,7 +24,7 @@ export class RepeatedStep {
 
   /** The velocity at `x` and φ(τ), which `forward` queues the first time. It stays this object's. */
   *velocity(x: Tensor, phi: Float32Array, forward: () => Steps<Tensor>): Steps<Tensor> {
-    engine.run('cast', [x], [this.latent], [])
+    copyInto(x, this.latent, 0, 0)
     this.timeFeatures.write(phi)
     if (this.#velocity && this.#recording !== undefined) {
       engine.replay(this.#recording)

@@ -54,6 +54,11 @@ static inline float SquareSum(const T* x, int64_t n) {
     return v * v;
   });
 }
+// sums[i] = sum of the squares of row i of `rows`, n values each.
+template <class T>
+static inline void SquareSums(const T* x, int64_t rows, int64_t n, float* sums) {
+  for (int64_t i = 0; i < rows; ++i) sums[i] = SquareSum(x + i * n, n);
+}
 struct Moments {
   float mean, variance;
 };
@@ -100,9 +105,9 @@ static inline float SquareSum(const Bf16* x, int64_t n) {
   }
   return Sum(a + b);
 }
-// sums[i] = sum of the squares of row i of `rows`, n values each, a multiple of kPairs: sixteen rows at a
-// time are added up by the shuffles that one row takes three of.
+// Sixteen rows of whole vectors at a time are added up by few more shuffles than one row takes alone.
 static inline void SquareSums(const Bf16* x, int64_t rows, int64_t n, float* sums) {
+  if (n % kPairs) return SquareSums<Bf16>(x, rows, n, sums);
   for (int64_t first = 0; first < rows; first += 16) {
     Vf v[16] = {};
     const int64_t count = rows - first < 16 ? rows - first : 16;

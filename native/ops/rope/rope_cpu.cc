@@ -41,16 +41,20 @@ void AskNext(const X* x, const Y* y, int64_t row, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / sizeof(Y)) __builtin_prefetch(y + row + i, 1);
 }
 
-// One head, with c and s as EvenFirst leaves them.
+// kPairValues values, with two vectors each of c and s as EvenFirst leaves them.
+inline void TurnUnits(const Bf16* x, const Vf (&c)[2], const Vf (&s)[2], float r, Bf16* y) {
+  Vu pairs;
+  memcpy(&pairs, x, sizeof(pairs));
+  const Vf even = (Vf)(pairs << 16), odd = (Vf)(pairs & 0xffff0000u);
+  const Vu both = Bf16Pairs(Fma(odd, s[0], even * c[0]) * r, Fma(even, s[1], odd * c[1]) * r);
+  memcpy(y, &both, sizeof(both));
+}
+// One head.
 void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r, Bf16* y) {
   for (int64_t i = 0; i < d; i += kPairValues) {
-    Vu pairs;
-    memcpy(&pairs, x + i, sizeof(pairs));
-    const Vf even = (Vf)(pairs << 16), odd = (Vf)(pairs & 0xffff0000u);
-    const Vf a = Fma(odd, LoadF(s + i), even * LoadF(c + i)) * r;
-    const Vf b = Fma(even, LoadF(s + i + kLanes), odd * LoadF(c + i + kLanes)) * r;
-    const Vu both = Bf16Pairs(a, b);
-    memcpy(y + i, &both, sizeof(both));
+    const Vf cosine[2] = {LoadF(c + i), LoadF(c + i + kLanes)},
+             sine[2] = {LoadF(s + i), LoadF(s + i + kLanes)};
+    TurnUnits(x + i, cosine, sine, r, y + i);
   }
 }
 
@@ -59,21 +63,17 @@ void TurnPairs(const Bf16* x, const float* c, const float* s, int64_t d, float r
 template <int kVectors>
 void TurnHeads(const Bf16* x, const float* c, const float* s, int64_t heads, const float* rstd, Bf16* y) {
   constexpr int64_t d = kVectors * kPairValues;
-  Vf cosine[2 * kVectors], sine[2 * kVectors];
-  for (int i = 0; i < 2 * kVectors; ++i) cosine[i] = LoadF(c + i * kLanes), sine[i] = LoadF(s + i * kLanes);
+  Vf cosine[kVectors][2], sine[kVectors][2];
+  for (int i = 0; i < 2 * kVectors; ++i) {
+    cosine[i / 2][i % 2] = LoadF(c + i * kLanes);
+    sine[i / 2][i % 2] = LoadF(s + i * kLanes);
+  }
   for (int64_t h = 0; h < heads; ++h, x += d, y += d) {
     const float r = rstd[h];
     AskNext(x, y, heads * d, d);
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      Vu pairs;
-      memcpy(&pairs, x + i * kPairValues, sizeof(pairs));
-      const Vf even = (Vf)(pairs << 16), odd = (Vf)(pairs & 0xffff0000u);
-      const Vf a = Fma(odd, sine[2 * i], even * cosine[2 * i]) * r;
-      const Vf b = Fma(even, sine[2 * i + 1], odd * cosine[2 * i + 1]) * r;
-      const Vu both = Bf16Pairs(a, b);
-      memcpy(y + i * kPairValues, &both, sizeof(both));
-    }
+    for (int i = 0; i < kVectors; ++i)
+      TurnUnits(x + i * kPairValues, cosine[i], sine[i], r, y + i * kPairValues);
   }
 }
 #endif
@@ -85,16 +85,7 @@ void HeadScales(const X* x, int64_t heads, int64_t d, bool norm, float eps, floa
     for (int64_t h = 0; h < heads; ++h) rstd[h] = 1;
     return;
   }
-  bool summed = false;
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<X, Bf16>)
-    if (d % kPairs == 0) {
-      SquareSums(x, heads, d, rstd);
-      summed = true;
-    }
-#endif
-  if (!summed)
-    for (int64_t h = 0; h < heads; ++h) rstd[h] = SquareSum(x + h * d, d);
+  SquareSums(x, heads, d, rstd);
   ForLanes(heads, [=](int64_t h, int64_t m) {
     StoreN(rstd + h, 1 / Sqrt(LoadN(rstd + h, m, 1) / static_cast<float>(d) + eps), m);
   });
@@ -125,11 +116,11 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
     const X* x = PfData<X>(a->in[0]) + n * heads * d;
     Y* y = PfData<Y>(a->out[0]) + n * heads * d;
     HeadScales(x, heads, d, w != nullptr, eps, rstd);
+    if (rstds) memcpy(rstds + n * heads, rstd, heads * sizeof(float));
 #if defined(__AVX512BF16__)
     if constexpr (kByPairs<X, Y>)
       if (by_pairs && (d == 2 * kPairValues || d == 4 * kPairValues)) {
         d == 2 * kPairValues ? TurnHeads<2>(x, c, s, heads, rstd, y) : TurnHeads<4>(x, c, s, heads, rstd, y);
-        if (rstds) memcpy(rstds + n * heads, rstd, heads * sizeof(float));
         continue;
       }
 #endif
@@ -150,7 +141,6 @@ void Forward(const PfArgs* a, const RopeShape& shape, const float* w, float* buf
         return t * r;
       });
     }
-    if (rstds) memcpy(rstds + n * heads, rstd, heads * sizeof(float));
   }
 }
 
