@@ -65,6 +65,11 @@ export interface SampleOptions {
    * the network computes with then stays in memory from step to step, in more bytes than plans count.
    */
   repeat?: boolean
+  /**
+   * Compute text and history at every n-th step of a stage only, from its first on; in between the unit sees their keys and
+   * values as they were, and costs no more than its own tokens. 1, the default: at every step. The network must be causal.
+   */
+  historyCache?: number
   signal?: AbortSignal | undefined
 }
 
@@ -85,7 +90,7 @@ export async function* sampleLatents(
   model: SampledNetwork,
   options: SampleOptions,
 ): AsyncGenerator<SampleEvent> {
-  const { stages, given, negative, framesPerUnit = 1, repeat = true, signal } = options
+  const { stages, given, negative, framesPerUnit = 1, repeat = true, historyCache = 1, signal } = options
   checkSizes(options)
   const units = unitsToMake(options)
   const total = units.reduce((n, unit) => n + sum(stepCounts(unit, options)), 0)
@@ -113,7 +118,7 @@ export async function* sampleLatents(
         const clips = queued(() => history.clips(unit.index, stage))
         const counts = stageSteps(stages, stage, stepCounts(unit, options)[stage] as number)
         const place = { unit: unit.index, stage, began: latent, clips, prompts, guidance, guided }
-        const stageOptions = { model, job, signal, repeat, ...place, ...counts }
+        const stageOptions = { model, job, signal, repeat, historyCache, ...place, ...counts }
         const run = await sliced(() => StageRun.make(stageOptions), { grad: false, job })
         try {
           for (let step = 0; step < run.steps; step++) {
@@ -192,7 +197,7 @@ const textOf = (unit: number, { text }: SampleOptions): TextFeatures =>
 const rowCount = (options: SampleOptions): number => options.given?.shape[0] ?? textOf(0, options).mask.length
 
 function checkSizes(options: SampleOptions): void {
-  const { stages, height, width, steps, videoSteps, negative } = options
+  const { stages, height, width, steps, videoSteps, negative, historyCache = 1 } = options
   const multiple = 2 ** stages.count
   if (height % multiple || width % multiple || height < multiple || width < multiple) {
     throw new PyraflowError('ERR_OPTION', {
@@ -212,6 +217,13 @@ function checkSizes(options: SampleOptions): void {
         received: `[${list}]`,
       })
     }
+  }
+  if (!Number.isSafeInteger(historyCache) || historyCache < 1) {
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'historyCache',
+      expected: 'a whole number of steps from 1',
+      received: `${historyCache}`,
+    })
   }
   const batch = rowCount(options)
   if (negative && negative.mask.length !== batch) {

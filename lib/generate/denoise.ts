@@ -51,6 +51,7 @@ export function denoise(
     given,
     framesPerUnit,
     repeat: pipeline.maxMemory === undefined,
+    historyCache: recipe.historyCache ?? 1,
     signal,
   })
 }

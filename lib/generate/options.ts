@@ -58,6 +58,12 @@ export interface GenerateOptions {
   guidance?: readonly number[] | ((unit: number) => number) | undefined
   /** Guidance that falls from `guidanceScale` by `alpha` a unit down to `min` (0.5 and 2), in place of both scales. */
   linearGuidance?: { alpha?: number | undefined; min?: number | undefined } | undefined
+  /**
+   * Every how many steps of a stage text and earlier frames go through the network. In between a unit sees their keys and
+   * values as they were at an earlier step, which makes later units two to three times as fast and is not quite the same
+   * (docs/generating.md). Default 1: at every step.
+   */
+  historyCache?: number | undefined
   /** Low-rank adapters to add to the transformer for this generation, in place of the pipeline's; [] for none. */
   adapters?: readonly AdapterChoice[] | undefined
   /**

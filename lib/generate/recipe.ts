@@ -24,6 +24,7 @@ export interface Recipe {
   videoGuidanceScale: number
   guidance?: number[]
   linearGuidance?: { alpha: number; min: number }
+  historyCache?: number
   /** Path of the first frame, or `sha256:…` of one that was given as bytes and has to be given again. */
   image?: string
   /** The recipe or path of what was continued, or `sha256:…` of latents or frames that have to be given again. */

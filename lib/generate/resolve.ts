@@ -94,6 +94,7 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
       preset.videoGuidance,
     dtype,
     ...guidanceOf(options, parent),
+    ...historyCacheOf(pipeline, options.historyCache ?? parent?.historyCache),
     ...(typeof image === 'string' ? { image } : {}),
     ...(typeof continueFrom === 'string' ? { continueFrom } : parent ? { continueFrom: parent } : {}),
     ...(adapters.length > 0 ? { adapters } : {}),
@@ -151,6 +152,16 @@ function guidanceOf(
     ...(parent?.guidance ? { guidance: parent.guidance } : {}),
     ...(parent?.linearGuidance ? { linearGuidance: parent.linearGuidance } : {}),
   }
+}
+
+function historyCacheOf({ transformer }: Pipeline, every = 1): Pick<Recipe, 'historyCache'> {
+  if (every === 1) return {}
+  if (transformer.config.use_temporal_causal) return { historyCache: every }
+  throw wrong(
+    'historyCache',
+    '1 with this model, whose history sees the frames that are being made',
+    `${every}`,
+  )
 }
 
 function sizeOfSource(

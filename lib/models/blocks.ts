@@ -8,15 +8,18 @@ import { gatedAdd } from '../ops/pointwise.ts'
 import { needsGrad } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
-/** Latent tokens X [N, d] and text tokens C [T, d]; e = SiLU(temb) [R, d]. */
-export type DoubleBlock = (x: Tensor, c: Tensor, e: Tensor, arrays: TokenArrays) => [Tensor, Tensor]
+/**
+ * The streams, latent tokens X [N, d] and text tokens C [T, d], after a block; e = SiLU(temb) [R, d]. Without C, or where
+ * the text stream ends, X alone.
+ */
+export type DoubleBlock = (streams: readonly Tensor[], e: Tensor, arrays: TokenArrays) => Tensor[]
 
 /** All tokens Z [T + N, d], text first. */
 export type SingleBlock = (z: Tensor, e: Tensor, arrays: TokenArrays) => Tensor
 
 /**
  * The two-stream block (spec/dit-flux.md eq. 10). With `textOutput: false` (the last mmdit block) text only
- * contributes keys, values and queries, and comes back unchanged.
+ * contributes keys, values and queries. Where keys and values of text are kept ones, C is absent.
  */
 export function doubleBlock(w: Weights, options: AttentionOptions): DoubleBlock {
   const width = options.heads * options.headDim
@@ -27,12 +30,13 @@ export function doubleBlock(w: Weights, options: AttentionOptions): DoubleBlock 
   const ff = feedForward(w.sub('ff'), width)
   const ffContext = options.textOutput ? feedForward(w.sub('ff_context'), width) : null
 
-  return (x, c, e, arrays) => {
+  return ([x, c], e, arrays) => {
+    if (!x) throw new Error('the latent stream is missing')
     const { latentRows, textRows, local } = arrays
     const [s1, c1, g1, s2, c2, g2] = norm1(e) as [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     const latent = modulate(x, s1, c1, latentRows)
-    if (!norm1Context || !ffContext || lastNormContext) {
-      const text = lastNormContext?.(c, e, textRows) as Tensor
+    if (!c || !norm1Context || !ffContext || lastNormContext) {
+      const text = c && lastNormContext ? lastNormContext(c, e, textRows) : null
       const y = gatedAdd(x, attend(latent, text, arrays)[0], g1, latentRows)
       return [
         gatedAdd(
@@ -41,7 +45,6 @@ export function doubleBlock(w: Weights, options: AttentionOptions): DoubleBlock 
           g2,
           latentRows,
         ),
-        c,
       ]
     }
     const [ts1, tc1, tg1, ts2, tc2, tg2] = norm1Context(e) as [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -8,7 +8,7 @@ import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock, singleBlock } from './blocks.ts'
 import { checkFluxConfig, FLUX_CLASS, type FluxConfig } from './flux-config.ts'
-import { NETWORK_KEYS, networkParts, PackedNetwork, type Trunk } from './packed-network.ts'
+import { NETWORK_KEYS, networkParts, PackedNetwork, runDouble, type Trunk } from './packed-network.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
 export { type FluxConfig, parameterCount } from './flux-config.ts'
@@ -89,16 +89,10 @@ function* fluxTrunk(config: FluxConfig, w: Weights): Steps<Trunk> {
     recomputes: (i, n, share) => i <= Math.trunc(n * share),
     embed: (clips, layout) => embedLatent(packTokens(clips, layout)),
     *run(latent, text, { arrays, recording, capture, apply }) {
-      let [x, c] = [latent, text]
-      for (const [i, block] of double.entries()) {
-        const streams = apply(i, double.length, (a, b, e) => block(a, b, e, arrays), [x, c])
-        ;[x, c] = streams as [Tensor, Tensor]
-        capture?.(`transformer_blocks.${i}.hidden_states`, x)
-        capture?.(`transformer_blocks.${i}.encoder_hidden_states`, c)
-        yield
-      }
-      let z = concat([c, x], 0) // [R·S + N, d]
-      if (!recording) for (const t of [c, x]) t.dispose()
+      const streams = yield* runDouble(double, [latent, ...(text ? [text] : [])], { arrays, capture, apply })
+      const [x, c] = streams as [Tensor, Tensor | undefined]
+      let z = c ? concat([c, x], 0) : x // [R·S + N, d]
+      if (c && !recording) for (const t of streams) t.dispose()
       for (const [i, block] of single.entries()) {
         ;[z] = apply(i, single.length, (a, e) => [block(a, e, arrays)], [z]) as [Tensor]
         capture?.(`single_transformer_blocks.${i}`, z)

@@ -7,7 +7,7 @@ import { drain, type Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
 import { doubleBlock } from './blocks.ts'
 import { checkMmditConfig, MMDIT_CLASS, type MmditConfig } from './mmdit-config.ts'
-import { NETWORK_KEYS, networkParts, PackedNetwork, type Trunk } from './packed-network.ts'
+import { NETWORK_KEYS, networkParts, PackedNetwork, runDouble, type Trunk } from './packed-network.ts'
 import { patchEmbed } from './patch-embed.ts'
 import type { TransformerOptions } from './velocity-network.ts'
 
@@ -91,18 +91,9 @@ function* mmditTrunk(config: MmditConfig, w: Weights): Steps<Trunk> {
       }
       return x
     },
-    *run(latent, text, { arrays, capture, apply }) {
-      let [x, c] = [latent, text]
-      for (const [i, block] of blocks.entries()) {
-        const last = i === n - 1
-        const streams = apply(i, n, (a, b, e) => block(a, b, e, arrays).slice(0, last ? 1 : 2), [x, c])
-        x = streams[0] as Tensor
-        c = streams[1] ?? c
-        capture?.(`transformer_blocks.${i}.hidden_states`, x)
-        if (!last) capture?.(`transformer_blocks.${i}.encoder_hidden_states`, c)
-        yield
-      }
-      return x
+    *run(latent, text, pass) {
+      const [x] = yield* runDouble(blocks, [latent, ...(text ? [text] : [])], pass)
+      return x as Tensor
     },
   }
 }

@@ -67,6 +67,32 @@ export function checkLayout({ columns, text }: TransformerInputs, layout: Layout
   )
 }
 
+/** @throws ERR_OPTION or ERR_SHAPE where keys and values cannot be kept, or those kept are of other tokens. */
+export function checkPast(
+  { keep, past }: TransformerInputs,
+  layout: Layout,
+  parameters: ReadonlyMap<string, Tensor>,
+): void {
+  const keys = past ?? keep
+  if (keep && past) {
+    throw new PyraflowError('ERR_OPTION', {
+      what: 'keep and past',
+      expected: 'one of them',
+      received: 'both',
+    })
+  }
+  if (keys?.layout !== layout) {
+    throw mismatch('layout', 'the one for which keys and values are kept', 'another')
+  }
+  // In training q and k are turned apart from the attention, and what would be kept is not what it reads.
+  if (![...parameters.values()].some((p) => p.requiresGrad)) return
+  throw new PyraflowError('ERR_OPTION', {
+    what: 'kept keys and values',
+    expected: 'a network that was not made for training',
+    received: 'parameters that want gradients',
+  })
+}
+
 function mismatch(what: string, expected: string, received: Tensor | string): PyraflowError {
   const text = received instanceof Tensor ? `[${received.shape.join(', ')}]` : received
   return new PyraflowError('ERR_SHAPE', { what, expected, received: text })

@@ -10,11 +10,12 @@ import { cast } from '../ops/cast.ts'
 import { reshape } from '../ops/copy.ts'
 import { unpatchify } from '../ops/patchify.ts'
 import { silu } from '../ops/pointwise.ts'
-import { type Layout, layoutSteps } from '../pyramid/layout.ts'
+import { type LatentLayout, type Layout, layoutSteps } from '../pyramid/layout.ts'
 import { scope } from '../tensor/scope.ts'
 import { checkpoint, drain, needsGrad, type Steps } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import { checkInputs, checkLayout } from './network-inputs.ts'
+import type { DoubleBlock } from './blocks.ts'
+import { checkInputs, checkLayout, checkPast } from './network-inputs.ts'
 import type { LayoutInputs, NetworkConfig, TransformerInputs, VelocityNetwork } from './velocity-network.ts'
 
 type Capture = TransformerInputs['capture']
@@ -35,9 +36,12 @@ type Block = (...inputs: Tensor[]) => Tensor[]
 /** What differs between the network families. */
 export interface Trunk {
   /** Clips of the compute type → tokens [N, d]. */
-  readonly embed: (clips: readonly (readonly Tensor[])[], layout: Layout, capture: Capture) => Tensor
-  /** Latent tokens [N, d] and text tokens [R·S, d] → the latent tokens after all blocks. Pauses after every block. */
-  readonly run: (x: Tensor, c: Tensor, pass: Pass) => Steps<Tensor>
+  readonly embed: (clips: readonly (readonly Tensor[])[], layout: LatentLayout, capture: Capture) => Tensor
+  /**
+   * Latent tokens [N, d] and text tokens [R·S, d] → the latent tokens after all blocks. Without text where its keys and
+   * values are kept ones. Pauses after every block.
+   */
+  readonly run: (x: Tensor, c: Tensor | null, pass: Pass) => Steps<Tensor>
   /** Whether block `i` of `n` is computed again in backward at this share. */
   readonly recomputes: (i: number, n: number, share: number) => boolean
 }
@@ -181,8 +185,13 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     checkLayout(inputs, layout)
     yield
     const recording = this.#recording(inputs)
-    const { capture, columns, text, pooled } = inputs
-    const arrays = uploadLayout(layout, recording)
+    const { capture, columns, text, pooled, keep, past } = inputs
+    if (keep || past) checkPast(inputs, layout, this.parameters)
+    const arrays = uploadLayout(past ? past.current.tokens : layout, recording, {
+      keep: keep?.writer(),
+      past: past?.reader(),
+    })
+    const placed: LatentLayout = past ? past.current.placed : layout
     const phi =
       inputs.timeFeatures ??
       Tensor.from(this.timeFeatures(inputs.timesteps, inputs.roundTimesteps), [layout.rows, TIME_FEATURES])
@@ -190,10 +199,10 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     const temb = this.#parts.embedTime(phi, cast(pooled, dtype)) // [R, d]
     capture?.('temb', temb)
     const e = silu(temb)
-    const c = this.#parts.embedText(reshape(cast(text, dtype), [layout.textTokens, -1])) // [R·S, d]
-    capture?.('context_embedder', c)
-    const clips = columns.map((column) => column.map((clip) => cast(clip, dtype)))
-    const x = this.#parts.trunk.embed(clips, layout, capture) // [N, d]
+    const c = past ? null : this.#parts.embedText(reshape(cast(text, dtype), [layout.textTokens, -1])) // [R·S, d]
+    if (c) capture?.('context_embedder', c)
+    const clips = columns.map((column) => column.slice(past ? -1 : 0).map((clip) => cast(clip, dtype)))
+    const x = this.#parts.trunk.embed(clips, placed, capture) // [N, d]
     yield
 
     const apply: Pass['apply'] = (i, n, block, streams) =>
@@ -204,7 +213,7 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
     const y = this.#parts.projOut(normed) // [N, 4C]
     return columns.map((clips, c) => {
       const { shape } = clips[clips.length - 1] as Tensor
-      const { rowOffset, rowStride } = layout.predictionTokens[c]
+      const { rowOffset, rowStride } = placed.predictionTokens[c]
       return unpatchify(y, { rowOffset, rowStride, shape })
     })
   }
@@ -250,6 +259,24 @@ export class PackedNetwork<C extends NetworkConfig> implements VelocityNetwork {
 
 /** How the weights of a velocity network are loaded: training writes keys that begin with `dit.`, and others beside them. */
 export const NETWORK_KEYS = { stripPrefix: 'dit.', ignorePrefixes: ['vae', 'text_encoder'] } as const
+
+/** The two-stream blocks one after the other, over latents and, unless its keys and values are kept ones, text. */
+export function* runDouble(
+  blocks: readonly DoubleBlock[],
+  streams: readonly Tensor[],
+  { arrays, capture, apply }: Pick<Pass, 'arrays' | 'capture' | 'apply'>,
+): Steps<readonly Tensor[]> {
+  let all = streams
+  for (const [i, block] of blocks.entries()) {
+    const run: Block = (...inputs) => block(inputs.slice(0, -1), inputs.at(-1) as Tensor, arrays)
+    all = apply(i, blocks.length, run, all)
+    const [x, c] = all as [Tensor, Tensor | undefined]
+    capture?.(`transformer_blocks.${i}.hidden_states`, x)
+    if (c) capture?.(`transformer_blocks.${i}.encoder_hidden_states`, c)
+    yield
+  }
+  return all
+}
 
 // Without backward nobody needs a block's inputs again, and a scope would hold those of all blocks to the end. The
 // last input is e, which every block gets.

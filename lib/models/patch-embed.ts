@@ -4,7 +4,7 @@ import { permute, reshape } from '../ops/copy.ts'
 import { embedding } from '../ops/embedding.ts'
 import { linear } from '../ops/matmul.ts'
 import { add, mul } from '../ops/pointwise.ts'
-import { gridPositions, type Layout } from '../pyramid/layout.ts'
+import { gridPositions, type LatentLayout } from '../pyramid/layout.ts'
 import { scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
@@ -89,7 +89,7 @@ function axisPoints(count: number, target: number, options: PatchEmbedOptions): 
  *
  * @throws ERR_SHAPE for a grid larger than the table.
  */
-export function tablePlaces(layout: Layout, options: PatchEmbedOptions): Places {
+export function tablePlaces(layout: LatentLayout, options: PatchEmbedOptions): Places {
   const { tableSize, interpolate } = options
   const index: number[][] = [[], [], [], []]
   const weight: number[][] = [[], [], [], []]
@@ -148,7 +148,7 @@ export function tablePlaces(layout: Layout, options: PatchEmbedOptions): Places 
 export function patchEmbed(
   w: Weights,
   options: PatchEmbedOptions,
-): (patches: Tensor, layout: Layout) => Tensor {
+): (patches: Tensor, layout: LatentLayout) => Tensor {
   const { channels, width, tableSize, baseSize } = options
   const table = w.get('pos_embed', [1, tableSize ** 2, width], undefined, {
     dtype: 'f32',
@@ -161,13 +161,13 @@ export function patchEmbed(
   const bias = w.get('proj.bias', [width], 'zeros')
 
   // Every step of a stage comes with the same layout.
-  const known = new WeakMap<Layout, Places>()
-  const placesOf = (layout: Layout): Places => {
+  const known = new WeakMap<LatentLayout, Places>()
+  const placesOf = (layout: LatentLayout): Places => {
     const places = known.get(layout) ?? tablePlaces(layout, options)
     known.set(layout, places)
     return places
   }
-  const positions = (layout: Layout): Tensor =>
+  const positions = (layout: LatentLayout): Tensor =>
     scope(() => {
       const { corners, tokens } = placesOf(layout)
       const rows = table.view([tableSize ** 2, width])

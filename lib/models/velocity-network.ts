@@ -1,6 +1,7 @@
 import type { ModelConfig } from '../io/pretrained.ts'
 import type { LowRank } from '../nn/linear.ts'
 import type { Offload } from '../nn/offload.ts'
+import type { PastKeys } from '../nn/past-keys.ts'
 import type { ComputeType } from '../nn/weights.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import type { Steps } from '../tensor/tape.ts'
@@ -38,6 +39,13 @@ export interface TransformerInputs {
   causal?: boolean | undefined
   /** What `layout()` gave for inputs of these sizes, mask and causality; made anew when absent. */
   layout?: Layout | undefined
+  /** Where keys and values of text and earlier clips are to be kept; made for `layout`. */
+  keep?: PastKeys | undefined
+  /**
+   * What an earlier call kept for `layout`: text and earlier clips are seen as they were then, and only the last clip of
+   * every column is computed.
+   */
+  past?: PastKeys | undefined
   /** Round τ to bf16 before it is embedded; default in bf16, as the reference's sampler does (its trainer does not). */
   roundTimesteps?: boolean | undefined
   /** Is shown intermediate results while they live. */

@@ -4,15 +4,19 @@ import { rope } from '../ops/rope.ts'
 import { scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { type Linear, linearLayer } from './linear.ts'
+import type { KeysAndValues, PastReader, PastWriter } from './past-keys.ts'
 import type { Weights } from './weights.ts'
 
 /** The part of a packed layout that a network needs; text tokens come before latent tokens. */
 export interface TokenLayout {
   readonly latentTokens: number
   readonly textTokens: number
-  /** Conditioning row of every token, text first. */
+  /** Conditioning row of every token that is computed, text first. */
   readonly jointRows: Int32Array
-  /** Token i sees token j iff their segments agree and order[i] ≥ order[j]. */
+  /**
+   * Token i sees token j iff their segments agree and order[i] ≥ order[j]. Behind the tokens that are computed may come
+   * others that they see.
+   */
   readonly segment: Int32Array
   readonly order: Int32Array
   /** Rotation of every token, [tokens, D/2]. */
@@ -35,14 +39,25 @@ export interface TokenArrays {
   readonly jointSin: Tensor
   /** Whether backward will follow, also while a block that it computes again runs first without a tape. */
   readonly recording: boolean
+  /** Wants keys and values of every attention of this call. */
+  readonly keep?: PastWriter | undefined
+  /** Has those of what is not computed in this call: text, and latents before the current ones. */
+  readonly past?: PastReader | undefined
   /** Runs part of a block, freeing its intermediate results unless backward will need them. */
   readonly local: <T>(fn: () => T) => T
 }
 
-/** Copies a layout into native memory, owned by the surrounding scope. `recording`: whether backward will follow. */
-export function uploadLayout(layout: TokenLayout, recording: boolean): TokenArrays {
+/**
+ * Copies a layout into native memory, owned by the surrounding scope. `recording`: whether backward will follow; `past`: what
+ * the call does with keys and values of the past.
+ */
+export function uploadLayout(
+  layout: TokenLayout,
+  recording: boolean,
+  past: Pick<TokenArrays, 'keep' | 'past'> = {},
+): TokenArrays {
   const { textTokens, latentTokens } = layout
-  const total = textTokens + latentTokens
+  const total = layout.segment.length
   const half = layout.jointCos.length / total
   const jointRows = Tensor.from(layout.jointRows)
   const jointCos = Tensor.from(layout.jointCos, [total, half])
@@ -60,6 +75,7 @@ export function uploadLayout(layout: TokenLayout, recording: boolean): TokenArra
     latentCos: jointCos.view([latentTokens, half], textTokens * half),
     latentSin: jointSin.view([latentTokens, half], textTokens * half),
     recording,
+    ...past,
     local: recording ? (fn) => fn() : scope,
   }
 }
@@ -111,20 +127,28 @@ const mayFuse = ({ recording }: TokenArrays, ...norms: readonly Tensor[]): boole
 
 function attend(q: Tensor, k: Tensor, v: Tensor, arrays: TokenArrays, norm?: QueryKeyNorm): Tensor {
   const [tokens, heads, headDim] = q.shape as [number, number, number]
-  const shape = [1, tokens, heads, headDim]
+  const rows = (t: Tensor): Tensor => reshape(t, [1, -1, heads, headDim])
   const { segment, order } = arrays
-  const o = attention(reshape(q, shape), reshape(k, shape), reshape(v, shape), { segment, order, norm })
+  const o = attention(rows(q), rows(k), rows(v), { segment, order, norm })
   return reshape(o, [tokens, heads * headDim])
+}
+
+// Keys and values [tokens, d] of the current tokens in front of those of the past.
+function withPast(p: Projections, x: Tensor, past: PastReader): KeysAndValues {
+  const all = past.next()
+  for (const name of ['k', 'v'] as const) p[name](x, { into: all[name].view(x.shape) })
+  return all
 }
 
 /**
  * Attention of text and latent tokens together, with projections of their own (spec/dit-flux.md §6, §7.1): latent
- * [N, d] and text [T, d] → both after their output projections; the text part is null when the stream ends.
+ * [N, d] and text [T, d] → both after their output projections; the text part is null when the stream ends, or where
+ * text is null and its keys and values are kept ones.
  */
 export function jointAttention(
   w: Weights,
   options: AttentionOptions,
-): (latent: Tensor, text: Tensor, arrays: TokenArrays) => [Tensor, Tensor | null] {
+): (latent: Tensor, text: Tensor | null, arrays: TokenArrays) => [Tensor, Tensor | null] {
   const { heads, headDim, eps } = options
   const width = heads * headDim
   const x = projections(w, LATENT_NAMES, 'norm_', width, headDim)
@@ -133,8 +157,18 @@ export function jointAttention(
   const toAddOut = options.textOutput ? linearLayer(w.sub('to_add_out'), width, width) : null
   const split = (t: Tensor): Tensor => reshape(t, [-1, heads, headDim])
 
+  const current = (latent: Tensor, past: PastReader, arrays: TokenArrays): Tensor => {
+    const { k, v } = withPast(x, latent, past)
+    const both = (name: 'normQ' | 'normK') => reshape(concat([x[name], c[name]], 0), [2, headDim])
+    const { jointCos: cos, jointSin: sin } = arrays
+    const norm = { weightQ: both('normQ'), weightK: both('normK'), cos, sin, eps, split: past.latents }
+    return attend(split(x.q(latent)), split(k), split(v), arrays, norm)
+  }
+
   return (latent, text, arrays) => {
-    const { latentCos: cos, latentSin: sin, textTokens, latentTokens, local } = arrays
+    const { latentCos: cos, latentSin: sin, textTokens, latentTokens, local, past } = arrays
+    if (past) return [toOut(local(() => current(latent, past, arrays))), null]
+    if (!text) throw new Error('text is missing')
     const o = local(() => {
       if (mayFuse(arrays, c.normQ, c.normK, x.normQ, x.normK)) {
         // Both projections write where the attention reads: text first.
@@ -142,13 +176,15 @@ export function jointAttention(
           const all = Tensor.empty([textTokens + latentTokens, width], latent.dtype)
           c[name](text, { into: all.view([textTokens, width]) })
           x[name](latent, { into: all.view([latentTokens, width], textTokens * width) })
-          return split(all)
+          return all
         }
         const both = (name: 'normQ' | 'normK') => reshape(concat([c[name], x[name]], 0), [2, headDim])
         const { jointCos, jointSin } = arrays
         const [weightQ, weightK] = [both('normQ'), both('normK')]
         const norm = { weightQ, weightK, cos: jointCos, sin: jointSin, eps, split: textTokens }
-        return attend(joint('q'), joint('k'), joint('v'), arrays, norm)
+        const [k, v] = [joint('k'), joint('v')]
+        arrays.keep?.keep({ k, v })
+        return attend(split(joint('q')), split(k), split(v), arrays, norm)
       }
       const pair = (name: 'q' | 'k' | 'v') => [split(c[name](text)), split(x[name](latent))] as const
       const [q, k, v] = [pair('q'), pair('k'), pair('v')]
@@ -174,9 +210,11 @@ export function selfAttention(
   const p = projections(w, LATENT_NAMES, 'norm_', heads * headDim, headDim)
   const split = (t: Tensor): Tensor => reshape(t, [-1, heads, headDim])
   return (z, arrays) => {
-    const { jointCos: cos, jointSin: sin, local } = arrays
+    const { jointCos: cos, jointSin: sin, local, past } = arrays
     return local(() => {
-      const [q, k, v] = [split(p.q(z)), split(p.k(z)), split(p.v(z))]
+      const of = past ? withPast(p, z, past) : { k: p.k(z), v: p.v(z) }
+      arrays.keep?.keep(of)
+      const [q, k, v] = [split(p.q(z)), split(of.k), split(of.v)]
       if (mayFuse(arrays, p.normQ, p.normK)) {
         return attend(q, k, v, arrays, { weightQ: p.normQ, weightK: p.normK, cos, sin, eps })
       }

@@ -2,7 +2,7 @@ import { engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { needsGrad, record } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
-import { expectDType, expectFloats, expectShape } from './check.ts'
+import { expectDType, expectFloats, expectShape, expectThat } from './check.ts'
 
 /**
  * What is done to q and k as they are read, as by the op `rope`: RMS normalisation of each head, then rotation. Nothing
@@ -13,9 +13,9 @@ export interface QueryKeyNorm {
   readonly weightQ?: Tensor | null | undefined
   /** As `weightQ`. */
   readonly weightK?: Tensor | null | undefined
-  /** f32 [B·L, D/2], with `sin`: cosines of the angles. */
+  /** f32 [B·Lk, D/2], with `sin`: cosines of the angles. */
   readonly cos?: Tensor | null | undefined
-  /** f32 [B·L, D/2] */
+  /** f32 [B·Lk, D/2] */
   readonly sin?: Tensor | null | undefined
   /** Default 1e-6. */
   readonly eps?: number | undefined
@@ -25,9 +25,9 @@ export interface QueryKeyNorm {
 
 /** Options of {@link attention}. */
 export interface AttentionOptions {
-  /** i32 [B, L]: only tokens of the same segment see each other. */
+  /** i32 [B, Lk]: only tokens of the same segment see each other. */
   readonly segment?: Tensor | null | undefined
-  /** i32 [B, L]: a token sees those of the same or a lower order. */
+  /** i32 [B, Lk]: a token sees those of the same or a lower order. */
   readonly order?: Tensor | null | undefined
   /** Default 1/√D. */
   readonly scale?: number | undefined
@@ -38,9 +38,10 @@ export interface AttentionOptions {
 const ANGLES = ['cos', 'sin'] as const
 const WEIGHTS = ['weightQ', 'weightK'] as const
 
-function checkNorm(norm: QueryKeyNorm, q: Tensor, k: Tensor, v: Tensor): void {
-  const [b, length, heads, d] = q.shape as [number, number, number, number]
-  expectShape('attention', 'k [B, L, H, D] beside a norm', k, [b, length, heads, d])
+function checkNorm(norm: QueryKeyNorm, q: Tensor, k: Tensor, v: Tensor, masked: boolean): void {
+  const d = q.shape[3] as number
+  const [b, length] = k.shape as [number, number]
+  if (!masked) expectShape('attention', 'k [B, L, H, D] beside a norm', k, q.shape)
   for (const name of WEIGHTS) {
     const weight = norm[name]
     if (!weight) continue
@@ -54,7 +55,7 @@ function checkNorm(norm: QueryKeyNorm, q: Tensor, k: Tensor, v: Tensor): void {
   for (const name of ANGLES) {
     const angles = norm[name]
     if (!angles) continue
-    expectShape('attention', `${name} [B·L, D/2]`, angles, [b * length, d / 2])
+    expectShape('attention', `${name} [B·Lk, D/2]`, angles, [b * length, d / 2])
     expectDType('attention', name, angles, 'f32')
   }
   if ([q, k, v, norm.weightQ, norm.weightK].some(needsGrad)) {
@@ -68,11 +69,12 @@ function checkNorm(norm: QueryKeyNorm, q: Tensor, k: Tensor, v: Tensor): void {
 
 /**
  * softmax(scale·q·kᵀ)·v per head, where token i sees token j iff `segment[i] == segment[j] && order[i] >= order[j]`.
- * Both are given or neither; without them every token sees every other and k and v may be of another length than q.
+ * Both are given or neither. With them k and v may be longer than q, whose tokens are then the first of theirs; without them
+ * every token sees every other and k and v may be of any length.
  *
  * @param q - [B, L, H, D]
- * @param k - [B, L, H, D]
- * @param v - [B, L, H, D]
+ * @param k - [B, Lk, H, D]
+ * @param v - [B, Lk, H, D]
  * @returns [B, L, H, D]; zero where nothing is visible
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
@@ -88,17 +90,19 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
       received: segment ? 'segment alone' : 'order alone',
     })
   }
-  expectShape('attention', 'k [B, L, H, D]', k, [b, segment ? length : null, heads, d])
-  expectShape('attention', 'v [B, L, H, D]', v, k.shape)
+  expectShape('attention', 'k [B, Lk, H, D]', k, [b, null, heads, d])
+  expectShape('attention', 'v [B, Lk, H, D]', v, k.shape)
   if (segment && order) {
-    expectShape('attention', 'segment [B, L]', segment, [b, length])
-    expectShape('attention', 'order [B, L]', order, [b, length])
+    const keys = k.shape[1] as number
+    expectThat(keys >= length, 'attention', `k of at least the ${length} tokens of q beside a mask`, k)
+    expectShape('attention', 'segment [B, Lk]', segment, [b, keys])
+    expectShape('attention', 'order [B, Lk]', order, [b, keys])
     expectDType('attention', 'segment', segment, 'i32')
     expectDType('attention', 'order', order, 'i32')
   }
   const scale = options.scale ?? 1 / Math.sqrt(d)
   const norm = options.norm ?? null
-  if (norm) checkNorm(norm, q, k, v)
+  if (norm) checkNorm(norm, q, k, v, segment !== null)
   const o = Tensor.empty(q.shape, q.dtype)
   const lse = Tensor.empty([b, heads, length], 'f32')
   const { weightQ = null, weightK = null, cos = null, sin = null, eps = 1e-6, split = 0 } = norm ?? {}

@@ -62,6 +62,16 @@ export interface PredictionTokens {
   readonly rowStride: number
 }
 
+/** Where latent tokens are. */
+export interface LatentLayout {
+  /** N. */
+  readonly latentTokens: number
+  /** bs. */
+  readonly batch: number
+  readonly columns: readonly ColumnLayout[]
+  readonly predictionTokens: readonly PredictionTokens[]
+}
+
 /**
  * The token layout of one packed network call: plain numbers, made once for a stage and used by every
  * step. There is no padding: latent tokens of all sequences form one [N, d] matrix, ordered by column c,
@@ -69,19 +79,13 @@ export interface PredictionTokens {
  * Attention runs over all text tokens followed by all latent tokens, and token i sees token j iff
  * `segment[i] == segment[j] && order[i] >= order[j]`.
  */
-export interface Layout {
-  /** N. */
-  readonly latentTokens: number
+export interface Layout extends LatentLayout {
   /** R·S_t. */
   readonly textTokens: number
   readonly textLength: number
-  /** bs. */
-  readonly batch: number
   /** R = bs·C, rows of conditioning. */
   readonly rows: number
   readonly causal: boolean
-  readonly columns: readonly ColumnLayout[]
-  readonly predictionTokens: readonly PredictionTokens[]
   /** Conditioning row of each latent token, [N]. */
   readonly latentRows: Int32Array
   /** Conditioning row of each text token, [R·S_t]. */
@@ -202,7 +206,8 @@ export function* layoutSteps(options: LayoutOptions): Generator<void, Layout> {
   })
 }
 
-function placeColumns(columns: readonly Column[], batch: number): readonly ColumnLayout[] {
+/** Lays latent tokens end to end: column by column, sequence by sequence, clip by clip. */
+export function placeColumns(columns: readonly Column[], batch: number): readonly ColumnLayout[] {
   let rowOffset = 0
   return Object.freeze(
     columns.map((column) => {
@@ -225,7 +230,8 @@ function placeColumns(columns: readonly Column[], batch: number): readonly Colum
   )
 }
 
-function predictionOf(column: ColumnLayout): PredictionTokens {
+/** Where the tokens of a column's last clip are. */
+export function predictionOf(column: ColumnLayout): PredictionTokens {
   const { frames, height, width, tokens, rowOffset, rowStride } = column.clips.at(-1) as ClipLayout
   const offset = column.tokens - tokens
   return Object.freeze({ offset, count: tokens, frames, height, width, rowOffset, rowStride })

@@ -2,6 +2,7 @@ import { abortable } from '../engine/abortable.ts'
 import { throwIfAborted } from '../engine/errors.ts'
 import type { StageSteps } from '../flow/stages.ts'
 import type { TransformerInputs, VelocityNetwork } from '../models/velocity-network.ts'
+import { PastKeys } from '../nn/past-keys.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { euler } from '../ops/euler.ts'
 import type { Layout } from '../pyramid/layout.ts'
@@ -37,6 +38,8 @@ export interface StageRunOptions extends StageSteps {
   readonly guided: boolean
   /** Whether steps after the first repeat its ops instead of queueing their own. */
   readonly repeat: boolean
+  /** Every how many steps text and history are computed; in between their keys and values are kept ones. */
+  readonly historyCache: number
   readonly job: number
   readonly signal: AbortSignal | undefined
 }
@@ -47,8 +50,10 @@ export class StageRun {
   readonly #options: StageRunOptions
   readonly #clips: readonly Tensor[]
   readonly #layout: Layout
+  readonly #past: PastKeys | undefined
   #latent: Tensor
-  #repeated: RepeatedStep | undefined
+  // Of steps that compute everything, and of those that compute the current clip alone.
+  readonly #repeated: { all?: RepeatedStep; current?: RepeatedStep } = {}
   #running: { step: number; bad: Promise<string | undefined> } | undefined
 
   private constructor(options: StageRunOptions, clips: readonly Tensor[], layout: Layout) {
@@ -57,6 +62,8 @@ export class StageRun {
     this.#options = options
     this.#clips = clips
     this.#layout = layout
+    // Without history there is little to keep, and text sees the first unit.
+    if (options.historyCache > 1 && clips.length > 0) this.#past = new PastKeys(layout)
   }
 
   /** Queues what all steps share. */
@@ -112,6 +119,11 @@ export class StageRun {
     return new Array<number>(this.#options.prompts.mask.length).fill(this.#options.timesteps[n] as number)
   }
 
+  // Whether a step takes text and history as an earlier one left them.
+  #reuses(n: number): boolean {
+    return this.#past !== undefined && n % this.#options.historyCache !== 0
+  }
+
   *#velocity(x: Tensor, n: number, more: { capture?: Capture; timeFeatures?: Tensor }): Steps<Tensor> {
     const { model, prompts, guided } = this.#options
     const [v] = (yield* model.forwardSteps({
@@ -121,6 +133,7 @@ export class StageRun {
       textMask: prompts.mask,
       pooled: prompts.pooled,
       layout: this.#layout,
+      [this.#reuses(n) ? 'past' : 'keep']: this.#past,
       ...more,
     })) as [Tensor]
     return v
@@ -137,9 +150,11 @@ export class StageRun {
 
   // A step whose network is noted, or repeated where that was done.
   *#repeatedStep(x: Tensor, n: number, phi: Float32Array): Steps<Tensor> {
-    this.#repeated ??= new RepeatedStep(x, phi)
-    const { latent, timeFeatures } = this.#repeated
-    const v = yield* this.#repeated.velocity(x, phi, () => this.#velocity(latent, n, { timeFeatures }))
+    const kind = this.#reuses(n) ? 'current' : 'all'
+    const repeated = this.#repeated[kind] ?? new RepeatedStep(x, phi)
+    this.#repeated[kind] = repeated
+    const { latent, timeFeatures } = repeated
+    const v = yield* repeated.velocity(x, phi, () => this.#velocity(latent, n, { timeFeatures }))
     return this.#euler(x, v, n)
   }
 
@@ -200,7 +215,8 @@ export class StageRun {
   dispose(): void {
     if (this.#latent !== this.began) this.#latent.dispose()
     for (const clip of [...this.#clips, ...this.#options.clips]) clip.dispose()
-    this.#repeated?.dispose()
+    for (const repeated of Object.values(this.#repeated)) repeated.dispose()
+    this.#past?.dispose()
     this.began.dispose()
   }
 }

@@ -1,13 +1,14 @@
 // Softmax attention without an L x L matrix; masks are two integers per token.
 //
-// attention [q[B,L,H,D], k[B,Lk,H,D], v[B,Lk,H,D], segment? i32[B,L], order? i32[B,L], wq? [G,D], wk? [G,D],
-//            cos? f32[B L,D/2], sin? f32[B L,D/2]] -> [o[B,L,H,D], lse f32[B,H,L]]
-//   i sees j iff segment[i] == segment[j] and order[i] >= order[j]; both absent: everything (then Lk may
-//   differ from L) s = scale * q_i . k_j,  lse_i = log sum_j exp(s_ij),  o_i = sum_j exp(s_ij - lse_i) v_j
-//   over the visible j a row that sees nothing gives o = 0 and lse = -inf
+// attention [q[B,L,H,D], k[B,Lk,H,D], v[B,Lk,H,D], segment? i32[B,Lk], order? i32[B,Lk], wq? [G,D], wk? [G,D],
+//            cos? f32[B Lk,D/2], sin? f32[B Lk,D/2]] -> [o[B,L,H,D], lse f32[B,H,L]]
+//   i sees j iff segment[i] == segment[j] and order[i] >= order[j], where the queries are the first L <= Lk
+//   tokens of the keys' sequence; both absent: everything, and L and Lk are independent
+//   s = scale * q_i . k_j,  lse_i = log sum_j exp(s_ij),  o_i = sum_j exp(s_ij - lse_i) v_j  over the visible
+//   j; a row that sees nothing gives o = 0 and lse = -inf
 //   with any of wq, wk, cos and sin, q and k are first normalised and rotated as by the op rope. G = 2: the
-//   first `split` tokens of every sequence take the first row of wq and wk, the others the second; then Lk =
-//   L
+//   first `split` tokens of every sequence take the first row of wq and wk, the others the second; without a
+//   mask then Lk = L
 // attention_backward [q, k, v, segment?, order?, o, lse, do] -> [dq, dk, dv]
 //   p = exp(s - lse), ds = p (do_i . v_j - do_i . o_i);  dv_j = sum p do_i, dk_j = scale sum ds q_i, dq_i =
 //   scale sum ds k_j
@@ -61,15 +62,15 @@ static inline int32_t AttentionFold(const PfArgs* a, const char* op, AttentionSh
   if (PfPresent(segment) != PfPresent(order))
     return Fail(a, PF_ERR_SHAPE, "%s: expected both segment and order or none", op);
   if (!s->masked) return PF_OK;
-  if (s->lk != s->lq)
+  if (s->lk < s->lq)
     return Fail(a, PF_ERR_SHAPE,
-                "%s: expected k as long as q beside segment and order: L = %lld, received %lld", op,
+                "%s: expected k at least as long as q beside segment and order: L = %lld, received %lld", op,
                 static_cast<long long>(s->lq), static_cast<long long>(s->lk));
   if (segment.dtype != PF_I32 || order.dtype != PF_I32)
     return Fail(a, PF_ERR_DTYPE, "%s: expected segment and order as i32", op);
-  if (PfCount(segment) != s->batch * s->lq || PfCount(order) != s->batch * s->lq)
-    return Fail(a, PF_ERR_SHAPE, "%s: expected segment and order [B, L] with B = %lld and L = %lld", op,
-                static_cast<long long>(s->batch), static_cast<long long>(s->lq));
+  if (PfCount(segment) != s->batch * s->lk || PfCount(order) != s->batch * s->lk)
+    return Fail(a, PF_ERR_SHAPE, "%s: expected segment and order [B, Lk] with B = %lld and Lk = %lld", op,
+                static_cast<long long>(s->batch), static_cast<long long>(s->lk));
   return PF_OK;
 }
 
@@ -90,7 +91,8 @@ static inline bool AttentionTurns(const PfArgs* a) {
 static inline int32_t AttentionTurnCheck(const PfArgs* a, const char* op, const AttentionShape& s) {
   if (!AttentionTurns(a)) return PF_OK;
   const PfView cos = AttentionInput(a, 7), sin = AttentionInput(a, 8);
-  if (s.lq != s.lk) return Fail(a, PF_ERR_SHAPE, "%s: expected k as long as q beside norms or angles", op);
+  if (!s.masked && s.lq != s.lk)
+    return Fail(a, PF_ERR_SHAPE, "%s: expected k as long as q beside norms or angles without a mask", op);
   for (int i = 5; i < 7; ++i) {
     const PfView w = AttentionInput(a, i);
     if (PfPresent(w) && PfCount(w) != s.d && PfCount(w) != 2 * s.d)
@@ -100,10 +102,10 @@ static inline int32_t AttentionTurnCheck(const PfArgs* a, const char* op, const 
   if (PfPresent(cos) != PfPresent(sin))
     return Fail(a, PF_ERR_SHAPE, "%s: expected both cos and sin or none", op);
   if (!PfPresent(cos)) return PF_OK;
-  const int64_t count = s.batch * s.lq * (s.d / 2);
+  const int64_t count = s.batch * s.lk * (s.d / 2);
   if (s.d % 2 || PfCount(cos) != count || PfCount(sin) != count)
-    return Fail(a, PF_ERR_SHAPE, "%s: expected cos and sin [B L, D/2] with B L = %lld and D = %lld", op,
-                static_cast<long long>(s.batch * s.lq), static_cast<long long>(s.d));
+    return Fail(a, PF_ERR_SHAPE, "%s: expected cos and sin [B Lk, D/2] with B Lk = %lld and D = %lld", op,
+                static_cast<long long>(s.batch * s.lk), static_cast<long long>(s.d));
   return PF_OK;
 }
 

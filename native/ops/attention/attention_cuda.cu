@@ -20,8 +20,9 @@ void MakeTurns(const PfArgs* a, const AttentionShape& s, RowTurn turns[2]) {
     turns[i] = {ArrayOf(weight),
                 PfData<float>(AttentionInput(a, 7)),
                 PfData<float>(AttentionInput(a, 8)),
-                s.lq,
-                two ? static_cast<int64_t>(params.split) : s.lq,
+                i == 0 ? s.lq : s.lk,
+                s.lk,
+                two ? static_cast<int64_t>(params.split) : s.lk,
                 static_cast<float>(params.eps)};
   }
 }

@@ -212,7 +212,7 @@ struct Forward {
     const int64_t count = CutStrips<E>(l, q, strips);
     for (const Strip& t : std::span(strips, count))
       PackColumns<E>(a->in[0], QueryOffset(pair, q.start + t.c), s.heads * s.d, t.count, t.padded, s.d,
-                     negate, buffer, columns + t.c * units, &turns[0], pair / s.heads * s.lq + q.start + t.c);
+                     negate, buffer, columns + t.c * units, &turns[0], pair / s.heads * s.lk + q.start + t.c);
     memset(o, 0, width * q.padded * sizeof(float));
     Softmax<E> softmax;
     softmax.Reset();

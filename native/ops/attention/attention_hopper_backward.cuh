@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const BackwardPlace place = {(Plan::kKeyRows ? index : backward.blocks - 1 - index) * kHopperRows,
                                pair % backward.heads,
                                pair / backward.heads,
-                               backward.mask.Batch(pair / backward.heads, lq),
+                               backward.mask.Batch(pair / backward.heads),
                                backward.sums.lse + static_cast<int64_t>(pair) * lq,
                                backward.sums.delta + static_cast<int64_t>(pair) * lq};
   if (threadIdx.x == 0) shared.MakeBarriers();

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int pair = blockIdx.x / forward.blocks, batch = pair / forward.heads, head = pair % forward.heads;
   // Later queries tend to see more keys: they come first.
   const int first = (forward.blocks - 1 - static_cast<int>(blockIdx.x % forward.blocks)) * kHopperRows;
-  const Mask mask = forward.mask.Batch(batch, forward.lq);
+  const Mask mask = forward.mask.Batch(batch);
   if (threadIdx.x == 0) shared.MakeBarriers();
   __syncthreads();
   const int group = GroupOfThread();

@@ -31,7 +31,7 @@ struct Layout {
   Block *queries, *keys;
   int64_t query_count, key_count;
   int64_t query_length, key_length;        // all padded blocks end to end
-  const int32_t *key_segment, *key_order;  // per token; nullptr without a mask
+  const int32_t *key_segment, *key_order;  // per token, queries first; nullptr without a mask
   int32_t *query_segment, *query_order;    // per padded query
   Span* spans;
   int64_t span_count;
@@ -107,8 +107,8 @@ Layout* MakeLayouts(const PfArgs* a, const AttentionShape& s, const BlockSizes& 
     Layout& l = layouts[b];
     l = {};
     if (s.masked) {
-      l.key_segment = PfData<int32_t>(a->in[3]) + b * s.lq;
-      l.key_order = PfData<int32_t>(a->in[4]) + b * s.lq;
+      l.key_segment = PfData<int32_t>(a->in[3]) + b * s.lk;
+      l.key_order = PfData<int32_t>(a->in[4]) + b * s.lk;
     } else if (b) {
       l = layouts[0];
       continue;

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Plan::kThreads) ForwardMmaKernel(ForwardCall c
   const Bf16* q = call.q.Head(batch, head, call.lq);
   const Bf16* k = call.k.Head(batch, head, call.lk);
   const Bf16* v = call.v.Head(batch, head, call.lk);
-  const Mask mask = call.mask.Batch(batch, call.lq);
+  const Mask mask = call.mask.Batch(batch);
   const int warp = threadIdx.x / 32, row = warp % Plan::kRowWarps * 16 * kM, part = warp / Plan::kRowWarps;
   const int lane_at = LaneAt();
   const WarpMask<kM, true> own = {mask, first + row, call.lq, call.lk,

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Plan::kThreads) BackwardMmaKernel(BackwardCall
   const int lq = kKeyRows ? call.other_length : call.own_length;
   const float* lse = call.sums.lse + static_cast<int64_t>(pair) * lq;
   const float* delta = call.sums.delta + static_cast<int64_t>(pair) * lq;
-  const Mask mask = call.mask.Batch(batch, lq);
+  const Mask mask = call.mask.Batch(batch);
   const int row = threadIdx.x / 32 * 16 * kM, lane_at = LaneAt(), t = threadIdx.x % 4;
   const WarpMask<kM, !kKeyRows> own = {
       mask, first + row, call.own_length, call.other_length,

@@ -21,15 +21,16 @@ struct Rows {
   }
 };
 
+// Of the keys' sequences, whose first tokens are the queries.
 struct Mask {
   const int32_t *segment, *order;  // nullptr: everything is seen
   const MaskBounds* bounds;        // [B, tiles]
-  int tiles;
+  int tiles, length;
 
-  __device__ Mask Batch(int batch, int64_t length) const {
+  __device__ Mask Batch(int batch) const {
     if (!segment) return *this;
-    return {segment + batch * length, order + batch * length, bounds + static_cast<int64_t>(batch) * tiles,
-            tiles};
+    const int64_t at = static_cast<int64_t>(batch) * length;
+    return {segment + at, order + at, bounds + static_cast<int64_t>(batch) * tiles, tiles, length};
   }
 };
 
@@ -37,7 +38,8 @@ struct Mask {
 struct RowTurn {
   FloatArray weight;  // [1 or 2, D]
   const float *cos, *sin;
-  int64_t length, split;  // of a sequence's tokens those from `split` on take the second row of weights
+  int64_t own, length;  // tokens of a sequence of x, which are the first of those that have angles
+  int64_t split;        // those from here on take the second row of weights
   float eps;
 };
 
@@ -66,6 +68,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / lanes;
   const bool real = row < rows;  // all threads take part in the sums
   const int64_t token = real ? row / heads : 0, from = real ? row * d : 0;
+  const int64_t place = turn.own ? token % turn.own : 0;
   const int first = threadIdx.x % lanes * N;
   float rstd = 1;
   int64_t weights = 0;
@@ -78,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads)
       for (int i = 0; i < N; ++i) square += v[i] * v[i];
     }
     rstd = 1 / sqrtf(GroupSum(square, lanes) / d + turn.eps);
-    if (token % turn.length >= turn.split) weights = d;
+    if (place >= turn.split) weights = d;
   }
   if (!real) return;
   for (int c = first; c < width; c += lanes * N) {
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(kRowThreads)
         for (int i = 0; i < N; ++i) v[i] = v[i] * rstd * w[i];
       }
       if (turn.cos) {
-        const int64_t angle = token * (d / 2) + c / 2;
+        const int64_t angle = (token / turn.own * turn.length + place) * (d / 2) + c / 2;
 #pragma unroll
         for (int i = 0; i < N; i += 2) {
           const float co = turn.cos[angle + i / 2], si = turn.sin[angle + i / 2];
@@ -210,12 +213,13 @@ int32_t MakeRows(const PfArgs* a, const PfView& x, const RowTurn* turn, Rows<T>*
 
 inline int32_t MakeMask(const PfArgs* a, const AttentionShape& s, Mask* mask) {
   *mask = {};
-  const int64_t tiles = CeilDiv(s.lq, kBoundsTile), all = s.batch * tiles;
+  const int64_t tiles = CeilDiv(s.lk, kBoundsTile), all = s.batch * tiles;
   if (!s.masked || all == 0) return PF_OK;
   auto* bounds = static_cast<MaskBounds*>(DeviceScratch(a, static_cast<size_t>(all) * sizeof(MaskBounds)));
   if (!bounds) return NoScratch(a);
-  *mask = {PfData<int32_t>(a->in[3]), PfData<int32_t>(a->in[4]), bounds, static_cast<int>(tiles)};
-  return Launch(a, &BoundsKernel, RowGrid(all, 32), kRowThreads, 0, mask->segment, mask->order, s.lq,
+  *mask = {PfData<int32_t>(a->in[3]), PfData<int32_t>(a->in[4]), bounds, static_cast<int>(tiles),
+           static_cast<int>(s.lk)};
+  return Launch(a, &BoundsKernel, RowGrid(all, 32), kRowThreads, 0, mask->segment, mask->order, s.lk,
                 mask->tiles, all, bounds);
 }
 

@@ -13,8 +13,8 @@ struct Judge {
   bool Sees(int64_t b, int64_t i, int64_t j) const {
     if (!s.masked) return true;
     const PfView &segment = a->in[3], &order = a->in[4];
-    return Get(segment, b * s.lq + i) == Get(segment, b * s.lq + j) &&
-           Get(order, b * s.lq + i) >= Get(order, b * s.lq + j);
+    return Get(segment, b * s.lk + i) == Get(segment, b * s.lk + j) &&
+           Get(order, b * s.lk + i) >= Get(order, b * s.lk + j);
   }
   double Dot(const PfView& x, int64_t at_x, const PfView& y, int64_t at_y) const {
     double sum = 0;
@@ -28,9 +28,10 @@ PfView Turned(const PfArgs* a, const AttentionShape& s, int which, double* to) {
   const PfView x = a->in[which], w = AttentionInput(a, 5 + which), cos = AttentionInput(a, 7),
                sin = AttentionInput(a, 8);
   const AttentionNormParams& params = PfParams<AttentionNormParams>(a);
-  for (int64_t row = 0; row < s.batch * s.lq * s.heads; ++row) {
-    const int64_t n = row / s.heads;
-    const bool second = PfPresent(w) && PfCount(w) == 2 * s.d && n % s.lq >= params.split;
+  const int64_t length = x.dims[1];
+  for (int64_t row = 0; row < s.batch * length * s.heads; ++row) {
+    const int64_t i = row / s.heads % length, n = row / s.heads / length * s.lk + i;
+    const bool second = PfPresent(w) && PfCount(w) == 2 * s.d && i >= params.split;
     double square = 0;
     for (int64_t c = 0; c < s.d; ++c) square += Get(x, row * s.d + c) * Get(x, row * s.d + c);
     for (int64_t c = 0; c < s.d; ++c) {
@@ -61,10 +62,10 @@ int32_t pf_ref_attention(const PfArgs* a) {
   PfArgs turned = *a;
   PfView inputs[5] = {a->in[0], a->in[1], a->in[2], a->in[3], a->in[4]};
   if (AttentionTurns(a)) {
-    const int64_t n = PfCount(a->in[0]);
-    double* rows = static_cast<double*>(a->context->scratch(a->context, (2 * n + 1) * sizeof(double)));
+    const int64_t queries = PfCount(a->in[0]), all = queries + PfCount(a->in[1]);
+    double* rows = static_cast<double*>(a->context->scratch(a->context, (all + 1) * sizeof(double)));
     if (!rows) return Fail(a, PF_ERR_MEMORY, "attention: no scratch memory left");
-    for (int i = 0; i < 2; ++i) inputs[i] = Turned(a, s, i, rows + i * n);
+    for (int i = 0; i < 2; ++i) inputs[i] = Turned(a, s, i, rows + i * queries);
     turned.in = inputs;
     a = judge.a = &turned;
   }

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kSimtThreads, SimtPlan<kPass, kOut>::kBlocks) 
   const int lq = kKeyRows ? call.other_length : call.own_length;
   const float* lse = call.sums.lse + static_cast<int64_t>(pair) * lq;
   const float* delta = call.sums.delta + static_cast<int64_t>(pair) * lq;
-  const Mask mask = call.mask.Batch(batch, lq);
+  const Mask mask = call.mask.Batch(batch);
   const float *own[kDots], *other[2];
 #pragma unroll
   for (int i = 0; i < kDots; ++i) own[i] = call.own[i].Head(batch, head, call.own_length);

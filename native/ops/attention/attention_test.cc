@@ -12,7 +12,7 @@ struct Mask {
 op_test::Case& Operands(op_test::Case& c, const Dims& q, const Dims& k, const Mask* mask) {
   c.In(q).In(k).In(k);
   if (!mask) return c.Missing().Missing();
-  return c.InInt({q[0], q[1]}, mask->segment).InInt({k[0], k[1]}, mask->order);
+  return c.InInt({k[0], k[1]}, mask->segment).InInt({k[0], k[1]}, mask->order);
 }
 
 void Forward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale) {
@@ -132,6 +132,22 @@ PF_CASES(attention) {
         .Scalars({-0.1})
         .Tolerance(2e-6, 4e-3)
         .Run();
+  }
+  // Queries that are the first tokens of a longer sequence, behind which lies what they see of the past.
+  const Mask past = {[](int64_t i) { return i / 10 % 3; }, [](int64_t i) { return i * 7 % 13; }};
+  for (int64_t d : {24, 64, 128})
+    for (const auto& [lq, lk] : {std::pair<int64_t, int64_t>{1, 2}, {40, 131}, {130, 203}, {96, 520}})
+      for (const Mask& mask : {past, long_masks[0]}) {
+        Forward(test, {2, lq, 2, d}, {2, lk, 2, d}, &mask, 0.125);
+        if (lq > 1) Backward(test, {2, lq, 1, d}, {2, lk, 1, d}, &mask, 0.125);
+      }
+  for (int64_t d : {8, 64, 80}) {
+    const int64_t lq = 30, lk = 131;
+    op_test::Case c = test.Case("attention");
+    c.In({2, lq, 2, d}).In({2, lk, 2, d}).In({2, lk, 2, d});
+    c.InInt({2, lk}, past.segment).InInt({2, lk}, past.order).In({2, d}).In({2, d});
+    c.InF32({2 * lk, d / 2}).InF32({2 * lk, d / 2});
+    c.Out({2, lq, 2, d}).OutF32({2, 2, lq}).Scalars({0.125, 1e-6, 100}).Tolerance(2e-6, 6e-3).Run();
   }
   // Norms and rotation of queries and keys on the way in: alone, together, and with weights of two kinds.
   for (int64_t l : {1, 50, 131})
@@ -284,10 +300,10 @@ PF_CASES(attention) {
       .RunExpecting(PF_ERR_SHAPE);
   test.Case("attention")
       .In(x)
-      .In({1, 7, 2, 8})
-      .In({1, 7, 2, 8})
-      .InInt({1, 6}, masks[0].segment)
-      .InInt({1, 6}, masks[0].order)
+      .In({1, 5, 2, 8})
+      .In({1, 5, 2, 8})
+      .InInt({1, 5}, masks[0].segment)
+      .InInt({1, 5}, masks[0].order)
       .Out(x)
       .OutF32({1, 2, 6})
       .Scalars({1})

@@ -25,9 +25,9 @@ inline bool MakeTurns(const PfArgs* a, const AttentionShape& s, Turn turns[2]) {
     if (!AsFloats(a, weight, &t.weight)) return false;
     t.cos = PfData<float>(AttentionInput(a, 7));
     t.sin = PfData<float>(AttentionInput(a, 8));
-    t.length = s.lq;
-    t.rows = s.batch * s.lq;
-    t.split = t.weight && PfCount(weight) == 2 * s.d ? static_cast<int64_t>(params.split) : s.lq;
+    t.length = s.lk;
+    t.rows = s.batch * s.lk;
+    t.split = t.weight && PfCount(weight) == 2 * s.d ? static_cast<int64_t>(params.split) : s.lk;
     t.eps = static_cast<float>(params.eps);
   }
   return true;
