@@ -6,8 +6,11 @@ import { findWeights } from '../lib/io/find-weights.ts'
 import { CausalVideoVAE } from '../lib/models/causal-vae.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { miniFluxConfig } from '../lib/models/presets.ts'
+import type { TransformerInputs } from '../lib/models/velocity-network.ts'
+import { PastKeys } from '../lib/nn/past-keys.ts'
 import { planFolder } from '../lib/plan-folder.ts'
 import { historyTokens, planHistory } from '../lib/pyramid/history.ts'
+import type { Layout } from '../lib/pyramid/layout.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
@@ -69,6 +72,9 @@ async function transformer(dir: string): Promise<Unnamed[]> {
     for (const unit of UNITS) {
       for (let stage = 0; stage < STAGES; stage++) rows.push(await step(model, unit, stage))
     }
+    for (const unit of UNITS.slice(1)) {
+      for (let stage = 0; stage < STAGES; stage++) rows.push(...(await keptSteps(model, unit, stage)))
+    }
     rows.push(...(await offloaded(model)))
   } finally {
     model.dispose()
@@ -92,8 +98,12 @@ async function offloaded(model: PyramidFluxTransformer): Promise<Unnamed[]> {
   return rows
 }
 
-/** One network call under guidance, with a random history. */
-async function step(model: PyramidFluxTransformer, unit: number, stage: number): Promise<Unnamed> {
+/** What a network call under guidance gets, with a random history. */
+function callOf(
+  model: PyramidFluxTransformer,
+  unit: number,
+  stage: number,
+): TransformerInputs & { layout: Layout } {
   const generator = new Generator(unit)
   const [height, width] = [HEIGHT / 8, WIDTH / 8]
   const clip = (frames: number, level: number): Tensor => {
@@ -105,18 +115,54 @@ async function step(model: PyramidFluxTransformer, unit: number, stage: number):
   const pooled = generator.normal([2, miniFluxConfig.pooled_projection_dim], { dtype: 'bf16' })
   const columns = [[...clips, clip(1, stage)]]
   const inputs = { columns, timesteps: [500, 500], text, pooled }
-  const layout = model.layout(inputs)
+  return { ...inputs, layout: model.layout(inputs) }
+}
+
+function disposeCall({ columns, text, pooled }: TransformerInputs): void {
+  for (const t of [text, pooled, ...columns.flat()]) t.dispose()
+}
+
+/** Seconds of one call. */
+async function seconds(model: PyramidFluxTransformer, inputs: TransformerInputs): Promise<number> {
+  const begin = ceiling('clock')
+  noGrad(() => model.forward(inputs)[0] as Tensor).dispose()
+  const [from, to] = await Promise.all([begin, ceiling('clock')])
+  return to - from
+}
+
+function nameOf(unit: number, stage: number): string {
+  const size = { height: HEIGHT / 8, width: WIDTH / 8 }
+  const { total } = historyTokens({ unit, stage, stageCount: STAGES, ...size })
+  return `step, unit ${unit}, stage ${stage}, 2 × ${total + 128} tokens, bf16`
+}
+
+async function step(model: PyramidFluxTransformer, unit: number, stage: number): Promise<Unnamed> {
+  const inputs = callOf(model, unit, stage)
   try {
     // Once: a call is seconds long, and a warm-up would double them.
-    const begin = ceiling('clock')
-    noGrad(() => model.forward({ ...inputs, layout })[0] as Tensor).dispose()
-    const [from, to] = await Promise.all([begin, ceiling('clock')])
-    const seconds = to - from
-    const { total } = historyTokens({ unit, stage, stageCount: STAGES, height, width })
-    const name = `step, unit ${unit}, stage ${stage}, 2 × ${total + 128} tokens, bf16`
-    return { name, value: seconds, unit: 's' }
+    return { name: nameOf(unit, stage), value: await seconds(model, inputs), unit: 's' }
   } finally {
-    for (const t of [text, pooled, ...columns.flat()]) t.dispose()
+    disposeCall(inputs)
+  }
+}
+
+/** A step that keeps keys and values of text and history, and one that takes kept ones, against one without. */
+async function keptSteps(model: PyramidFluxTransformer, unit: number, stage: number): Promise<Unnamed[]> {
+  const inputs = callOf(model, unit, stage)
+  const keys = new PastKeys(inputs.layout)
+  try {
+    await seconds(model, { ...inputs, keep: keys })
+    const whole = await seconds(model, inputs)
+    const keeping = await seconds(model, { ...inputs, keep: keys })
+    const kept = await seconds(model, { ...inputs, past: keys })
+    const row = (what: string, value: number): Unnamed => ({
+      ...{ name: `${nameOf(unit, stage)}, ${what}`, value, unit: 's' },
+      ...{ ratio: whole / value, against: 'the same without' },
+    })
+    return [row('keeping its history', keeping), row('history kept', kept)]
+  } finally {
+    keys.dispose()
+    disposeCall(inputs)
   }
 }
 

@@ -143,7 +143,9 @@ export async function interleave(
     a.push(our)
     b.push(their)
   }
-  return { ours: median(a), theirs: median(b), ratio: median(a.map((x, i) => x / (b[i] as number))) }
+  // Without a peer there is no ratio, and no bound on it is met.
+  const ratios = a.map((x, i) => x / (b[i] as number))
+  return { ours: median(a), theirs: median(b), ratio: b.every((x) => x > 0) ? median(ratios) : Number.NaN }
 }
 
 /** Kernel time per op since `engine.profile(true)`, most first, for one of `runs`; the small rest is one row. */

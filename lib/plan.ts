@@ -4,7 +4,7 @@ import { PyraflowError } from './engine/errors.ts'
 import { type Lap, Rehearsal } from './engine/rehearsal.ts'
 import { denormaliseLatents } from './flow/normalise.ts'
 import type { Recipe } from './generate/recipe.ts'
-import { stepFlops, type UnitTokens, unitTokens } from './generate/tokens.ts'
+import { stageFlops, type UnitTokens, unitTokens } from './generate/tokens.ts'
 import type { VaePlan } from './models/vae-plan.ts'
 import { assumeOffload } from './nn/offload.ts'
 import { cast } from './ops/cast.ts'
@@ -139,9 +139,9 @@ async function planOnce(
   const weights = pipelineWeights(pipeline, offload)
   const last = tokens.at(-1) as UnitTokens
   const phases = await rehearsePhases(pipeline, recipe, { prompts, last, offload })
-  const denoise = tokens.map((t) => stepFlops(pipeline, t))
-  const linear = denoise.reduce((n, { linear: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
-  const attention = denoise.reduce((n, { attention: f }, i) => n + f * (tokens[i] as UnitTokens).steps, 0)
+  const denoise = tokens.map((t) => stageFlops(pipeline, t))
+  const linear = denoise.reduce((n, stage) => n + stage.linear, 0)
+  const attention = denoise.reduce((n, stage) => n + stage.attention, 0)
   const units = last.unit
   const decode = phases.firstFlops + units * phases.laterFlops
   const unit = pipeline.vae.temporalFactor * (pipeline.config.framesPerUnit ?? 1)
@@ -202,7 +202,7 @@ async function rehearsePhases(
     maxMemory: decodeBudget(pipeline, recipe, offload),
     single: last.unit === 0,
   })
-  const history = new LatentHistory(stages.count, f)
+  const history = new LatentHistory(stages.count, f, recipe.historyWindow)
   const decode = async (latent: Tensor, begins: boolean): Promise<Lap> => {
     const steps = function* (): Steps<Tensor> {
       const z = cast(denormaliseLatents(latent, config.normalisation, begins), dtype)

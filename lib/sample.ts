@@ -70,6 +70,8 @@ export interface SampleOptions {
    * values as they were, and costs no more than its own tokens. 1, the default: at every step. The network must be causal.
    */
   historyCache?: number
+  /** Units of the past that a unit sees at most, beside the first frame (`planHistory`); default: all. */
+  historyWindow?: number | undefined
   signal?: AbortSignal | undefined
 }
 
@@ -97,7 +99,7 @@ export async function* sampleLatents(
 
   const job = engine.newJob()
   const queued = <T>(fn: () => T): T => engine.within(job, fn)
-  const history = new LatentHistory(stages.count, framesPerUnit)
+  const history = new LatentHistory(stages.count, framesPerUnit, options.historyWindow)
   const rows = new PromptRows(negative)
   // Disposing twice is harmless, so this may name what has another owner meanwhile.
   let held: Tensor | undefined
@@ -197,7 +199,7 @@ const textOf = (unit: number, { text }: SampleOptions): TextFeatures =>
 const rowCount = (options: SampleOptions): number => options.given?.shape[0] ?? textOf(0, options).mask.length
 
 function checkSizes(options: SampleOptions): void {
-  const { stages, height, width, steps, videoSteps, negative, historyCache = 1 } = options
+  const { stages, height, width, steps, videoSteps, negative } = options
   const multiple = 2 ** stages.count
   if (height % multiple || width % multiple || height < multiple || width < multiple) {
     throw new PyraflowError('ERR_OPTION', {
@@ -218,12 +220,10 @@ function checkSizes(options: SampleOptions): void {
       })
     }
   }
-  if (!Number.isSafeInteger(historyCache) || historyCache < 1) {
-    throw new PyraflowError('ERR_OPTION', {
-      what: 'historyCache',
-      expected: 'a whole number of steps from 1',
-      received: `${historyCache}`,
-    })
+  for (const name of ['historyCache', 'historyWindow'] as const) {
+    const n = options[name] ?? 1
+    if (Number.isSafeInteger(n) && n >= 1) continue
+    throw new PyraflowError('ERR_OPTION', { what: name, expected: 'a whole number from 1', received: `${n}` })
   }
   const batch = rowCount(options)
   if (negative && negative.mask.length !== batch) {

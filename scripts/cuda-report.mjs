@@ -28,8 +28,9 @@ export function kernelsIn(text, file) {
   return kernels
 }
 
-/** Whether ptxas found registers of wgmma products in use while the products were under way. */
-export const serialized = (text) => /wgmma\.mma_async instructions are serialized/.test(text)
+/** Whether ptxas makes wgmma products wait for one another, or leaves warps the registers that they began with. */
+export const serialized = (text) =>
+  /wgmma\.mma_async instructions are serialized|'setmaxnreg' ignored/.test(text)
 
 function demangled(kernels) {
   const { status, stdout } = run('c++filt', ['-p', ...kernels.map(({ kernel }) => kernel)])
@@ -70,7 +71,7 @@ await main(() => {
   const waiting = reports.filter(({ text }) => serialized(text)).map(({ file }) => file)
   if (waiting.length > 0)
     throw new Remedy(
-      `ptxas serializes the products of ${waiting.join(', ')}: touch no register of theirs before the wait.`,
+      `ptxas serializes the products of ${waiting.join(', ')}, or ignores setmaxnreg there: touch no register of theirs before the wait.`,
     )
   if (spilling.some(({ file, spill }) => file.startsWith('attention') && spill > MOST_SPILLED))
     throw new Remedy('An attention kernel spills too many registers: use smaller tiles or fewer live values.')

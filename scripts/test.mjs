@@ -13,12 +13,14 @@ const add = (passed, failed, skipped) => {
   counts.skipped += skipped
 }
 
-// The CPU levels, and beside them the CUDA kernels, whose emulator has one thread; attention also as on Hopper.
+// The CPU levels, and beside them the CUDA kernels, whose emulator has one thread; attention also as on Hopper, and as on
+// cards with less shared memory.
 async function nativeCases() {
   await Promise.all([
     nativeCasesOf('cpu'),
     nativeCasesOf('cuda'),
-    nativeCasesOf('cuda_emulated', ['--filter', 'attention'], { PYRAFLOW_HOPPER: 'on' }),
+    nativeCasesOf('cuda_emulated', ['--filter', 'attention'], { PYRAFLOW_HOPPER: 'require' }),
+    nativeCasesOf('cuda_emulated', ['--filter', 'attention'], { PYRAFLOW_EMULATOR_SHARED: '101376' }),
   ])
 }
 

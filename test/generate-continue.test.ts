@@ -77,6 +77,7 @@ describe('a continued video', () => {
       steps: 1,
       negativePrompt: 'blue',
       linearGuidance: { alpha: 1 },
+      ...{ historyCache: 2, historyWindow: 3 },
     })
     const inherited = pipe.resolve({ continueFrom: first, frames: 8 })
     expect(inherited).toMatchObject({
@@ -85,6 +86,7 @@ describe('a continued video', () => {
       steps: [1, 1, 1],
       negativePrompt: 'blue',
       linearGuidance: { alpha: 1, min: 2 },
+      ...{ historyCache: 2, historyWindow: 3 },
       frames: 8,
       continueFrom: first.recipe,
     })

@@ -213,6 +213,8 @@ test('options of the wrong kind, or of no known name, are refused by name', () =
     [{ prompt: A, guidance: [] }, /guidance/],
     [{ prompt: A, guidance: [1], linearGuidance: {} }, /guidance or linearGuidance, received both/],
     [{ prompt: A, linearGuidance: { alpha: 'x' } }, /linearGuidance/],
+    [{ prompt: A, historyCache: 0 }, /historyCache: expected a whole number of steps from 1/],
+    [{ prompt: A, historyWindow: 1.5 }, /historyWindow: expected a whole number of units from 1/],
     [{ prompt: A, signal: {} }, /signal: expected an AbortSignal/],
     [{ prompt: A, width: 128, height: 128 }, /size: expected 64×64, received 128×128.*allowUntrained/],
     [{ prompt: A, width: 100, allowUntrained: true }, /multiples of 64.*nearest size that works is 128×64/],

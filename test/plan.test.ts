@@ -6,6 +6,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
 import type { PyraflowError } from '../lib/engine/errors.ts'
 import { rehearse } from '../lib/engine/rehearsal.ts'
+import type { GenerateOptions } from '../lib/generate/options.ts'
 import { CAUSAL_VAE_DEFAULTS, CausalVideoVAE } from '../lib/models/causal-vae.ts'
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { PyramidDiffusionMMDiT } from '../lib/models/dit-mmdit.ts'
@@ -29,7 +30,7 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }))
 type Dtype = 'f32' | 'bf16'
 
 /** Networks of published form, wide enough that activations outweigh what kernels borrow. */
-function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux'): Pipeline {
+function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux', maxMemory?: number): Pipeline {
   const sizes = {
     num_attention_heads: 4,
     attention_head_dim: 32,
@@ -57,7 +58,7 @@ function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux'): Pipeline {
   )
   const constants = { shift: 0, scale: 1 }
   return new Pipeline({
-    ...{ transformer, vae, text: tinyText(), dtype },
+    ...{ transformer, vae, text: tinyText(), dtype, maxMemory },
     config: {
       normalisation: { image: constants, video: constants },
       steps: [1, 1, 1],
@@ -69,7 +70,7 @@ function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux'): Pipeline {
 /** Most bytes, beside the weights, while the last unit is denoised and while frames are decoded. */
 async function measured(
   pipe: Pipeline,
-  options: { width: number; height: number; frames: number; maxMemory?: number },
+  options: Omit<GenerateOptions, 'prompt'>,
 ): Promise<{ denoise: number; decode: number }> {
   await engine.idle()
   const weights = engine.memory().live
@@ -124,6 +125,15 @@ describe('a plan', () => {
     expect(plan.pieces).not.toEqual({ tile: null, window: null })
     expect(plan.bytes.decode).toBeLessThan(tight.maxMemory)
     close(plan.bytes.decode, (await measured(pipe, tight)).decode)
+    pipe.dispose()
+  })
+
+  test('knows what keys and values take that are kept from step to step', async () => {
+    // Steps that repeat each other keep memory, too, which plans do not count; under a limit none does.
+    const pipe = small('bf16', 'flux', 2 ** 34)
+    const options = { width: 256, height: 192, frames: 25, videoSteps: [1, 2, 3], historyCache: 3 }
+    const { bytes } = await pipe.plan(options)
+    close(bytes.denoise, (await measured(pipe, options)).denoise)
     pipe.dispose()
   })
 
@@ -187,6 +197,23 @@ describe('a plan', () => {
     const best = Math.min(...pauses)
     console.log(`a plan at full size: longest pause ${best.toFixed(1)} ms in the best of 12 runs`)
     expect(best).toBeLessThan(10)
+  })
+
+  test('counts only the unit itself in steps that take its history as it was', async () => {
+    const options = { frames: 25, steps: [4, 4, 4], videoSteps: [4, 4, 4] }
+    const every = await planFolder(model, options)
+    const third = await planFolder(model, { ...options, historyCache: 3 })
+    for (const [i, t] of third.tokens.entries()) {
+      const { pairs, currentPairs, unit, current, history, text } = t
+      expect(t.kept).toBe(unit === 0 ? 0 : 2)
+      expect(every.tokens[i]).toEqual({ ...t, kept: 0 })
+      // A unit of one frame sees all there is.
+      expect(currentPairs).toBe(unit === 0 ? pairs : current * (history + current + text))
+    }
+    expect(third.flops.denoise).toBeLessThan(0.9 * every.flops.denoise)
+    expect(third.flops.decode).toBe(every.flops.decode)
+    // Keys and values of a stage stay from step to step.
+    expect(third.bytes.denoise).toBeGreaterThan(every.bytes.denoise)
   })
 
   test('counts tokens as the history rule has them, and steps as they are asked for', async () => {

@@ -118,8 +118,31 @@ describe('history', () => {
     }
   })
 
+  it('with a window is that of an earlier unit: the first frame and the last units', () => {
+    for (let stages = 1; stages <= 4; stages++) {
+      for (let stage = 0; stage < stages; stage++) {
+        for (let unit = 1; unit < 9; unit++) {
+          for (const f of [1, 2, 3]) {
+            const seen = (of: number, window?: number): (readonly [number, number])[] =>
+              planHistory(of, stage, stages, f, window).flatMap(({ firstFrame, frameCount, level }) =>
+                Array.from({ length: frameCount }, (_, i) => [firstFrame + i, level] as const),
+              )
+            for (let window = 1; window < 10; window++) {
+              const like = Math.min(unit, window + 1)
+              const out = (unit - like) * f
+              const wanted = seen(like).map(([frame, level]) => [frame === 0 ? 0 : frame + out, level])
+              expect(seen(unit, window)).toEqual(wanted)
+              expect(wanted.at(-1)?.[0]).toBe((unit - 1) * f)
+            }
+          }
+        }
+      }
+    }
+  })
+
   it('refuses a stage outside the pyramid', () => {
     expect(() => planHistory(1, 3, 3)).toThrow(/0 to 2/)
+    expect(() => planHistory(1, 0, 3, 1, 0)).toThrow(/historyWindow/)
     expect(() => planHistory(-1, 0, 3)).toThrow(/unit from 0/)
   })
 })

@@ -18,6 +18,9 @@ const { values: args } = parseArgs({
     'video-guidance': { type: 'string' },
     steps: { type: 'string' },
     'video-steps': { type: 'string' },
+    'history-cache': { type: 'string', default: '1' },
+    'history-window': { type: 'string' },
+    frames: { type: 'string' },
   },
 })
 
@@ -33,6 +36,9 @@ for (const [i, prompt] of prompts.entries()) {
     .generate({
       prompt: prompt.text,
       seed: 1000 + i,
+      historyCache: Number(args['history-cache']),
+      ...(args['history-window'] ? { historyWindow: Number(args['history-window']) } : {}),
+      ...(args.frames ? { frames: Number(args.frames) } : {}),
       ...(args.guidance ? { guidanceScale: Number(args.guidance) } : {}),
       ...(args['video-guidance'] ? { videoGuidanceScale: Number(args['video-guidance']) } : {}),
       ...(args.steps ? { steps: list(args.steps) } : {}),

@@ -41,6 +41,8 @@ const settings = z.strictObject({
   videoGuidanceScale: z.number().optional(),
   guidance: z.array(z.number()).nonempty().optional(),
   linearGuidance: z.strictObject({ alpha: z.number().optional(), min: z.number().optional() }).optional(),
+  historyCache: z.int().positive().optional(),
+  historyWindow: z.int().positive().optional(),
   preview: z.string().optional(),
   latents: z.boolean().optional(),
   resume: z.string().optional(),
@@ -105,6 +107,13 @@ export function addGenerate(program: Command): void {
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
   option(command, '--guidance <list>', 'or one number a unit, the last of which holds on', scales)
   option(command, '--linear-guidance <alpha,min>', 'or falling by alpha a unit down to min', falling)
+  option(
+    command,
+    '--history-cache <n>',
+    'compute text and history at every n-th step of a stage only',
+    wholeNumber,
+  )
+  option(command, '--history-window <n>', 'units of the past that a unit sees at most', wholeNumber)
   option(command, '--preview <dir>', 'write small pictures of what is being made into this folder')
   command.option('--latents', 'also write .latents.safetensors, to continue from without loss')
   option(command, '--resume <dir>', 'keep finished units here; the same command again goes on behind them')

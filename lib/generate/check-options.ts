@@ -67,6 +67,7 @@ const RULES: Record<string, Rule> = {
     expected: '{ alpha, min }, both numbers',
     holds: (v) => object(v) && [v.alpha, v.min].every((n) => n === undefined || number(n)),
   },
+  historyWindow: { expected: 'a whole number of units from 1', holds: count },
   historyCache: { expected: 'a whole number of steps from 1', holds: count },
   adapters: {
     expected: 'a list of { path, scale } with numbers as scales',

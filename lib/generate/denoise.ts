@@ -52,6 +52,7 @@ export function denoise(
     framesPerUnit,
     repeat: pipeline.maxMemory === undefined,
     historyCache: recipe.historyCache ?? 1,
+    historyWindow: recipe.historyWindow,
     signal,
   })
 }
@@ -76,7 +77,10 @@ export function stepCosts(
   recipe: Recipe,
   part: { frames: number; given: number },
 ): number[] {
-  return unitTokens(pipeline, recipe, part).flatMap(({ steps, history, current, text }) =>
-    new Array<number>(steps).fill(history + current + text),
+  const every = recipe.historyCache ?? 1
+  return unitTokens(pipeline, recipe, part).flatMap(({ steps, kept, history, current, text }) =>
+    Array.from({ length: steps }, (_, n) =>
+      kept > 0 && n % every !== 0 ? current : history + current + text,
+    ),
   )
 }

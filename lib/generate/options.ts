@@ -64,6 +64,11 @@ export interface GenerateOptions {
    * (docs/generating.md). Default 1: at every step.
    */
   historyCache?: number | undefined
+  /**
+   * Units of the past that a unit sees at most, beside the first frame. Every second of a long video then takes the same time,
+   * and positions stay within those of a video of so many units. Default: all, as the models were trained.
+   */
+  historyWindow?: number | undefined
   /** Low-rank adapters to add to the transformer for this generation, in place of the pipeline's; [] for none. */
   adapters?: readonly AdapterChoice[] | undefined
   /**

@@ -25,6 +25,7 @@ export interface Recipe {
   guidance?: number[]
   linearGuidance?: { alpha: number; min: number }
   historyCache?: number
+  historyWindow?: number
   /** Path of the first frame, or `sha256:…` of one that was given as bytes and has to be given again. */
   image?: string
   /** The recipe or path of what was continued, or `sha256:…` of latents or frames that have to be given again. */

@@ -94,7 +94,10 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
       preset.videoGuidance,
     dtype,
     ...guidanceOf(options, parent),
-    ...historyCacheOf(pipeline, options.historyCache ?? parent?.historyCache),
+    ...historyOf(pipeline, {
+      historyCache: options.historyCache ?? parent?.historyCache,
+      historyWindow: options.historyWindow ?? parent?.historyWindow,
+    }),
     ...(typeof image === 'string' ? { image } : {}),
     ...(typeof continueFrom === 'string' ? { continueFrom } : parent ? { continueFrom: parent } : {}),
     ...(adapters.length > 0 ? { adapters } : {}),
@@ -154,13 +157,17 @@ function guidanceOf(
   }
 }
 
-function historyCacheOf({ transformer }: Pipeline, every = 1): Pick<Recipe, 'historyCache'> {
-  if (every === 1) return {}
-  if (transformer.config.use_temporal_causal) return { historyCache: every }
+function historyOf(
+  { transformer }: Pipeline,
+  { historyCache = 1, historyWindow }: Pick<GenerateOptions, 'historyCache' | 'historyWindow'>,
+): Pick<Recipe, 'historyCache' | 'historyWindow'> {
+  const window = historyWindow === undefined ? {} : { historyWindow }
+  if (historyCache === 1) return window
+  if (transformer.config.use_temporal_causal) return { historyCache, ...window }
   throw wrong(
     'historyCache',
     '1 with this model, whose history sees the frames that are being made',
-    `${every}`,
+    `${historyCache}`,
   )
 }
 

@@ -10,6 +10,8 @@ export interface UnitTokens {
   readonly stage: number
   /** Euler steps, each of which is a call. */
   readonly steps: number
+  /** Of these, the calls that take text and history as an earlier one left them, and compute `current` alone. */
+  readonly kept: number
   /** Sequences of a call: 2 under guidance, else 1. */
   readonly sequences: number
   /** Of one sequence: earlier frames, the unit itself, and text. */
@@ -20,6 +22,8 @@ export interface UnitTokens {
   readonly total: number
   /** Pairs of one sequence in which a token sees another. */
   readonly pairs: number
+  /** Of these, the pairs in which a token of the unit sees another. */
+  readonly currentPairs: number
 }
 
 /**
@@ -44,40 +48,42 @@ export function unitTokens(
   const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= given)
   return units.flatMap(({ index: unit, frames: own }) =>
     Array.from({ length: stages.count }, (_, stage) => {
-      const where = { unit, stage, stageCount: stages.count, framesPerUnit, ...size }
+      const window = recipe.historyWindow
+      const where = { unit, stage, stageCount: stages.count, framesPerUnit, window, ...size }
       const { history, current } = historyTokens(where)
       const sequences = guidanceForUnit(unit, guidance) > 0 ? 2 : 1
       const per = (level: number): number => frameTokens(size.height, size.width, level, stages.count)
-      const byFrame = [
-        ...planHistory(unit, stage, stages.count, framesPerUnit).flatMap(({ frameCount, level }) =>
-          new Array<number>(frameCount).fill(per(level)),
-        ),
-        ...new Array<number>(own).fill(per(stage)),
-      ]
+      const earlier = planHistory(unit, stage, stages.count, framesPerUnit, window).flatMap(
+        ({ frameCount, level }) => new Array<number>(frameCount).fill(per(level)),
+      )
+      const frames = [...earlier, ...new Array<number>(own).fill(per(stage))]
       const causal = transformer.config.use_temporal_causal
+      const pairs = visiblePairs(text.maxLength, frames, causal)
+      const steps = (unit === 0 ? recipe.steps : recipe.videoSteps)[stage] as number
       return {
-        ...{ unit, stage, sequences, history, current },
-        steps: (unit === 0 ? recipe.steps : recipe.videoSteps)[stage] as number,
+        ...{ unit, stage, sequences, history, current, steps, pairs },
+        kept: earlier.length === 0 ? 0 : steps - Math.ceil(steps / (recipe.historyCache ?? 1)),
         text: text.maxLength,
         total: sequences * (history + current + text.maxLength),
-        pairs: visiblePairs(text.maxLength, byFrame, causal),
+        currentPairs: earlier.length === 0 ? pairs : pairs - visiblePairs(text.maxLength, earlier, causal),
       }
     }),
   )
 }
 
-/** Multiplications and additions of one network call: in the layers' products, and in attention. */
-export function stepFlops(
+/** Multiplications and additions of a unit's steps in one stage: in the layers' products, and in attention. */
+export function stageFlops(
   { transformer }: Pipeline,
-  { sequences, history, current, text, pairs }: UnitTokens,
+  { sequences, history, current, text, pairs, currentPairs, steps, kept }: UnitTokens,
 ): { linear: number; attention: number } {
   const c = transformer.config as typeof transformer.config & { num_single_layers?: number }
   const d = c.num_attention_heads * c.attention_head_dim
   const single = c.num_single_layers ?? 0
-  const latent = sequences * (history + current)
-  const words = sequences * text
+  const latent = sequences * (steps * current + (steps - kept) * history)
+  const words = sequences * (steps - kept) * text
   // q, k, v, output and two times four times the width in between, in both kinds of blocks.
   const blocks = 12 * d ** 2 * (c.num_layers + single) * (latent + words)
   const ends = d * (latent * 8 * transformer.latentChannels + words * c.joint_attention_dim)
-  return { linear: 2 * (blocks + ends), attention: 4 * sequences * pairs * d * (c.num_layers + single) }
+  const seen = sequences * ((steps - kept) * pairs + kept * currentPairs)
+  return { linear: 2 * (blocks + ends), attention: 4 * seen * d * (c.num_layers + single) }
 }

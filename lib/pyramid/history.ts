@@ -21,18 +21,34 @@ export interface TokenCount {
  * single unit but everything older at once, as one piece. Holds for t2v and i2v alike, since both have
  * 1 + (unit − 1)·f frames before unit `unit`, and for training with u = m − 1 units of history (§8.5).
  *
- * @throws PyraflowError `ERR_OPTION` for a stage outside the pyramid or a unit below 0.
+ * With a window of n units, later units see what unit n + 1 would: the first frame and the n units before them. What lies
+ * between is left out, and so are its positions in time.
+ *
+ * @throws PyraflowError `ERR_OPTION` for a stage outside the pyramid, a unit below 0 or a window below 1.
  */
 export function planHistory(
   unit: number,
   stage: number,
   stageCount: number,
   framesPerUnit = 1,
+  window?: number,
 ): readonly HistoryPiece[] {
   checkPlace(unit, stage, stageCount)
   checkPositive('framesPerUnit', framesPerUnit)
+  if (window !== undefined) checkPositive('historyWindow', window)
   if (unit === 0) return Object.freeze([])
+  if (window === undefined || unit <= window + 1) return wholeHistory(unit, stage, framesPerUnit)
+  const out = (unit - window - 1) * framesPerUnit
+  const pieces = wholeHistory(window + 1, stage, framesPerUnit).flatMap((piece) => {
+    const { firstFrame, frameCount, level } = piece
+    if (firstFrame > 0) return [{ ...piece, firstFrame: firstFrame + out }]
+    const first = { firstFrame: 0, frameCount: 1, level }
+    return frameCount === 1 ? [first] : [first, { firstFrame: 1 + out, frameCount: frameCount - 1, level }]
+  })
+  return Object.freeze(pieces.map((piece) => Object.freeze(piece)))
+}
 
+function wholeHistory(unit: number, stage: number, framesPerUnit: number): readonly HistoryPiece[] {
   const total = 1 + (unit - 1) * framesPerUnit
   const pieces: HistoryPiece[] = []
   // Frames [total − back·f, total − (back − 1)·f), clamped: the oldest unit is the single first frame.
@@ -78,13 +94,14 @@ export function historyTokens(options: {
   readonly stage: number
   readonly stageCount?: number
   readonly framesPerUnit?: number
+  readonly window?: number | undefined
   readonly height: number
   readonly width: number
 }): TokenCount {
-  const { unit, stage, stageCount = 3, framesPerUnit = 1, height, width } = options
+  const { unit, stage, stageCount = 3, framesPerUnit = 1, window, height, width } = options
   const perFrame = (level: number): number => frameTokens(height, width, level, stageCount)
   let history = 0
-  for (const piece of planHistory(unit, stage, stageCount, framesPerUnit)) {
+  for (const piece of planHistory(unit, stage, stageCount, framesPerUnit, window)) {
     history += piece.frameCount * perFrame(piece.level)
   }
   const current = (unit === 0 ? 1 : framesPerUnit) * perFrame(stage)

@@ -8,10 +8,13 @@ import type { Tensor } from '../tensor/tensor.ts'
 export class LatentHistory {
   readonly #levels: (Tensor | null)[]
   readonly #framesPerUnit: number
+  readonly #window: number | undefined
 
-  constructor(stages: number, framesPerUnit: number) {
+  /** `window`: units that are seen at most, beside the first frame. */
+  constructor(stages: number, framesPerUnit: number, window?: number) {
     this.#levels = new Array<null>(stages).fill(null)
     this.#framesPerUnit = framesPerUnit
+    this.#window = window
   }
 
   append(latent: Tensor): void {
@@ -31,7 +34,8 @@ export class LatentHistory {
   /** What a unit sees of the past at a stage, oldest first (eq. 29). */
   clips(unit: number, stage: number): Tensor[] {
     const levels = this.#levels.filter((level) => level !== null)
-    return historyClips(levels, planHistory(unit, stage, this.#levels.length, this.#framesPerUnit))
+    const count = this.#levels.length
+    return historyClips(levels, planHistory(unit, stage, count, this.#framesPerUnit, this.#window))
   }
 
   dispose(): void {

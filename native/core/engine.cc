@@ -1,5 +1,6 @@
 #include "core/engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +14,21 @@ const char* const kOpNames[PF_OP_COUNT] = {
 };
 
 namespace {
+
+constexpr int CountOf(const char* names) {
+  int count = *names ? 1 : 0;
+  for (; *names; ++names) count += *names == ',';
+  return count;
+}
+
+struct Signature {
+  int inputs, outputs, scalars;
+};
+constexpr Signature kSignatures[PF_OP_COUNT] = {
+#define PF_OP(folder, name, inputs, outputs, scalars) {inputs, outputs, CountOf(scalars)},
+#include "ops.def"
+#undef PF_OP
+};
 
 const char* CodeOf(int32_t status) {
   switch (status) {
@@ -39,15 +55,17 @@ struct ScratchContext : PfContext {
   Recording* recording;
   const NotedOp* noted;
   std::vector<Block> blocks;
+  size_t next = 0;  // of the noted blocks
 };
 
 void* Scratch(PfContext* self, size_t bytes) {
   auto* context = static_cast<ScratchContext*>(self);
-  const size_t i = context->blocks.size();
   void* data = nullptr;
-  if (context->noted) {  // kernels ask for the same every time
-    if (i < context->noted->scratch.size() && context->noted->scratch[i].bytes == bytes)
-      data = context->noted->scratch[i].data;
+  if (context->noted) {  // kernels ask for the same every time, but for what they tried in vain
+    const std::vector<Block>& blocks = context->noted->scratch;
+    size_t& next = context->next;
+    while (next < blocks.size() && blocks[next].bytes != bytes) ++next;
+    if (next < blocks.size()) data = blocks[next++].data;
   } else {
     data = context->recording ? context->recording->Allocate(bytes) : context->allocator->Allocate(bytes);
   }
@@ -191,9 +209,20 @@ void Engine::Loop() {
 
 void Engine::FailWith(int32_t status, const char* error) { FailWith(CodeOf(status), error); }
 
-std::string Engine::NoRoom(size_t bytes) const {
-  return "could not allocate " + std::to_string(bytes) + " bytes (" + std::to_string(allocator_.live()) +
-         " are live). Use a smaller size or batch, or raise maxMemory.";
+void Engine::FailWithoutRoom(size_t bytes) {
+  if (DeviceBroke()) return;
+  FailWith("ERR_MEMORY", "could not allocate " + std::to_string(bytes) + " bytes (" +
+                             std::to_string(allocator_.live()) +
+                             " are live). Use a smaller size or batch, or raise maxMemory.");
+}
+
+// A device that broke gives no memory either.
+bool Engine::DeviceBroke() {
+  if (!backend_->memory || capturing_) return false;
+  char error[256];
+  const int32_t status = backend_->memory->synchronize(error);
+  if (status != PF_OK) FailWith(status, error);
+  return status != PF_OK;
 }
 
 void Engine::FailWith(const std::string& code, const std::string& message) {
@@ -270,7 +299,7 @@ void Engine::Allocate(size_t id, size_t bytes) {
   if (Failed()) return;  // its users are skipped anyway
   Recording* const recording = Open();
   slot.data = recording ? recording->Allocate(bytes) : allocator_.Allocate(bytes);
-  if (!slot.data) return FailWith("ERR_MEMORY", NoRoom(bytes));
+  if (!slot.data) return FailWithoutRoom(bytes);
   slot.bytes = bytes;
   slot.allocated = true;
   slot.recording = recording;
@@ -299,9 +328,20 @@ void Engine::Run(const double* w) {
   const int op = static_cast<int>(w[0]), n_in = static_cast<int>(w[1]), n_out = static_cast<int>(w[2]),
             n_scalars = static_cast<int>(w[3]);
   constexpr int kMost = 16;
-  if (op < 0 || op >= PF_OP_COUNT || n_in > kMost || n_out > kMost)
-    return FailWith("ERR_DEVICE", "bad command");
+  if (op < 0 || op >= PF_OP_COUNT) return FailWith("ERR_DEVICE", "bad command");
+  const Signature& wants = kSignatures[op];
+  if (n_in > wants.inputs || n_out > wants.outputs || n_scalars != wants.scalars)
+    return FailWith("ERR_DEVICE",
+                    std::string(kOpNames[op]) + ": expected at most " + std::to_string(wants.inputs) +
+                        " inputs and " + std::to_string(wants.outputs) + " outputs, and " +
+                        std::to_string(wants.scalars) + " scalars, received " + std::to_string(n_in) + ", " +
+                        std::to_string(n_out) + " and " + std::to_string(n_scalars));
+  static_assert(std::ranges::all_of(
+      kSignatures, [](const Signature& s) { return s.inputs <= kMost && s.outputs <= kMost; }));
   PfView in[kMost], out[kMost];
+  // Kernels look at all operands of their op: those that were left out are missing ones.
+  for (PfView* views : {in, out})
+    for (int i = 0; i < kMost; ++i) views[i].rank = -1;
   size_t at = 4;
   bool sound = true;
   Slot *from[kMost] = {}, *to[kMost] = {};
@@ -335,6 +375,7 @@ void Engine::Run(const double* w) {
   const int32_t status = Measure(op, &args, &error, recording, nullptr);
   for (Slot* slot : to)
     if (slot && status == PF_OK) slot->written = true;
+  if (status == PF_ERR_MEMORY && DeviceBroke()) return;
   if (status != PF_OK)
     FailWith(CodeOf(status), (error.empty() ? std::string(kOpNames[op]) + " failed" : error) + " in " +
                                  kOpNames[op] + describe());

@@ -111,7 +111,9 @@ class Engine {
   void FailWith(const std::string& code, const std::string& message);
   void FailWith(int32_t status, const char* error);
   std::string TakeError(int job);
-  std::string NoRoom(size_t bytes) const;
+  void FailWithoutRoom(size_t bytes);
+  // Whether the device broke in an earlier kernel; that is then the job's error.
+  bool DeviceBroke();
   void Release(Slot& slot);
 
   const PfBackendTable* const backend_;

@@ -16,7 +16,7 @@ void Engine::Map(const double* w, const std::shared_ptr<MappedFile>& file) {
   if (backend_->memory) {  // a device does not see the file: its bytes are sent once
     if (Failed()) return;
     slot.data = allocator_.Allocate(bytes);
-    if (!slot.data) return FailWith("ERR_MEMORY", NoRoom(bytes));
+    if (!slot.data) return FailWithoutRoom(bytes);
     slot.allocated = true;
     slot.bytes = bytes;
     char error[256];
@@ -37,7 +37,7 @@ void Engine::Write(const Command& command) {
   // The bytes do not come again when the ops that read them do.
   if (Recording* const recording = slots_[id].recording; recording && recording->open()) {
     void* const pinned = recording->Pin(slots_[id].data, slots_[id].written);
-    if (!pinned) return FailWith("ERR_MEMORY", NoRoom(slots_[id].bytes));
+    if (!pinned) return FailWithoutRoom(slots_[id].bytes);
     slots_[id].data = pinned;
   }
   char* const target = static_cast<char*>(slots_[id].data) + offset;
@@ -86,7 +86,7 @@ void Engine::Load(const double* w, MappedFile* file) {
   const size_t staged_bytes = std::min(n, step) * PfSize(from);
   if (memory && converts && n > 0) {
     staged = static_cast<char*>(allocator_.Allocate(staged_bytes));
-    if (!staged) return FailWith("ERR_MEMORY", NoRoom(staged_bytes));
+    if (!staged) return FailWithoutRoom(staged_bytes);
   }
   int32_t status = PF_OK;
   std::string error;

@@ -46,6 +46,8 @@ class Case {
   Case& Scalars(std::vector<double> scalars);
   Case& Tolerance(double f32, double bf16);  // relative L2 per output; 0 means equal bits
   Case& F32Only();
+  // On a GPU alone and in bf16, and `repeats` times more, which have to give the same bits: races show there.
+  Case& OnGpu(int repeats);
   void Run();
   // Runs expecting this refusal instead of a result.
   void RunExpecting(int32_t status);
@@ -62,6 +64,7 @@ class Case {
   std::vector<double> scalars_;
   double tolerance_f32_ = 1e-6, tolerance_bf16_ = 1e-2;
   bool f32_only_ = false;
+  int repeats_ = -1;
 };
 
 class Test {
@@ -73,6 +76,9 @@ class Test {
  private:
   uint64_t seed_ = 0;
 };
+
+// Whether a GPU is among what is tested.
+bool HasGpu();
 
 struct Register {
   Register(const char* folder, void (*run)(Test&));

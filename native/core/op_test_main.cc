@@ -1,5 +1,6 @@
 // Runs every op's cases: pf_op_test [--filter name] [--level beginning of a name] [--backends dir]. Prints
 // one line per failure and a summary.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -195,6 +196,14 @@ Case& Case::F32Only() {
   return *this;
 }
 
+static bool IsGpu(const PfBackendTable* backend) { return !std::strcmp(backend->name, "cuda"); }
+bool HasGpu() { return std::any_of(g_backends.begin(), g_backends.end(), IsGpu); }
+
+Case& Case::OnGpu(int repeats) {
+  repeats_ = repeats;
+  return *this;
+}
+
 // Copies of operands, guards included, where a device backend can reach them; back again on Fetch.
 class OnDevice {
  public:
@@ -334,6 +343,13 @@ void Case::RunOne(const PfBackendTable* backend, bool bf16, bool unaligned, int3
   const int32_t status = Call(backend, op_index_, in_v, out_v, scalars_, &error);
   device_in.Fetch();
   device_out.Fetch();
+  for (int i = 0; i < repeats_ && status == PF_OK; ++i) {
+    const std::vector<Buffer> before = out;
+    if (Call(backend, op_index_, in_v, out_v, scalars_, &error) != PF_OK) return fail("again: " + error);
+    device_out.Fetch();
+    for (size_t k = 0; k < out.size(); ++k)
+      if (out[k].bytes != before[k].bytes) return fail("other bits when run again");
+  }
   if (status != expected) return fail("status " + std::to_string(status) + " " + error);
   if (expected != PF_OK) {
     if (error.empty()) return fail("refused without a message");
@@ -377,6 +393,10 @@ void Case::RunOne(const PfBackendTable* backend, bool bf16, bool unaligned, int3
 void Case::Run() {
   for (const PfBackendTable* backend : g_backends) {
     if (!backend->kernels[op_index_]) continue;  // a library of some op folders only
+    if (repeats_ >= 0) {
+      if (IsGpu(backend)) RunOne(backend, true, false, PF_OK);
+      continue;
+    }
     for (int bf16 = 0; bf16 <= (f32_only_ ? 0 : 1); ++bf16)
       for (int unaligned = 0; unaligned <= 1; ++unaligned) RunOne(backend, bf16, unaligned, PF_OK);
   }
@@ -390,6 +410,8 @@ void Case::RunExpecting(int32_t status) {
 }  // namespace op_test
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF,
+               0);  // what failed is known even if the process does not end by itself
   std::string filter, only, directory = PF_OUT_DIR;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (!std::strcmp(argv[i], "--filter")) filter = argv[i + 1];

@@ -20,6 +20,15 @@ typedef void* DeviceStream;
 // The dynamic shared memory that every kernel may have without asking (Launch asks when it is more).
 constexpr size_t kPlainShared = 48 << 10;
 
+#if defined(__CUDACC__)
+// The runtime remembers an error until somebody asks, and would blame the next launch for it.
+static inline int32_t DeviceStatus(const PfArgs* a, cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return PF_OK;
+  cudaGetLastError();
+  return Fail(a, PF_ERR_DEVICE, "%s failed: %s", what, cudaGetErrorString(status));
+}
+#endif
+
 // Queues kernel<<<grid, block, shared>>>(arguments...) on the call's stream; PF_OK or the launch's error.
 // Arguments are passed by value and must have the kernel's parameter types.
 template <class... P, class... A>
@@ -34,8 +43,7 @@ int32_t Launch(const PfArgs* a, void (*kernel)(P...), dim3 grid, dim3 block, siz
         static_cast<P>(arguments)...);
     status = cudaGetLastError();
   }
-  if (status == cudaSuccess) return PF_OK;
-  return Fail(a, PF_ERR_DEVICE, "launch failed: %s", cudaGetErrorString(status));
+  return DeviceStatus(a, status, "launch");
 #else
   const auto run = [=] {
     return emulator::Run(grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); });
@@ -45,26 +53,43 @@ int32_t Launch(const PfArgs* a, void (*kernel)(P...), dim3 grid, dim3 block, siz
 #endif
 }
 
+// The most shared memory that a block of this device may have: 227 KB on Hopper, 163 on A100, 99 on cards of
+// 8.6, 8.9 and 12.0.
+static inline size_t MostShared() {
+#if defined(__CUDACC__)
+  static const size_t most = [] {
+    int device = 0, bytes = 0;
+    const bool known =
+        cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+    return known ? static_cast<size_t>(bytes) : kPlainShared;
+  }();
+  return most;
+#else
+  return emulator::MostShared();
+#endif
+}
+
 static inline int32_t DeviceZero(const PfArgs* a, void* at, size_t bytes) {
 #if defined(__CUDACC__)
   const cudaError_t status = cudaMemsetAsync(at, 0, bytes, static_cast<DeviceStream>(a->context->stream));
-  if (status != cudaSuccess) return Fail(a, PF_ERR_DEVICE, "memset failed: %s", cudaGetErrorString(status));
+  return DeviceStatus(a, status, "memset");
 #else
   (void)a;
   emulator::Queue([=] { return memset(at, 0, bytes) != nullptr; });
-#endif
   return PF_OK;
+#endif
 }
 static inline int32_t DeviceCopy(const PfArgs* a, void* to, const void* from, size_t bytes) {
 #if defined(__CUDACC__)
   const cudaError_t status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
                                              static_cast<DeviceStream>(a->context->stream));
-  if (status != cudaSuccess) return Fail(a, PF_ERR_DEVICE, "copy failed: %s", cudaGetErrorString(status));
+  return DeviceStatus(a, status, "copy");
 #else
   (void)a;
   emulator::Queue([=] { return memmove(to, from, bytes) != nullptr; });
-#endif
   return PF_OK;
+#endif
 }
 
 static inline void* DeviceScratch(const PfArgs* a, size_t bytes) {

@@ -165,6 +165,15 @@ bool RunBlock(bool reverse) {
 int Linear() { return current; }
 void* Dynamic() { return dynamic; }
 size_t SharedBytes() { return shared; }
+
+size_t MostShared() {
+  static const size_t most = [] {
+    const char* wish = getenv("PYRAFLOW_EMULATOR_SHARED");
+    const size_t bytes = wish ? strtoull(wish, nullptr, 10) : kMostShared;
+    return bytes < kMostShared ? bytes : kMostShared;
+  }();
+  return most;
+}
 const char* Error() { return error; }
 void Progress() { ++changes; }
 
@@ -247,8 +256,8 @@ void CopyWait(int groups_left) {
 
 bool Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   threads = static_cast<int>(block.x * block.y * block.z);
-  if (threads < 1 || threads > 1024 || shared_bytes > kMostShared || grid.x < 1 || grid.y < 1 || grid.z < 1 ||
-      grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
+  if (threads < 1 || threads > 1024 || shared_bytes > MostShared() || grid.x < 1 || grid.y < 1 ||
+      grid.z < 1 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
     snprintf(error, sizeof(error), "invalid launch: grid (%u, %u, %u), block of %d threads, %zu bytes shared",
              grid.x, grid.y, grid.z, threads, shared_bytes);
     return false;

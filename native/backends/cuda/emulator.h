@@ -51,6 +51,7 @@ void BlockArrive(int id, int count);   // counts, and does not wait
 int BlockOr(int value);                // __syncthreads_or
 void* Dynamic();                       // dynamic shared memory of this block
 size_t SharedBytes();                  // of it
+size_t MostShared();                   // that a block may have; PYRAFLOW_EMULATOR_SHARED makes it less
 void Progress();                       // something happened that a waiting thread may wait for
 // Gives up: the launch fails with this reason.
 [[noreturn]] void Stop(const char* reason);

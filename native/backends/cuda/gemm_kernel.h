@@ -428,8 +428,8 @@ int32_t LaunchGemm(const PfArgs* args, const GemmArgs<A, B, Rows>& p, const Gemm
 // y = end(the parts of every entry, added in order); y may be the one part there is.
 template <class Rows>
 __global__ void __launch_bounds__(kElementThreads)
-    SumPartsKernel(const float* parts, int splits, int64_t rows, int m, int n, FastDiv per_row, Rows to,
-                   Epilogue end) {
+    SumPartsKernel(const float* parts, bool packs, int splits, int64_t rows, int m, int n, FastDiv per_row,
+                   Rows to, Epilogue end) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   const int64_t row = at / per_row.divisor;
   if (row >= rows) return;
@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(kElementThreads)
   float sum[8] = {}, bias[8];
   for (int p = 0; p < splits; ++p, from += part) {
     float v[8];
-    if (n % 8 == 0) {
+    if (packs) {
       LoadPack<float, 4>(from, v);
       LoadPack<float, 4>(from + 4, v + 4);
     } else {
@@ -459,7 +459,8 @@ int32_t SumParts(const PfArgs* args, const float* parts, int splits, int64_t row
                  const Rows& to, const Epilogue& end) {
   const int64_t per_row = CeilDiv(n, 8);
   const dim3 grid(static_cast<unsigned>(CeilDiv(rows * per_row, kElementThreads)));
-  return Launch(args, &SumPartsKernel<Rows>, grid, kElementThreads, 0, parts, splits, rows, m, n,
+  const bool packs = n % 8 == 0 && Aligned(parts, 16);
+  return Launch(args, &SumPartsKernel<Rows>, grid, kElementThreads, 0, parts, packs, splits, rows, m, n,
                 FastDiv(per_row), to, end);
 }
 

@@ -1,4 +1,5 @@
 #include <cuda_runtime.h>
+#include <stdint.h>
 #include <string.h>
 
 #include <algorithm>
@@ -13,10 +14,11 @@ constexpr int kPace = 128;            // ops between two marks; at most two mark
 
 struct Device {
   cudaStream_t stream = nullptr;
-  bool pools = false;
+  cudaMemPool_t pool = nullptr;  // where the device has one
   int32_t* faults = nullptr;
   char* staging[2] = {};
   cudaEvent_t sent[2] = {}, mark[2] = {};
+  unsigned turn = 0;  // of the staging buffers
   int ops = 0, marks = 0;
 };
 // Every engine thread has a stream of its own; workers of one process share the device.
@@ -46,7 +48,14 @@ int32_t Begin(int32_t index, PfContext* context, char* error) {
   }
   int pools = 0;
   cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, index);
-  device.pools = pools != 0;
+  if (pools) {
+    PF_CUDA(cudaDeviceGetDefaultMemPool(&device.pool, index), "finding the memory pool");
+    // Otherwise memory that is given back leaves the process at the next wait, and is mapped anew when it is
+    // wanted again.
+    uint64_t kept = UINT64_MAX;
+    PF_CUDA(cudaMemPoolSetAttribute(device.pool, cudaMemPoolAttrReleaseThreshold, &kept),
+            "setting the memory pool up");
+  }
   context->stream = device.stream;
   void* on_device = nullptr;
   PF_CUDA(cudaHostGetDevicePointer(&on_device, device.faults, 0), "mapping memory");
@@ -70,15 +79,22 @@ void End() {
 
 void* Allocate(size_t bytes) {
   void* pointer = nullptr;
-  const cudaError_t status =
-      device.pools ? cudaMallocAsync(&pointer, bytes, device.stream) : cudaMalloc(&pointer, bytes);
+  cudaError_t status =
+      device.pool ? cudaMallocAsync(&pointer, bytes, device.stream) : cudaMalloc(&pointer, bytes);
+  if (status == cudaErrorMemoryAllocation && device.pool) {
+    // What was given back counts as taken until the kernels before are done.
+    cudaGetLastError();
+    cudaStreamSynchronize(device.stream);
+    cudaMemPoolTrimTo(device.pool, 0);
+    status = cudaMallocAsync(&pointer, bytes, device.stream);
+  }
   if (status == cudaSuccess) return pointer;
   cudaGetLastError();
   return nullptr;
 }
 
 void Release(void* pointer) {
-  if (device.pools)
+  if (device.pool)
     cudaFreeAsync(pointer, device.stream);
   else
     cudaFree(pointer);
@@ -86,8 +102,8 @@ void Release(void* pointer) {
 }
 
 int32_t Upload(void* to, const void* from, size_t bytes, char* error) {
-  for (size_t at = 0, part = 0; at < bytes; at += kStaging, ++part) {
-    const size_t n = std::min(kStaging, bytes - at), i = part & 1;
+  for (size_t at = 0; at < bytes; at += kStaging) {
+    const size_t n = std::min(kStaging, bytes - at), i = device.turn++ & 1;
     PF_CUDA(cudaEventSynchronize(device.sent[i]), "upload");
     memcpy(device.staging[i], static_cast<const char*>(from) + at, n);
     PF_CUDA(cudaMemcpyAsync(static_cast<char*>(to) + at, device.staging[i], n, cudaMemcpyHostToDevice,
@@ -150,6 +166,7 @@ int32_t Captured(void** graph, char* error) {
 
 int32_t LaunchGraph(void* graph, char* error) {
   PF_CUDA(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), device.stream), "launching a graph");
+  device.ops = kPace;  // it is as long as many ops
   return PF_OK;
 }
 

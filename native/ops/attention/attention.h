@@ -1,6 +1,7 @@
 // Softmax attention without an L x L matrix; masks are two integers per token.
 //
-// attention [q[B,L,H,D], k[B,Lk,H,D], v[B,Lk,H,D], segment? i32[B,Lk], order? i32[B,Lk], wq? [G,D], wk? [G,D],
+// attention [q[B,L,H,D], k[B,Lk,H,D], v[B,Lk,H,D], segment? i32[B,Lk], order? i32[B,Lk], wq? [G,D], wk?
+// [G,D],
 //            cos? f32[B Lk,D/2], sin? f32[B Lk,D/2]] -> [o[B,L,H,D], lse f32[B,H,L]]
 //   i sees j iff segment[i] == segment[j] and order[i] >= order[j], where the queries are the first L <= Lk
 //   tokens of the keys' sequence; both absent: everything, and L and Lk are independent

@@ -43,7 +43,8 @@ int32_t pf_cuda_attention(const PfArgs* a) {
   ForwardCall call{};
   PF_TRY(MakeForwardCall(a, s, turn, mask, &call));
   int32_t status;
-  return TryForwardHopper(a, s, call, &status) ? status : ForwardMma(a, s, call);
+  if (TryForwardHopper(a, s, call, &status)) return status;
+  return HopperRequired(s) ? HopperMissing(a, "attention") : ForwardMma(a, s, call);
 }
 
 int32_t pf_cuda_attention_backward(const PfArgs* a) {
@@ -56,5 +57,6 @@ int32_t pf_cuda_attention_backward(const PfArgs* a) {
   BackwardCalls calls{};
   PF_TRY(MakeBackwardCalls(a, s, mask, &calls));
   int32_t status;
-  return TryBackwardHopper(a, s, calls, &status) ? status : BackwardMma(a, s, calls);
+  if (TryBackwardHopper(a, s, calls, &status)) return status;
+  return HopperRequired(s) ? HopperMissing(a, "attention_backward") : BackwardMma(a, s, calls);
 }

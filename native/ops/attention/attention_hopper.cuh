@@ -96,26 +96,42 @@ __device__ __forceinline__ Visibility LookAt(const Mask& mask, int row, int rows
 
 #endif
 
-// PYRAFLOW_HOPPER=off leaves everything to mma.sync; the emulator does unless it is on.
-inline bool HopperWanted() {
+// PYRAFLOW_HOPPER=off leaves everything to mma.sync; the emulator does unless it is on. With `require`
+// nothing that is for these kernels is left to others.
+inline const char* HopperWish() {
   static const char* const wish = getenv("PYRAFLOW_HOPPER");
+  return wish ? wish : "";
+}
+inline bool HopperWanted() {
 #if defined(__CUDACC__)
-  if (wish && !strcmp(wish, "off")) return false;
+  if (!strcmp(HopperWish(), "off")) return false;
   int device = 0, major = 0, minor = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
          major == 9 && minor == 0;
 #else
-  return wish && !strcmp(wish, "on");
+  return !strcmp(HopperWish(), "on") || !strcmp(HopperWish(), "require");
 #endif
 }
 // Whether this device and shape are for the kernels. A tensor map has no empty dimension.
 inline bool HopperTakes(const AttentionShape& s) {
   return (s.d == 64 || s.d == 128) && s.batch * s.heads * s.lq * s.lk != 0 && HopperWanted();
 }
-// Whether this build has a kernel's code: one without sm_90a runs on such a device, too, but there the
-// kernel is empty and takes next to no registers.
+// Whether what these kernels would take, and did not, is an error.
+inline bool HopperRequired(const AttentionShape& s) {
+  return (s.d == 64 || s.d == 128) && s.batch * s.heads * s.lq * s.lk != 0 &&
+         !strcmp(HopperWish(), "require");
+}
+inline int32_t HopperMissing(const PfArgs* a, const char* op) {
+  return Fail(
+      a, PF_ERR_DEVICE,
+      "%s: PYRAFLOW_HOPPER=require, but the kernels for compute capability 9.0 cannot run: the device is "
+      "another, the build lacks sm_90a, or the driver makes no tensor map",
+      op);
+}
+// Whether this build has a kernel's code: one for other devices may run on such a one, too, from virtual
+// code, but there the kernel is empty and takes next to no registers.
 template <class Call>
 bool HopperBuilt(void (*kernel)(Call)) {
 #if defined(__CUDACC__)

@@ -400,7 +400,9 @@ inline int32_t MakeForwardCall(const PfArgs* a, const AttentionShape& s, const R
 inline int32_t ForwardMma(const PfArgs* a, const AttentionShape& s, const ForwardCall& call) {
   if (s.d <= 64) return LaunchForwardMma<ForwardPlan<64, 2, 64, 1>>(a, s, call);
   if (s.d <= 128) return LaunchForwardMma<ForwardPlan<128, 2, 32, 1>>(a, s, call);
-  return LaunchForwardMma<ForwardPlan<512, 1, 32, 2>>(a, s, call);
+  typedef ForwardPlan<512, 1, 32, 2> Wide;
+  if (Wide::kShared <= MostShared()) return LaunchForwardMma<Wide>(a, s, call);
+  return LaunchForwardMma<ForwardPlan<512, 1, 16, 2>>(a, s, call);
 }
 
 }  // namespace

@@ -206,13 +206,21 @@ inline int32_t MakeBackwardCalls(const PfArgs* a, const AttentionShape& s, const
   return PF_OK;
 }
 
+template <class OfQueries, class OfKeys>
+int32_t LaunchBackwardMma(const PfArgs* a, const AttentionShape& s, const BackwardCalls& calls) {
+  PF_TRY(LaunchBackwardMma<OfQueries>(a, s, calls.of_queries));
+  return LaunchBackwardMma<OfKeys>(a, s, calls.of_keys);
+}
+
 inline int32_t BackwardMma(const PfArgs* a, const AttentionShape& s, const BackwardCalls& calls) {
-  if (s.d <= 64) {
-    PF_TRY((LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, false>>(a, s, calls.of_queries)));
-    return LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, true>>(a, s, calls.of_keys);
-  }
-  PF_TRY((LaunchBackwardMma<BackwardPlan<128, 1, 8, 64, false>>(a, s, calls.of_queries)));
-  return LaunchBackwardMma<BackwardPlan<128, 1, 8, 32, true>>(a, s, calls.of_keys);
+  if (s.d <= 64)
+    return LaunchBackwardMma<BackwardPlan<64, 2, 4, 32, false>, BackwardPlan<64, 2, 4, 32, true>>(a, s,
+                                                                                                  calls);
+  typedef BackwardPlan<128, 1, 8, 64, false> Wide;
+  if (Wide::kShared <= MostShared())
+    return LaunchBackwardMma<Wide, BackwardPlan<128, 1, 8, 32, true>>(a, s, calls);
+  return LaunchBackwardMma<BackwardPlan<128, 1, 4, 64, false>, BackwardPlan<128, 1, 4, 32, true>>(a, s,
+                                                                                                  calls);
 }
 
 }  // namespace

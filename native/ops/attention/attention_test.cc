@@ -15,16 +15,22 @@ op_test::Case& Operands(op_test::Case& c, const Dims& q, const Dims& k, const Ma
   return c.InInt({k[0], k[1]}, mask->segment).InInt({k[0], k[1]}, mask->order);
 }
 
-void Forward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale) {
+// `gpu`: so many times, and on a GPU alone.
+void Forward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale, int gpu = 0) {
+  if (gpu && !op_test::HasGpu()) return;  // what takes too long elsewhere
   op_test::Case c = test.Case("attention");
+  if (gpu) c.OnGpu(gpu);
   Operands(c, q, k, mask).Out(q).OutF32({q[0], q[2], q[1]}).Scalars({scale}).Tolerance(2e-6, 4e-3).Run();
 }
 
 // What the forward pass saves is the reference's.
-void Backward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale) {
+void Backward(op_test::Test& test, const Dims& q, const Dims& k, const Mask* mask, double scale,
+              int gpu = 0) {
   const std::vector<int> inputs = mask ? std::vector<int>{0, 1, 2, 3, 4} : std::vector<int>{0, 1, 2, -1, -1};
   const std::vector<Dims> saved = {q, {q[0], q[2], q[1]}};
+  if (gpu && !op_test::HasGpu()) return;
   op_test::Case c = test.Case("attention_backward");
+  if (gpu) c.OnGpu(gpu);
   Operands(c, q, k, mask)
       .FromRef("attention", inputs, {scale}, saved, 0, false)
       .FromRef("attention", inputs, {scale}, saved, 1)
@@ -132,22 +138,6 @@ PF_CASES(attention) {
         .Scalars({-0.1})
         .Tolerance(2e-6, 4e-3)
         .Run();
-  }
-  // Queries that are the first tokens of a longer sequence, behind which lies what they see of the past.
-  const Mask past = {[](int64_t i) { return i / 10 % 3; }, [](int64_t i) { return i * 7 % 13; }};
-  for (int64_t d : {24, 64, 128})
-    for (const auto& [lq, lk] : {std::pair<int64_t, int64_t>{1, 2}, {40, 131}, {130, 203}, {96, 520}})
-      for (const Mask& mask : {past, long_masks[0]}) {
-        Forward(test, {2, lq, 2, d}, {2, lk, 2, d}, &mask, 0.125);
-        if (lq > 1) Backward(test, {2, lq, 1, d}, {2, lk, 1, d}, &mask, 0.125);
-      }
-  for (int64_t d : {8, 64, 80}) {
-    const int64_t lq = 30, lk = 131;
-    op_test::Case c = test.Case("attention");
-    c.In({2, lq, 2, d}).In({2, lk, 2, d}).In({2, lk, 2, d});
-    c.InInt({2, lk}, past.segment).InInt({2, lk}, past.order).In({2, d}).In({2, d});
-    c.InF32({2 * lk, d / 2}).InF32({2 * lk, d / 2});
-    c.Out({2, lq, 2, d}).OutF32({2, 2, lq}).Scalars({0.125, 1e-6, 100}).Tolerance(2e-6, 6e-3).Run();
   }
   // Norms and rotation of queries and keys on the way in: alone, together, and with weights of two kinds.
   for (int64_t l : {1, 50, 131})
@@ -342,4 +332,32 @@ PF_CASES(attention) {
       .Out(x)
       .Scalars({1})
       .RunExpecting(PF_ERR_SHAPE);
+
+  // Queries that are the first tokens of a longer sequence, behind which lies what they see of the past.
+  const Mask past = {[](int64_t i) { return i / 10 % 3; }, [](int64_t i) { return i * 7 % 13; }};
+  for (int64_t d : {24, 64, 128})
+    for (const auto& [lq, lk] : {std::pair<int64_t, int64_t>{1, 2}, {40, 131}, {130, 203}, {96, 520}})
+      for (const Mask& mask : {past, long_masks[0]}) {
+        Forward(test, {2, lq, 2, d}, {2, lk, 2, d}, &mask, 0.125);
+        if (lq > 1) Backward(test, {2, lq, 1, d}, {2, lk, 1, d}, &mask, 0.125);
+      }
+  for (int64_t d : {8, 64, 80}) {
+    const int64_t lq = 30, lk = 131;
+    op_test::Case c = test.Case("attention");
+    c.In({2, lq, 2, d}).In({2, lk, 2, d}).In({2, lk, 2, d});
+    c.InInt({2, lk}, past.segment).InInt({2, lk}, past.order).In({2, d}).In({2, d});
+    c.InF32({2 * lk, d / 2}).InF32({2 * lk, d / 2});
+    c.Out({2, lq, 2, d}).OutF32({2, 2, lq}).Scalars({0.125, 1e-6, 100}).Tolerance(2e-6, 6e-3).Run();
+  }
+  for (int64_t d : {64, 128}) {
+    // Rings of buffers that go round several times while many blocks run at once.
+    const Mask units = {[](int64_t i) { return i / 900; }, [](int64_t i) { return i % 900 / 100; }};
+    for (const auto& [lq, lk] : {std::pair<int64_t, int64_t>{260, 1150}, {1150, 260}})
+      for (const Mask* mask : {&units, static_cast<const Mask*>(nullptr)}) {
+        if (mask && lk < lq) continue;
+        Forward(test, {1, lq, 8, d}, {1, lk, 8, d}, mask, 0.125, 20);
+        Backward(test, {1, lq, 8, d}, {1, lk, 8, d}, mask, 0.125, 20);
+      }
+    Backward(test, {1, 1150, 2, d}, {1, 1150, 2, d}, &units, 0.125, 20);
+  }
 }

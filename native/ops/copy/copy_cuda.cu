@@ -35,6 +35,27 @@ __global__ void __launch_bounds__(kElementThreads) RegionKernel(FloatRegion call
   WritePack<N>(call.y, to, x);
 }
 
+// Where item `at` of n is: its row's beginnings, and its place in a row of `length` items.
+__device__ __forceinline__ int64_t PlaceOf(const Layout& rows, int64_t length, int64_t at, int64_t n,
+                                           Offsets* o) {
+  if (n > INT32_MAX) {
+    *o = OffsetsOf(rows, at / length);
+    return at % length;
+  }
+  // Divisions of 64 bits would take longer than the copy.
+  uint32_t rest = static_cast<uint32_t>(at) / static_cast<uint32_t>(length);
+  const int64_t i = static_cast<uint32_t>(at) - rest * static_cast<uint32_t>(length);
+  *o = {0, 0};
+  for (int j = rows.rank - 1; j >= 0; --j) {
+    const uint32_t next = rest / static_cast<uint32_t>(rows.dims[j]);
+    const int64_t k = rest - next * static_cast<uint32_t>(rows.dims[j]);
+    o->x += k * rows.x[j];
+    o->y += k * rows.y[j];
+    rest = next;
+  }
+  return i;
+}
+
 // Rows that are contiguous on both sides, in units of sizeof(T): y's row `i` begins at i-th place of the
 // layout.
 template <class T>
@@ -42,25 +63,43 @@ __global__ void __launch_bounds__(kElementThreads)
     RowsKernel(const T* x, T* y, const __grid_constant__ Layout rows, int64_t length, int64_t n) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (at >= n) return;
-  // Divisions of 64 bits would take longer than the copy.
   Offsets o;
-  int64_t i;
-  if (n <= INT32_MAX) {
-    uint32_t rest = static_cast<uint32_t>(at) / static_cast<uint32_t>(length);
-    i = static_cast<uint32_t>(at) - rest * static_cast<uint32_t>(length);
-    o = {0, 0};
-    for (int j = rows.rank - 1; j >= 0; --j) {
-      const uint32_t next = rest / static_cast<uint32_t>(rows.dims[j]);
-      const int64_t k = rest - next * static_cast<uint32_t>(rows.dims[j]);
-      o.x += k * rows.x[j];
-      o.y += k * rows.y[j];
-      rest = next;
-    }
-  } else {
-    i = at % length;
-    o = OffsetsOf(rows, at / length);
-  }
+  const int64_t i = PlaceOf(rows, length, at, n, &o);
   y[o.y + i] = x[o.x + i];
+}
+
+// Few neighbours of x, M of kSize bytes, that part in y, as in the pixel shuffle: a thread reads so many runs
+// of M as fill 16 bytes of each of M rows of y. A tile (below) would be nearly empty.
+template <int kSize, int M>
+__global__ void __launch_bounds__(kElementThreads)
+    PartKernel(const unsigned char* x, unsigned char* y, const __grid_constant__ Layout outer, int64_t packs,
+               int64_t n, int64_t xs, int64_t ys) {
+  constexpr int kEach = 16 / kSize, kPerWord = 4 / kSize, kWords = M / kPerWord;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  if (at >= n) return;
+  Offsets o;
+  const int64_t first = PlaceOf(outer, packs, at, n, &o) * kEach;
+  uint32_t runs[kEach][kWords];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const auto* from = reinterpret_cast<const uint32_t*>(x + (o.x + (first + j) * xs) * kSize);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) runs[j][w] = from[w];
+  }
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+    uint32_t to[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (kPerWord == 1) {
+        to[w] = runs[w][i];
+      } else {
+        const int shift = i % 2 * 16;
+        to[w] = (runs[2 * w][i / 2] >> shift & 0xffff) | runs[2 * w + 1][i / 2] >> shift << 16;
+      }
+    }
+    *reinterpret_cast<uint4*>(y + (o.y + i * ys + first) * kSize) = uint4{to[0], to[1], to[2], to[3]};
+  }
 }
 
 // The plane of x's innermost dim (m long) and y's (n long), through a tile: both sides are read and written
@@ -107,6 +146,27 @@ int32_t CopyRowsWide(const PfArgs* a, const void* x, void* y, const Layout& rows
   return CopyRows<uint8_t>(a, x, y, rows, length, count, 1);
 }
 
+template <int kSize, int M>
+int32_t Part(const PfArgs* a, const Layout& outer, int64_t planes, int64_t n, int64_t xs, int64_t ys) {
+  const int64_t packs = n * kSize / 16, all = planes * packs;
+  return Launch(a, &PartKernel<kSize, M>, dim3(static_cast<unsigned>(CeilDiv(all, kElementThreads))),
+                kElementThreads, 0, PfData<const unsigned char>(a->in[0]), PfData<unsigned char>(a->out[0]),
+                outer, packs, all, xs, ys);
+}
+// False where the memory is not such that PartKernel could read and write whole words.
+bool TryPart(const PfArgs* a, const Layout& outer, int64_t size, int64_t planes, int64_t m, int64_t n,
+             int64_t xs, int64_t ys, int32_t* status) {
+  const int64_t each = 16 / size;
+  if ((size != 2 && size != 4) || (m != 2 && m != 4)) return false;
+  int64_t x_steps = xs | m, y_steps = ys | n;
+  for (int j = 0; j < outer.rank; ++j) x_steps |= outer.x[j], y_steps |= outer.y[j];
+  if (x_steps * size % 4 || y_steps % each || !Aligned(a->in[0].data, 4) || !Aligned(a->out[0].data, 16))
+    return false;
+  const auto part = size == 2 ? (m == 2 ? &Part<2, 2> : &Part<2, 4>) : (m == 2 ? &Part<4, 2> : &Part<4, 4>);
+  *status = part(a, outer, planes, n, xs, ys);
+  return true;
+}
+
 template <class T>
 int32_t Transpose(const PfArgs* a, const Layout& l) {
   const int last = l.rank - 1;
@@ -118,6 +178,8 @@ int32_t Transpose(const PfArgs* a, const Layout& l) {
   Remove(outer, inner);
   int64_t planes = 1;
   for (int j = 0; j < outer.rank; ++j) planes *= outer.dims[j];
+  int32_t status;
+  if (TryPart(a, outer, sizeof(T), planes, m, n, xs, ys, &status)) return status;
   const int64_t tiles_m = CeilDiv(m, kTile), tiles_n = CeilDiv(n, kTile);
   return Launch(a, &TransposeKernel<T>, dim3(static_cast<unsigned>(planes * tiles_m * tiles_n)),
                 kElementThreads, 0, PfData<const T>(a->in[0]), PfData<T>(a->out[0]), outer, m, n, xs, ys,

@@ -17,10 +17,11 @@ __global__ void __launch_bounds__(L::kBlock) ForwardKernel(Forward p) {
   constexpr int N = L::N, kPacks = L::kPacks;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * L::kRowsPerBlock + threadIdx.x / L::kThreads;
   if (n >= p.rows) return;  // never a part of a block that shares a row
-  const int64_t row = n * p.d, entry = static_cast<int64_t>(p.entries.Of(n)) * p.d;
+  const int64_t row = n * p.d;
   float x[kPacks][N], table[kPacks][N], mean = 0, sum[1] = {};
   const auto read = [&](int base) { ReadPacks(p.x, PackPlaces<L>{row, base, p.d}, x); };
-  if (L::kWhole) read(0);
+  if (L::kWhole) read(0);  // before the row's entry is looked up, so that the two do not wait for each other
+  const int64_t entry = static_cast<int64_t>(p.entries.Of(n)) * p.d;
   if (!kRms) {
     ForSegments<L>(p.d, [&](int base) {
       if (!L::kWhole) read(base);

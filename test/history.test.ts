@@ -161,7 +161,11 @@ describe('sampling', () => {
   })
   afterAll(() => pipe.dispose())
 
-  async function sample(historyCache: number, repeat = true): Promise<Float32Array[]> {
+  async function sample(
+    historyCache: number,
+    repeat = true,
+    more: { frames?: number; historyWindow?: number } = {},
+  ): Promise<Float32Array[]> {
     const [text, negative] = [tinyText().encode(['a red circle']), tinyText().encode([''])]
     const values: Float32Array[] = []
     const options = {
@@ -169,6 +173,7 @@ describe('sampling', () => {
       ...{ steps: [2, 1, 2], videoSteps: [4, 1, 5] },
       guidance: { guidanceScale: 3, videoGuidanceScale: 2 },
       noise: seededNoise(new Generator(5)),
+      ...more,
     }
     for await (const event of sampleLatents(pipe.transformer, options)) {
       if (event.type !== 'unit') continue
@@ -193,6 +198,20 @@ describe('sampling', () => {
       }
     }
     expect(await live()).toBe(before)
+  })
+
+  test('within a window leaves out what is older, but for the first frame', async () => {
+    const all = await sample(1, true, { frames: 4 })
+    const window = await sample(1, true, { frames: 4, historyWindow: 2 })
+    // Unit 2 sees the first frame and unit 1; unit 3 is the first that has more than fits.
+    expect(window.slice(0, 3)).toEqual(all.slice(0, 3))
+    const narrow = await sample(1, true, { frames: 4, historyWindow: 1 })
+    expect(narrow.slice(0, 3)).toEqual(all.slice(0, 3))
+    expect(narrow[3]).not.toEqual(all[3])
+    expect(await sample(2, true, { frames: 4, historyWindow: 1 })).toEqual(
+      await sample(2, false, { frames: 4, historyWindow: 1 }),
+    )
+    await expect(sample(1, true, { historyWindow: 0 })).rejects.toMatchObject({ code: 'ERR_OPTION' })
   })
 
   test.each([0, 1.5, Number.NaN])('%d steps are refused', async (every) => {
