@@ -247,6 +247,8 @@ async function rehearsePhases(
     await setImmediate()
     const latent = own(await sliced(() => run.firstStep(), { grad: false, within }))
     const step = lap()
+    within(() => run.dispose())
+    lap()
     const frames = await decode(latent, last.unit === 0)
     first ??= frames
     later ??= frames

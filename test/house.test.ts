@@ -35,8 +35,8 @@ const allowed: Record<string, string[]> = {
   ops: tensors,
   io: [...tensors, 'ops'],
   nn: [...tensors, 'ops', 'io'],
-  // forward() makes the token layout itself when the caller brings none.
-  models: [...networks, 'pyramid/layout'],
+  // forward() makes the token layout itself when the caller brings none, and the order of kept keys.
+  models: [...networks, 'pyramid/layout', 'pyramid/current'],
   text: [...networks, 'models'],
   flow: [...tensors, 'ops'],
   pyramid: numbers,

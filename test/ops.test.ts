@@ -258,7 +258,7 @@ describe('ops refuse what does not fit, naming it', () => {
     [
       'attention',
       () => attention(t(1, 8, 2, 64), t(1, 8, 2, 32), t(1, 8, 2, 32)),
-      /k \[B, L, H, D\].*received \[1, 8, 2, 32\]/,
+      /k \[B, Lk, H, D\].*received \[1, 8, 2, 32\]/,
     ],
     [
       'attention masks',

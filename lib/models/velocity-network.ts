@@ -1,11 +1,11 @@
 import type { ModelConfig } from '../io/pretrained.ts'
 import type { LowRank } from '../nn/linear.ts'
 import type { Offload } from '../nn/offload.ts'
-import type { PastKeys } from '../nn/past-keys.ts'
 import type { ComputeType } from '../nn/weights.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import type { Steps } from '../tensor/tape.ts'
 import type { Tensor } from '../tensor/tensor.ts'
+import type { PastKeys } from './past-keys.ts'
 
 /** How to make a network. */
 export interface TransformerOptions {

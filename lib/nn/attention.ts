@@ -4,7 +4,6 @@ import { rope } from '../ops/rope.ts'
 import { scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
 import { type Linear, linearLayer } from './linear.ts'
-import type { KeysAndValues, PastReader, PastWriter } from './past-keys.ts'
 import type { Weights } from './weights.ts'
 
 /** The part of a packed layout that a network needs; text tokens come before latent tokens. */
@@ -22,6 +21,24 @@ export interface TokenLayout {
   /** Rotation of every token, [tokens, D/2]. */
   readonly jointCos: Float32Array
   readonly jointSin: Float32Array
+}
+
+/** Of one attention, [tokens, d] each. */
+export interface KeysAndValues {
+  readonly k: Tensor
+  readonly v: Tensor
+}
+
+/** What the attentions of a call do with them, in the order in which they come. */
+export interface PastWriter {
+  /** Keeps what is to be seen again of keys and values of all tokens, text first. */
+  keep(of: KeysAndValues): void
+}
+export interface PastReader {
+  /** Room for the current tokens, and behind it what they see of the past: history, then text. */
+  next(): KeysAndValues
+  /** Latent tokens, which are in front of text. */
+  readonly latents: number
 }
 
 /** A layout's arrays in native memory; those of the parts are views of the joint ones. */

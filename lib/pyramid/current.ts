@@ -1,4 +1,3 @@
-import type { TokenLayout } from '../nn/attention.ts'
 import { type ClipLayout, type LatentLayout, type Layout, placeColumns, predictionOf } from './layout.ts'
 
 /** Neighbouring tokens that stay neighbours. */
@@ -17,7 +16,10 @@ export interface CurrentTokens {
   /** The current tokens by themselves. */
   readonly placed: LatentLayout
   /** Rows of the current tokens; segment, order and rotation of all: current, history, text. */
-  readonly tokens: TokenLayout
+  readonly tokens: Pick<
+    Layout,
+    'textTokens' | 'latentTokens' | 'jointRows' | 'segment' | 'order' | 'jointCos' | 'jointSin'
+  >
   /** Latent tokens, which are in front of text: current ones and history. */
   readonly latents: number
   /** Where history and text come from. */

@@ -91,11 +91,18 @@ __global__ void __launch_bounds__(kElementThreads)
 template <int kIn, int kOut, class Fn>
 int32_t Elements(const PfArgs* a, const FloatArrays<kIn, kOut>& arrays, int64_t n, Fn fn) {
   if (n == 0) return PF_OK;
-  bool packs = true;
-  for (int k = 0; k < kIn; ++k) packs &= Packs(arrays.in[k]);
-  for (int k = 0; k < kOut; ++k) packs &= Packs(arrays.out[k]);
-  const int per_thread = packs ? 8 : 1;
+  bool packs = true, floats = true;
+  const auto look = [&](const FloatArray& v) {
+    packs &= Packs(v);
+    floats &= v.data == nullptr || v.dtype == PF_F32;
+  };
+  for (int k = 0; k < kIn; ++k) look(arrays.in[k]);
+  for (int k = 0; k < kOut; ++k) look(arrays.out[k]);
+  // 16 bytes a thread: two stores of 16 would each write halves of all sectors of memory.
+  const int per_thread = !packs ? 1 : floats ? 4 : 8;
+  const auto kernel = !packs   ? &ElementKernel<1, kIn, kOut, Fn>
+                      : floats ? &ElementKernel<4, kIn, kOut, Fn>
+                               : &ElementKernel<8, kIn, kOut, Fn>;
   const dim3 grid(static_cast<unsigned>(CeilDiv(n, static_cast<int64_t>(kElementThreads) * per_thread)));
-  return packs ? Launch(a, &ElementKernel<8, kIn, kOut, Fn>, grid, kElementThreads, 0, arrays, n, fn)
-               : Launch(a, &ElementKernel<1, kIn, kOut, Fn>, grid, kElementThreads, 0, arrays, n, fn);
+  return Launch(a, kernel, grid, kElementThreads, 0, arrays, n, fn);
 }

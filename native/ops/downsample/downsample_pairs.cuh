@@ -1,12 +1,11 @@
 // Halving and doubling of planes, shared by downsample and upsample. A thread has N blocks of 2x2 that lie
-// side by side: when they are four, 16 bytes of bf16 of each of the two rows.
+// side by side: 16 bytes of each of the two rows where that can be, four blocks of bf16 or two of f32.
 #pragma once
 #include "backends/cuda/packs.h"
 
 namespace {
 
 constexpr int kPairThreads = 256;
-constexpr int kPairsWide = 4;
 
 struct PairPlanes {
   FloatArray large, small;  // [row pairs, 2, 2w] and [row pairs, w]
@@ -56,19 +55,25 @@ __global__ void __launch_bounds__(kPairThreads) DoubleKernel(PairPlanes p) {
   }
 }
 
-int32_t LaunchPairs(const PfArgs* a, void (*wide)(PairPlanes), void (*single)(PairPlanes),
-                    const PfView& large, const PfView& small, float factor) {
+// The kernels of four blocks a thread, of two and of one.
+typedef void (*PairKernel)(PairPlanes);
+int32_t LaunchPairs(const PfArgs* a, PairKernel four, PairKernel two, PairKernel one, const PfView& large,
+                    const PfView& small, float factor) {
   const PairPlanes p{ArrayOf(large), ArrayOf(small), PfCount(small), small.dims[small.rank - 1], factor};
   if (p.count == 0) return PF_OK;
-  const int n = p.w % kPairsWide == 0 && Packs(p.large) && Packs(p.small) ? kPairsWide : 1;
-  return Launch(a, n > 1 ? wide : single, static_cast<unsigned>(CeilDiv(p.count, n * kPairThreads)),
-                kPairThreads, 0, p);
+  const int wide = large.dtype == PF_F32 ? 2 : 4;
+  const int n = p.w % wide == 0 && Packs(p.large) && Packs(p.small) ? wide : 1;
+  return Launch(a,
+                n == 4   ? four
+                : n == 2 ? two
+                         : one,
+                static_cast<unsigned>(CeilDiv(p.count, n * kPairThreads)), kPairThreads, 0, p);
 }
 int32_t HalvePlanes(const PfArgs* a, const PfView& large, const PfView& small, float factor) {
-  return LaunchPairs(a, &HalveKernel<kPairsWide>, &HalveKernel<1>, large, small, factor);
+  return LaunchPairs(a, &HalveKernel<4>, &HalveKernel<2>, &HalveKernel<1>, large, small, factor);
 }
 int32_t DoublePlanes(const PfArgs* a, const PfView& small, const PfView& large, float factor) {
-  return LaunchPairs(a, &DoubleKernel<kPairsWide>, &DoubleKernel<1>, large, small, factor);
+  return LaunchPairs(a, &DoubleKernel<4>, &DoubleKernel<2>, &DoubleKernel<1>, large, small, factor);
 }
 
 }  // namespace

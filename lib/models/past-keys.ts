@@ -1,27 +1,10 @@
 import { PyraflowError } from '../engine/errors.ts'
+import type { KeysAndValues, PastReader, PastWriter } from '../nn/attention.ts'
 import { copyInto } from '../ops/copy.ts'
 import { type CurrentTokens, currentTokens } from '../pyramid/current.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import { keep, scope } from '../tensor/scope.ts'
 import { Tensor } from '../tensor/tensor.ts'
-
-/** Of one attention, [tokens, d] each. */
-export interface KeysAndValues {
-  readonly k: Tensor
-  readonly v: Tensor
-}
-
-/** What the attentions of a call do with them, in the order in which they come. */
-export interface PastWriter {
-  /** Keeps what is to be seen again of keys and values of all tokens, text first. */
-  keep(of: KeysAndValues): void
-}
-export interface PastReader {
-  /** Room for the current tokens, and behind it what they see of the past: history, then text. */
-  next(): KeysAndValues
-  /** Latent tokens, which are in front of text. */
-  readonly latents: number
-}
 
 /**
  * Keys and values of text and history, kept for later calls over the same layout. Nothing of the past sees the current
