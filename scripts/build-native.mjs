@@ -15,8 +15,10 @@ export const nativeTree = join(root, 'out/native')
 const includeFolder = (name, ...below) => join(dirname(resolve(`${name}/package.json`)), ...below)
 
 // A release bundle must find the libraries beside it ($ORIGIN). libdnnl has no run path of its own, so each
-// backend asks for what libdnnl needs as well, and the loader then has those before libdnnl wants them.
-const dnnlNeeds = '-Wl,--no-as-needed -l:libgomp.so.1 -l:libOpenCL.so.1 -Wl,--as-needed'
+// backend asks for what libdnnl needs as well, and the loader then has those before libdnnl wants them. OpenCL is a need
+// of Debian's build for x64 alone.
+const openCl = process.arch === 'x64' ? ' -l:libOpenCL.so.1' : ''
+const dnnlNeeds = `-Wl,--no-as-needed -l:libgomp.so.1${openCl} -Wl,--as-needed`
 
 function cmake(...args) {
   // Everything CMake says is for humans; stdout stays free for results.

@@ -140,9 +140,9 @@ export function installCommands(needs) {
 export const shellLine = (commands) => commands.map((command) => command.join(' ')).join(' && ')
 
 export function requirePlatform() {
-  if (process.platform === 'linux' && process.arch === 'x64') return
+  if (process.platform === 'linux' && ['x64', 'arm64'].includes(process.arch)) return
   throw new Remedy(
-    `pyraflow runs on Linux x64, not on ${process.platform} ${process.arch}: use a Linux container.`,
+    `pyraflow runs on Linux x64 and arm64, not on ${process.platform} ${process.arch}: use a Linux container.`,
   )
 }
 

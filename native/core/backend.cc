@@ -1,11 +1,15 @@
 #include "core/backend.h"
 
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
 #include <dlfcn.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdint>
+
+#if defined(__x86_64__)
 
 namespace {
 
@@ -50,6 +54,13 @@ std::vector<CpuLevel> CpuLevels() {
     levels[4].unusable = "the kernel refused AMX tile state";
   return levels;
 }
+
+#else
+
+// Every 64-bit ARM processor has what the one level there asks for.
+std::vector<CpuLevel> CpuLevels() { return {{"cpu_neon", ""}}; }
+
+#endif
 
 Backend OpenBackend(const std::string& directory, const std::string& name, int device) {
   Backend backend;

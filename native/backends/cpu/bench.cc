@@ -148,9 +148,12 @@ namespace {
 template <class Step>
 float Spin(int64_t rounds, Step step) {
   Vf sum[12] = {}, x = Set1(0.5f), y = Set1(1e-8f);
-  for (Vf& s : sum) __asm__ volatile("" : "+v"(s));  // twelve equal sums would be computed once
+  for (Vf& s : sum)
+    __asm__ volatile("" : "+" PF_VECTOR_REGISTER(s));  // twelve equal sums would be computed once
   for (int64_t i = 0; i < rounds; ++i) {
-    __asm__ volatile("" : "+v"(x), "+v"(y));  // the operands may have changed: nothing can be hoisted
+    __asm__ volatile(""
+                     : "+" PF_VECTOR_REGISTER(x),
+                       "+" PF_VECTOR_REGISTER(y));  // the operands may have changed: nothing can be hoisted
 #pragma GCC unroll 12
     for (int j = 0; j < 12; ++j) sum[j] = step(x, y, sum[j]);
   }

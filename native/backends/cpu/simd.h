@@ -1,7 +1,11 @@
 // One vector type per instruction level, spelled once: kernels are written against Vf and compiled for each
 // level. No STL here: an inline function compiled for AVX-512 must never become the copy an older CPU runs.
 #pragma once
+#if defined(__x86_64__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -129,7 +133,8 @@ static inline Vf Bf16Packed(Vf a, Vf b) {
   }
   return RoundedPair(a, b, PartedHalves(), _mm256_set1_epi16(1));
 #else
-  return (Vf)_mm_set_epi64x((long long)Narrow(Bf16Bits(b)), (long long)Narrow(Bf16Bits(a)));
+  return (Vf)(uint64_t __attribute__((vector_size(16)))){(uint64_t)Narrow(Bf16Bits(a)),
+                                                         (uint64_t)Narrow(Bf16Bits(b))};
 #endif
 }
 static inline void StorePair(Bf16* p, Vf a, Vf b) {
@@ -156,6 +161,8 @@ static inline Vf Fma(Vf a, Vf b, Vf c) {
   return (Vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (Vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -167,9 +174,12 @@ static inline Vf Min(Vf a, Vf b) { return (Vf)_mm512_maskz_min_ps(0xffff, (__m51
 #elif defined(__AVX2__)
 static inline Vf Max(Vf a, Vf b) { return (Vf)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline Vf Min(Vf a, Vf b) { return (Vf)_mm256_min_ps((__m256)a, (__m256)b); }
-#else
+#elif defined(__x86_64__)
 static inline Vf Max(Vf a, Vf b) { return (Vf)_mm_max_ps((__m128)a, (__m128)b); }
 static inline Vf Min(Vf a, Vf b) { return (Vf)_mm_min_ps((__m128)a, (__m128)b); }
+#else
+static inline Vf Max(Vf a, Vf b) { return a > b ? a : b; }
+static inline Vf Min(Vf a, Vf b) { return a < b ? a : b; }
 #endif
 // Whether any lane of a comparison's result holds.
 static inline bool AnyLane(Vi v) {
@@ -177,8 +187,10 @@ static inline bool AnyLane(Vi v) {
   return _mm512_movepi32_mask((__m512i)v) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps((__m256)v) != 0;
-#else
+#elif defined(__x86_64__)
   return _mm_movemask_ps((__m128)v) != 0;
+#else
+  return vmaxvq_u32((uint32x4_t)v) != 0;
 #endif
 }
 static inline Vf Sqrt(Vf x) {
@@ -187,8 +199,10 @@ static inline Vf Sqrt(Vf x) {
   return (Vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
 #elif defined(__AVX2__)
   return (Vf)_mm256_sqrt_ps((__m256)x);
-#else
+#elif defined(__x86_64__)
   return (Vf)_mm_sqrt_ps((__m128)x);
+#else
+  return (Vf)vsqrtq_f32((float32x4_t)x);
 #endif
 }
 #if PF_LANES == 16
@@ -201,6 +215,14 @@ static constexpr Vf kAlternate = {-1, 1, -1, 1, -1, 1, -1, 1};
 static constexpr Vi kLaneIndex = {0, 1, 2, 3};
 static constexpr Vf kAlternate = {-1, 1, -1, 1};
 #endif
+// Forbids the compiler to compute v a second time instead of keeping it.
+#if defined(__x86_64__)
+#define PF_VECTOR_REGISTER "v"
+#else
+#define PF_VECTOR_REGISTER "w"
+#endif
+#define PF_KEEP(v) asm("" : "+" PF_VECTOR_REGISTER(v))
+
 // Neighbours change places.
 static inline Vf SwapPairs(Vf v) { return __builtin_shuffle(v, kLaneIndex ^ 1); }
 // v0 v0 v1 v1 .. of the lower or the upper half of v.

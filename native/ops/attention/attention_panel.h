@@ -90,8 +90,7 @@ struct Ahead {
   int64_t lines;  // a time
 
   void Fetch() {
-    for (int64_t i = 0; i < lines; ++i, at += 16)
-      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    for (int64_t i = 0; i < lines; ++i, at += 16) __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -251,7 +250,7 @@ inline void FetchRows(const PfView& v, int64_t offset, int64_t step, int64_t cou
   const int64_t size = v.dtype == PF_F32 ? 4 : 2;
   const char* row = static_cast<const char*>(v.data) + offset * size;
   for (int64_t i = 0; i < count; ++i, row += step * size)
-    for (int64_t at = 0; at < d * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
+    for (int64_t at = 0; at < d * size; at += 64) __builtin_prefetch(row + at);
 }
 
 // `padded` rows of one head, `step` elements apart, as [padded, RowUnits(d)]; those from count on are zero.
@@ -300,7 +299,9 @@ constexpr int kTurned = kLanes, kBufferRows = kTurned + 1;
 
 // Four values of each of the rows i, i + 4, ...; built in memory it would have to wait for its own stores.
 inline Vf FourOfEach(const float* const from[], int i) {
+#if PF_LANES > 4
   const auto four = [&](int row) { return _mm_loadu_ps(from[row + i]); };
+#endif
 #if PF_LANES == 16
   __m512 v = _mm512_castps128_ps512(four(0));
   v = _mm512_insertf32x4(v, four(4), 1);
@@ -309,7 +310,7 @@ inline Vf FourOfEach(const float* const from[], int i) {
 #elif PF_LANES == 8
   return (Vf)_mm256_insertf128_ps(_mm256_castps128_ps256(four(0)), four(4), 1);
 #else
-  return (Vf)four(0);
+  return LoadF(from[i]);
 #endif
 }
 

@@ -42,6 +42,7 @@ struct Square {
       for (int64_t j = 0; j < kSize; ++j) y[i * ys + j] = x[j * xs + i];
   }
 };
+#if defined(__x86_64__)
 template <>
 struct Square<uint32_t> {
   static constexpr int64_t kSize = 4;
@@ -80,6 +81,7 @@ struct Square<uint16_t> {
     for (int i = 0; i < 8; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i * ys), r[i]);
   }
 };
+#endif
 
 // A plane of N columns, N fixed: one pass over the N rows of x side by side.
 template <int N, class T>

@@ -35,7 +35,8 @@ static inline Vf BlockSums(const Bf16* a, const Bf16* b, Vu upper = Vu{} + 0xfff
   Vu u, v;
   memcpy(&u, a, sizeof(u));
   memcpy(&v, b, sizeof(v));
-  asm("" : "+x"(u), "+x"(v));  // else both uses below load it again
+  PF_KEEP(u);  // else both uses below load it again
+  PF_KEEP(v);
   const Vf even = (Vf)(u << 16) + (Vf)(v << 16);
   return even + ((Vf)(u & upper) + (Vf)(v & upper));
 }
@@ -50,8 +51,10 @@ static inline void PutVector(void* p, Vf v) {
     _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
 #elif PF_LANES == 8
     _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
-#else
+#elif defined(__x86_64__)
     _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#else
+    memcpy(p, &v, sizeof(v));
 #endif
 }
 static inline void StreamPair(float* p, Vf a, Vf b) {
@@ -115,7 +118,9 @@ static inline void ForStreamedRowPairs(int64_t row_pairs, Body body) {
   {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < row_pairs; ++row) body(row);
+#if defined(__x86_64__)
     _mm_sfence();  // after every row it takes half of the rate away
+#endif
   }
 }
 template <class T>
@@ -170,11 +175,13 @@ template <class X, class Y>
 static inline void HalveRows(const X* large, Y* small, int64_t rows, int64_t w, float factor) {
   constexpr bool kShort = sizeof(X) == sizeof(Bf16) && sizeof(Y) == sizeof(Bf16);
   Vf scale = Set1(factor);
-  asm("" : "+x"(scale));  // else every row makes it again, and so below
+  PF_KEEP(scale);  // else every row makes it again, and so below
 #if PF_LANES == 8
   Vu upper = Vu{} + 0xffff0000u;
   __m256i parted = PartedHalves(), one = _mm256_set1_epi16(1);
-  asm("" : "+x"(upper), "+x"(parted), "+x"(one));
+  PF_KEEP(upper);
+  PF_KEEP(parted);
+  PF_KEEP(one);
 #endif
   for (int64_t row = 0; row < rows; ++row, large += 4 * w, small += w) {
     const X *a = large, *b = large + 2 * w;

@@ -28,6 +28,11 @@ struct VectorLanes {
     const __m256i even = _mm256_mul_epu32(v, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
     *high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
     *low = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#elif defined(__aarch64__)
+    const uint32x4_t v = (uint32x4_t)a;
+    const uint64x2_t first = vmull_n_u32(vget_low_u32(v), m), second = vmull_high_n_u32(v, m);
+    *high = (U)vuzp2q_u32((uint32x4_t)first, (uint32x4_t)second);
+    *low = (U)vuzp1q_u32((uint32x4_t)first, (uint32x4_t)second);
 #else
     const __m128i v = (__m128i)a, k = _mm_set1_epi64x(m), upper = _mm_set1_epi64x(0xffffffff00000000);
     const __m128i even = _mm_mul_epu32(v, k), odd = _mm_mul_epu32(_mm_srli_epi64(v, 32), k);
@@ -38,6 +43,17 @@ struct VectorLanes {
 };
 
 // Each group of four lanes of v[0..3] is transposed.
+#if defined(__aarch64__)
+static inline void TransposeFours(Vf* v) {
+  const Vi low = {0, 4, 1, 5}, first = {0, 1, 4, 5};
+  const Vf a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[2], v[3], low);
+  const Vf c = __builtin_shuffle(v[0], v[1], low + 2), d = __builtin_shuffle(v[2], v[3], low + 2);
+  v[0] = __builtin_shuffle(a, b, first);
+  v[1] = __builtin_shuffle(a, b, first + 2);
+  v[2] = __builtin_shuffle(c, d, first);
+  v[3] = __builtin_shuffle(c, d, first + 2);
+}
+#else
 static inline void TransposeFours(Vf* v) {
 #if PF_LANES == 16
   // The masked forms, all lanes on: GCC 12 warns about the undefined operand inside the plain ones.
@@ -61,6 +77,7 @@ static inline void TransposeFours(Vf* v) {
   v[3] = PF_MM(unpackhi_pd, D, c, d);
 #undef PF_MM
 }
+#endif
 
 static constexpr int64_t kGroup = 4 * kLanes;  // numbers from one pass of all lanes
 
