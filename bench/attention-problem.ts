@@ -41,12 +41,12 @@ export async function withOp<T>(
     const [o, lse, g] = [empty(), Tensor.empty([1, heads, length], 'f32'), draw()]
     owned.push(o, lse, g)
     const masks = [mask?.segment ?? null, mask?.order ?? null]
-    const scalars = [1 / Math.sqrt(dim)]
-    engine.run('attention', [q, k, v, ...masks], [o, lse], scalars)
+    const scale = 1 / Math.sqrt(dim)
+    engine.run('attention', [q, k, v, ...masks], [o, lse], [scale, 0, 0])
     op = () =>
       scope(() => {
         const grads = [empty(), empty(), empty()]
-        engine.run('attention_backward', [q, k, v, ...masks, o, lse, g], grads, scalars)
+        engine.run('attention_backward', [q, k, v, ...masks, o, lse, g], grads, [scale])
         return grads[0] as Tensor
       })
   }

@@ -166,6 +166,20 @@ describe('memory', () => {
   })
 })
 
+test.each<[string, () => void, RegExp]>([
+  [
+    'scalars',
+    () => engine.run('binary', [], [], []),
+    /binary: expected .* 1 scalars \(kind\), received 0, 0 and 0/,
+  ],
+  ['outputs', () => engine.run('fill', [], [null, null], [0]), /fill: expected up to 0 inputs and 1 outputs/],
+  ['a name', () => engine.run('nothing' as 'fill', [], [], []), /nothing: expected an op of native\/ops.def/],
+])('an op called with the wrong %s is refused at once', (_, call, message) => {
+  expect(call).toThrow(
+    expect.objectContaining({ code: 'ERR_OPTION', message: expect.stringMatching(message) }),
+  )
+})
+
 describe('a failed op', () => {
   const fail = (): Tensor => {
     const [a, b] = [Tensor.zeros([4]), Tensor.zeros([3])]

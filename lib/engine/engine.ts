@@ -168,18 +168,29 @@ export class Engine {
     if (!keepId) this.#freeIds.push(storage)
   }
 
-  /** Queues one op. Missing optional operands are null. */
+  /**
+   * Queues one op. Missing optional operands are null, and may be left out at the end.
+   * @throws ERR_OPTION for more operands than the op has, or another number of scalars
+   */
   run(
     op: OpName,
     inputs: readonly (Operand | null)[],
     outputs: readonly (Operand | null)[],
     scalars: readonly number[],
   ): void {
+    const has = OPS[op]
+    if (
+      scalars.length !== has?.scalars.length ||
+      inputs.length > has.inputs ||
+      outputs.length > has.outputs
+    ) {
+      throw wrongCall(op, inputs.length, outputs.length, scalars.length)
+    }
     this.#start()
     const c = this.#commands
     let at = this.#at
     c[at] = OP_RUN
-    c[at + 1] = OPS[op].id
+    c[at + 1] = has.id
     c[at + 2] = inputs.length
     c[at + 3] = outputs.length
     c[at + 4] = scalars.length
@@ -402,6 +413,17 @@ export class Engine {
   info(): ReturnType<NativeBinding['info']> {
     return native().info()
   }
+}
+
+function wrongCall(op: OpName, inputs: number, outputs: number, scalars: number): PyraflowError {
+  const has = OPS[op]
+  return new PyraflowError('ERR_OPTION', {
+    what: op,
+    expected: has
+      ? `up to ${has.inputs} inputs and ${has.outputs} outputs, and ${has.scalars.length} scalars (${has.scalars.join(', ')})`
+      : 'an op of native/ops.def',
+    received: `${inputs}, ${outputs} and ${scalars}`,
+  })
 }
 
 function putOperand(c: Float64Array, at: number, operand: Operand | null): number {
