@@ -2,19 +2,18 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { makeStages } from '../lib/flow/stages.ts'
 import { relativeL2 } from '../lib/golden/compare.ts'
 import { PastKeys } from '../lib/models/past-keys.ts'
 import type { TransformerInputs, VelocityNetwork } from '../lib/models/velocity-network.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import { currentTokens } from '../lib/pyramid/current.ts'
 import { makeLayout } from '../lib/pyramid/layout.ts'
-import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { live } from './fixtures/memory.ts'
 import { FAMILIES } from './fixtures/networks.ts'
-import { tinyDit, tinyText, writePipeline } from './fixtures/tiny.ts'
+import { sampledUnits } from './fixtures/sampling.ts'
+import { tinyDit, writePipeline } from './fixtures/tiny.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'history-cache-'))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
@@ -161,28 +160,12 @@ describe('sampling', () => {
   })
   afterAll(() => pipe.dispose())
 
-  async function sample(
+  const sample = (
     historyCache: number,
     repeat = true,
     more: { frames?: number; historyWindow?: number } = {},
-  ): Promise<Float32Array[]> {
-    const [text, negative] = [tinyText().encode(['a red circle']), tinyText().encode([''])]
-    const values: Float32Array[] = []
-    const options = {
-      ...{ stages: makeStages(), frames: 3, height: 8, width: 16, text, negative, repeat, historyCache },
-      ...{ steps: [2, 1, 2], videoSteps: [4, 1, 5] },
-      guidance: { guidanceScale: 3, videoGuidanceScale: 2 },
-      noise: seededNoise(new Generator(5)),
-      ...more,
-    }
-    for await (const event of sampleLatents(pipe.transformer, options)) {
-      if (event.type !== 'unit') continue
-      values.push(await event.latent.floats())
-      event.latent.dispose()
-    }
-    for (const { embeds, pooled } of [text, negative]) for (const t of [embeds, pooled]) t.dispose()
-    return values
-  }
+  ): Promise<Float32Array[]> =>
+    sampledUnits(pipe.transformer, { videoSteps: [4, 1, 5], historyCache, repeat, ...more })
 
   test('is close to that without, repeats its steps to the same bits, and frees it all', async () => {
     const exact = await sample(1)

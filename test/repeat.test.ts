@@ -3,17 +3,16 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { engine } from '../lib/engine/engine.ts'
-import { makeStages } from '../lib/flow/stages.ts'
 import { embedding } from '../lib/ops/embedding.ts'
 import { matmul } from '../lib/ops/matmul.ts'
 import { add, scale } from '../lib/ops/pointwise.ts'
 import { Pipeline } from '../lib/pipeline.ts'
-import { sampleLatents, seededNoise } from '../lib/sample.ts'
 import { Generator } from '../lib/tensor/generator.ts'
 import { keep, scope } from '../lib/tensor/scope.ts'
 import { Tensor } from '../lib/tensor/tensor.ts'
 import { live } from './fixtures/memory.ts'
-import { tinyText, writePipeline } from './fixtures/tiny.ts'
+import { sampledUnits } from './fixtures/sampling.ts'
+import { writePipeline } from './fixtures/tiny.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'repeat-'))
 afterAll(() => rmSync(folder, { recursive: true, force: true }))
@@ -186,24 +185,8 @@ describe('sampling that repeats its steps', () => {
     'gives the same bits as queueing each, guidance %s, and frees it all',
     async (guided) => {
       const before = await live()
-      const sample = async (repeat: boolean): Promise<Float32Array[]> => {
-        const [text, negative] = [tinyText().encode(['a red circle']), tinyText().encode([''])]
-        const values: Float32Array[] = []
-        const options = {
-          ...{ stages: makeStages(), frames: 3, height: 8, width: 16, text, repeat },
-          ...(guided && { negative }),
-          ...{ steps: [3, 1, 4], videoSteps: [2, 3, 1] },
-          guidance: { guidanceScale: 3, videoGuidanceScale: 2 },
-          noise: seededNoise(new Generator(5)),
-        }
-        for await (const event of sampleLatents(pipe.transformer, options)) {
-          if (event.type !== 'unit') continue
-          values.push(await event.latent.floats())
-          event.latent.dispose()
-        }
-        for (const { embeds, pooled } of [text, negative]) for (const t of [embeds, pooled]) t.dispose()
-        return values
-      }
+      const sample = (repeat: boolean): Promise<Float32Array[]> =>
+        sampledUnits(pipe.transformer, { guided, repeat, steps: [3, 1, 4], videoSteps: [2, 3, 1] })
       const repeated = await sample(true)
       expect(repeated).toHaveLength(3)
       expect(repeated).toEqual(await sample(false))

@@ -12,6 +12,7 @@ import {
   common,
   configureEngine,
   gather,
+  historyOptions,
   numberList,
   option,
   resolveSettings,
@@ -107,13 +108,7 @@ export function addGenerate(program: Command): void {
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
   option(command, '--guidance <list>', 'or one number a unit, the last of which holds on', scales)
   option(command, '--linear-guidance <alpha,min>', 'or falling by alpha a unit down to min', falling)
-  option(
-    command,
-    '--history-cache <n>',
-    'compute text and history at every n-th step of a stage only',
-    wholeNumber,
-  )
-  option(command, '--history-window <n>', 'units of the past that a unit sees at most', wholeNumber)
+  historyOptions(command)
   option(command, '--preview <dir>', 'write small pictures of what is being made into this folder')
   command.option('--latents', 'also write .latents.safetensors, to continue from without loss')
   option(command, '--resume <dir>', 'keep finished units here; the same command again goes on behind them')

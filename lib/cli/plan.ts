@@ -7,6 +7,7 @@ import {
   anyNumber,
   common,
   configureEngine,
+  historyOptions,
   numberList,
   option,
   resolveSettings,
@@ -45,13 +46,7 @@ export function addPlan(program: Command): void {
   option(command, '--video-steps <list>', 'steps per stage of later units, e.g. 10,10,10', numberList)
   option(command, '--guidance-scale <n>', '0: no guidance, and half the work', anyNumber)
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
-  option(
-    command,
-    '--history-cache <n>',
-    'compute text and history at every n-th step of a stage only',
-    wholeNumber,
-  )
-  option(command, '--history-window <n>', 'units of the past that a unit sees at most', wholeNumber)
+  historyOptions(command)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
   option(command, '--variant <name>', 'folder of the transformer when there are several')
   option(command, '--max-memory <bytes>', 'a limit that decoding and weights are made to fit', anyNumber)

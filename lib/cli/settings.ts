@@ -55,6 +55,13 @@ export function option<T>(
   return command.addOption(made)
 }
 
+/** Adds what a video may see of its past. */
+export function historyOptions(command: Command): void {
+  const cache = 'compute text and history at every n-th step of a stage only'
+  option(command, '--history-cache <n>', cache, wholeNumber)
+  option(command, '--history-window <n>', 'units of the past that a unit sees at most', wholeNumber)
+}
+
 /** Adds the options that every subcommand has. */
 export function common(command: Command, json = true): Command {
   if (json) command.option('--json', 'print the result as one JSON object on stdout')
