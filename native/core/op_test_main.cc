@@ -343,7 +343,9 @@ void Case::RunOne(const PfBackendTable* backend, bool bf16, bool unaligned, int3
   const int32_t status = Call(backend, op_index_, in_v, out_v, scalars_, &error);
   device_in.Fetch();
   device_out.Fetch();
-  for (int i = 0; i < repeats_ && status == PF_OK; ++i) {
+  const char* const most = std::getenv("PF_REPEATS");  // fewer under tools that slow everything down
+  const int repeats = most ? std::min(std::atoi(most), repeats_) : repeats_;
+  for (int i = 0; i < repeats && status == PF_OK; ++i) {
     const std::vector<Buffer> before = out;
     if (Call(backend, op_index_, in_v, out_v, scalars_, &error) != PF_OK) return fail("again: " + error);
     device_out.Fetch();
