@@ -240,7 +240,7 @@ async function rehearsePhases(
       ...{ unit: last.unit, stage: last.stage, clips: history.clips(last.unit, last.stage) },
       ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
       repeat: false,
-      historyCache: recipe.historyCache ?? 1,
+      historyCache: last.kept > 0 ? (recipe.historyCache ?? 1) : 1,
       began: keep(Tensor.empty([1, channels, last.unit === 0 ? 1 : f, h / scale, w / scale])),
     }))
     const run = own(await sliced(() => StageRun.make(options), { grad: false, within }))

@@ -120,7 +120,9 @@ export async function* sampleLatents(
         const clips = queued(() => history.clips(unit.index, stage))
         const counts = stageSteps(stages, stage, stepCounts(unit, options)[stage] as number)
         const place = { unit: unit.index, stage, began: latent, clips, prompts, guidance, guided }
-        const stageOptions = { model, job, signal, repeat, historyCache, ...place, ...counts }
+        // What a single step keeps nobody would take.
+        const cache = counts.timesteps.length > 1 ? historyCache : 1
+        const stageOptions = { model, job, signal, repeat, historyCache: cache, ...place, ...counts }
         const run = await sliced(() => StageRun.make(stageOptions), { grad: false, job })
         try {
           for (let step = 0; step < run.steps; step++) {

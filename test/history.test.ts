@@ -9,6 +9,7 @@ import { Pipeline } from '../lib/pipeline.ts'
 import { currentTokens } from '../lib/pyramid/current.ts'
 import { makeLayout } from '../lib/pyramid/layout.ts'
 import { Generator } from '../lib/tensor/generator.ts'
+import { drain } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { live } from './fixtures/memory.ts'
 import { FAMILIES } from './fixtures/networks.ts'
@@ -63,7 +64,7 @@ describe('the tokens of the last clips in front', () => {
       ],
       ...{ batch: 2, textLength: 3, headAxes: [4, 6, 6], causal: true },
     })
-    const { placed, tokens, past, latents } = currentTokens(layout)
+    const { placed, tokens, past, latents } = drain(currentTokens(layout))
     // Patches of the last clips: 2·(8 + 4) of all 2·(2 + 8 + 2 + 2 + 4).
     expect(placed.latentTokens).toBe(24)
     expect(latents).toBe(36)

@@ -74,7 +74,7 @@ export function common(command: Command, json = true): Command {
   option(
     command,
     '--backend <name>',
-    'auto, cpu, cuda, cuda:N, or a CPU level to cap at: base, avx2, avx512, avx512_bf16, amx, ref',
+    'auto, cpu, cuda, cuda:N, or a CPU level to cap at: base, avx2, avx512, avx512_bf16, amx, neon, ref',
   )
   return option(command, '--threads <n>', 'compute threads (default: all cores)', wholeNumber)
 }

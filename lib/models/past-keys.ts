@@ -4,6 +4,7 @@ import { copyInto } from '../ops/copy.ts'
 import { type CurrentTokens, currentTokens } from '../pyramid/current.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import { keep, scope } from '../tensor/scope.ts'
+import { drain } from '../tensor/tape.ts'
 import { Tensor } from '../tensor/tensor.ts'
 
 /**
@@ -16,7 +17,7 @@ export class PastKeys {
   readonly #layers: KeysAndValues[] = []
 
   /** @throws ERR_OPTION when the layout's past sees the current clip. */
-  constructor(layout: Layout) {
+  constructor(layout: Layout, current: CurrentTokens = drain(currentTokens(layout))) {
     const { causal, columns } = layout
     if (!causal || columns.some(({ clips }) => clips.length < 2)) {
       throw new PyraflowError('ERR_OPTION', {
@@ -26,7 +27,7 @@ export class PastKeys {
       })
     }
     this.layout = layout
-    this.current = currentTokens(layout)
+    this.current = current
   }
 
   /** For a call that computes everything. */

@@ -174,12 +174,15 @@ export function jointAttention(
   const toAddOut = options.textOutput ? linearLayer(w.sub('to_add_out'), width, width) : null
   const split = (t: Tensor): Tensor => reshape(t, [-1, heads, headDim])
 
+  // Norms of all tokens on their way in: the first `count` take those of `first`.
+  const norms = (first: Projections, then: Projections, count: number, arrays: TokenArrays): QueryKeyNorm => {
+    const both = (name: 'normQ' | 'normK') => reshape(concat([first[name], then[name]], 0), [2, headDim])
+    const { jointCos: cos, jointSin: sin } = arrays
+    return { weightQ: both('normQ'), weightK: both('normK'), cos, sin, eps, split: count }
+  }
   const current = (latent: Tensor, past: PastReader, arrays: TokenArrays): Tensor => {
     const { k, v } = withPast(x, latent, past)
-    const both = (name: 'normQ' | 'normK') => reshape(concat([x[name], c[name]], 0), [2, headDim])
-    const { jointCos: cos, jointSin: sin } = arrays
-    const norm = { weightQ: both('normQ'), weightK: both('normK'), cos, sin, eps, split: past.latents }
-    return attend(split(x.q(latent)), split(k), split(v), arrays, norm)
+    return attend(split(x.q(latent)), split(k), split(v), arrays, norms(x, c, past.latents, arrays))
   }
 
   return (latent, text, arrays) => {
@@ -195,10 +198,7 @@ export function jointAttention(
           x[name](latent, { into: all.view([latentTokens, width], textTokens * width) })
           return all
         }
-        const both = (name: 'normQ' | 'normK') => reshape(concat([c[name], x[name]], 0), [2, headDim])
-        const { jointCos, jointSin } = arrays
-        const [weightQ, weightK] = [both('normQ'), both('normK')]
-        const norm = { weightQ, weightK, cos: jointCos, sin: jointSin, eps, split: textTokens }
+        const norm = norms(c, x, textTokens, arrays)
         const [k, v] = [joint('k'), joint('v')]
         arrays.keep?.keep({ k, v })
         return attend(split(joint('q')), split(k), split(v), arrays, norm)

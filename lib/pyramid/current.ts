@@ -26,8 +26,8 @@ export interface CurrentTokens {
   readonly past: readonly Run[]
 }
 
-/** Puts a layout's current tokens in front. */
-export function currentTokens(layout: Layout): CurrentTokens {
+/** Puts a layout's current tokens in front. Pauses now and then: rotations of long histories are some megabytes. */
+export function* currentTokens(layout: Layout): Generator<void, CurrentTokens> {
   const { batch, textTokens, latentTokens, predictionTokens } = layout
   const place = (c: number, b: number, token: number): number =>
     textTokens + layout.latentIndexOf(c, b, token)
@@ -66,6 +66,11 @@ export function currentTokens(layout: Layout): CurrentTokens {
     return { ...column, clips: column.clips.map((clip) => ({ ...clip, firstTime })) }
   })
   const count = current.reduce((n, run) => n + run.count, 0)
+  yield
+  const jointCos = gather(layout.jointCos, new Float32Array(layout.jointCos.length), half)
+  yield
+  const jointSin = gather(layout.jointSin, new Float32Array(layout.jointSin.length), half)
+  yield
   return {
     placed: { latentTokens: count, batch, columns, predictionTokens: columns.map(predictionOf) },
     tokens: {
@@ -74,8 +79,8 @@ export function currentTokens(layout: Layout): CurrentTokens {
       jointRows: rows.subarray(0, count),
       segment: gather(layout.segment, new Int32Array(layout.segment.length), 1),
       order: gather(layout.order, new Int32Array(layout.order.length), 1),
-      jointCos: gather(layout.jointCos, new Float32Array(layout.jointCos.length), half),
-      jointSin: gather(layout.jointSin, new Float32Array(layout.jointSin.length), half),
+      jointCos,
+      jointSin,
     },
     latents: latentTokens,
     past,

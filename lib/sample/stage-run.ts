@@ -5,6 +5,7 @@ import { PastKeys } from '../models/past-keys.ts'
 import type { TransformerInputs, VelocityNetwork } from '../models/velocity-network.ts'
 import { concat, slice } from '../ops/copy.ts'
 import { euler } from '../ops/euler.ts'
+import { currentTokens } from '../pyramid/current.ts'
 import type { Layout } from '../pyramid/layout.ts'
 import { keep } from '../tensor/scope.ts'
 import { sliced } from '../tensor/sliced.ts'
@@ -56,25 +57,32 @@ export class StageRun {
   readonly #repeated: { all?: RepeatedStep; current?: RepeatedStep } = {}
   #running: { step: number; bad: Promise<string | undefined> } | undefined
 
-  private constructor(options: StageRunOptions, clips: readonly Tensor[], layout: Layout) {
+  private constructor(
+    options: StageRunOptions,
+    clips: readonly Tensor[],
+    layout: Layout,
+    past: PastKeys | undefined,
+  ) {
     this.began = options.began
     this.#latent = options.began
     this.#options = options
     this.#clips = clips
     this.#layout = layout
-    // Without history there is little to keep, and text sees the first unit.
-    if (options.historyCache > 1 && clips.length > 0) this.#past = new PastKeys(layout)
+    this.#past = past
   }
 
   /** Queues what all steps share. */
   static *make(options: StageRunOptions): Steps<StageRun> {
-    const { model, began, prompts, guided } = options
+    const { model, began, prompts, guided, historyCache } = options
     const clips = options.clips.map((clip) => keep(twice(clip, guided)))
     try {
       const { embeds: text, mask: textMask } = prompts
       const columns = [[...clips, twice(began, guided)]]
       const layout = yield* model.layoutSteps({ columns, text, textMask })
-      return new StageRun(options, clips, layout)
+      // Without history there is little to keep, and text sees the first unit.
+      const keeps = historyCache > 1 && clips.length > 0
+      const past = keeps ? new PastKeys(layout, yield* currentTokens(layout)) : undefined
+      return new StageRun(options, clips, layout, past)
     } catch (error) {
       for (const clip of [...clips, ...options.clips]) clip.dispose()
       throw error

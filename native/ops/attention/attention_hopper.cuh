@@ -115,13 +115,13 @@ inline bool HopperWanted() {
 #endif
 }
 // Whether this device and shape are for the kernels. A tensor map has no empty dimension.
-inline bool HopperTakes(const AttentionShape& s) {
-  return (s.d == 64 || s.d == 128) && s.batch * s.heads * s.lq * s.lk != 0 && HopperWanted();
+inline bool HopperShape(const AttentionShape& s) {
+  return (s.d == 64 || s.d == 128) && s.batch * s.heads * s.lq * s.lk != 0;
 }
+inline bool HopperTakes(const AttentionShape& s) { return HopperShape(s) && HopperWanted(); }
 // Whether what these kernels would take, and did not, is an error.
 inline bool HopperRequired(const AttentionShape& s) {
-  return (s.d == 64 || s.d == 128) && s.batch * s.heads * s.lq * s.lk != 0 &&
-         !strcmp(HopperWish(), "require");
+  return HopperShape(s) && !strcmp(HopperWish(), "require");
 }
 inline int32_t HopperMissing(const PfArgs* a, const char* op) {
   return Fail(
