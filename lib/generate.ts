@@ -48,7 +48,9 @@ export async function* generateVideos(
   const recipes = requests.map(({ recipe }) => recipe)
   const [first] = requests as [Request]
   const place = { model: await pipeline.modelHash(), backend: engine.device.backend }
-  warnings.push(...differences(first, { ...place, dtype: pipeline.dtype }))
+  warnings.push(
+    ...differences(first, { ...place, dtype: pipeline.dtype, quantize: pipeline.quantize ?? 'none' }),
+  )
   const onWarning = (message: string): unknown => warnings.push(message)
   // All videos of a batch have the same.
   const { network, facts, dispose } = await networkOf(pipeline, first.recipe, { signal, onWarning })
@@ -217,14 +219,21 @@ function finishRecipe(
 /** What the maker of a recipe should know before its bits are compared. */
 function differences(
   { made }: Request,
-  here: Record<'model' | 'backend' | 'dtype', string | undefined>,
+  here: Record<'model' | 'backend' | 'dtype' | 'quantize', string | undefined>,
 ): string[] {
-  const names = { model: 'another model', backend: 'other kernels', dtype: 'another compute type' }
-  return (['model', 'backend', 'dtype'] as const)
-    .filter((name) => made[name] !== undefined && here[name] !== undefined && made[name] !== here[name])
+  const names = {
+    model: 'another model',
+    backend: 'other kernels',
+    dtype: 'another compute type',
+    quantize: 'other rounding',
+  }
+  // A recipe without a rounding was made without; options that are none say nothing about it.
+  const was = { ...made, quantize: made.dtype === undefined ? undefined : (made.quantize ?? 'none') }
+  return (['model', 'backend', 'dtype', 'quantize'] as const)
+    .filter((name) => was[name] !== undefined && here[name] !== undefined && was[name] !== here[name])
     .map(
       (name) =>
-        `The recipe was made with ${names[name]} (${made[name]}, not ${here[name]}): the video will differ`,
+        `The recipe was made with ${names[name]} (${was[name]}, not ${here[name]}): the video will differ`,
     )
 }
 

@@ -52,6 +52,8 @@ export interface PipelineParts {
   text: TextEncoder
   config: PipelineConfig
   dtype?: 'f32' | 'bf16'
+  /** How products of the transformer's tokens are rounded. */
+  quantize?: 'int8' | undefined
   source?: PipelineSource
   /** Added to the transformer by every generation that does not say otherwise. */
   adapters?: readonly AdapterChoice[]
@@ -67,6 +69,8 @@ export class Pipeline {
   readonly config: PipelineConfig
   readonly stages: Stages
   readonly dtype: 'f32' | 'bf16'
+  /** How products of the transformer's tokens are rounded, if they are. */
+  readonly quantize: 'int8' | undefined
   /** Undefined for a pipeline made of parts in memory. */
   readonly source: PipelineSource | undefined
   readonly maxMemory: number | undefined
@@ -82,6 +86,7 @@ export class Pipeline {
     this.config = parts.config
     this.stages = makeStages(parts.config.stages)
     this.dtype = parts.dtype ?? 'f32'
+    this.quantize = parts.quantize
     this.source = parts.source
     this.maxMemory = parts.maxMemory
     this.adapters = parts.adapters ?? []

@@ -26,11 +26,11 @@ import { WordEncoder } from './text/word-encoder.ts'
  */
 export async function planFolder(
   dir: string,
-  options: GenerateOptions & Pick<PipelineOptions, 'dtype' | 'variant'> & { rates?: Rates } = {},
+  options: GenerateOptions & Pick<PipelineOptions, 'dtype' | 'quantize' | 'variant'> & { rates?: Rates } = {},
 ): Promise<Plan> {
-  const { dtype, variant, maxMemory, ...rest } = options
+  const { dtype, quantize, variant, maxMemory, ...rest } = options
   const folder = surveyFolder(dir, { variant })
-  return await (await imagined(folder, { dtype, maxMemory })).plan(rest)
+  return await (await imagined(folder, { dtype, quantize, maxMemory })).plan(rest)
 }
 
 /** A pipeline whose weights do not exist; good for plans and nothing else. */
@@ -38,9 +38,10 @@ async function imagined(
   folder: ModelFolder,
   {
     dtype = 'f32',
+    quantize,
     keep = false,
     maxMemory,
-  }: Pick<PipelineOptions, 'dtype' | 'maxMemory'> & { keep?: boolean },
+  }: Pick<PipelineOptions, 'dtype' | 'quantize' | 'maxMemory'> & { keep?: boolean },
 ): Promise<Pipeline> {
   const { dir, variant, config } = folder
   const offload = maxMemory === undefined ? undefined : 'possible'
@@ -49,10 +50,10 @@ async function imagined(
   const network = readConfig(join(dir, variant))
   const vae = readConfig(join(dir, VAE_FOLDER)) as Partial<CausalVaeConfig>
   return new Pipeline({
-    transformer: await made(() => velocityNetworkSteps(network, { seed: 0, dtype, offload })),
+    transformer: await made(() => velocityNetworkSteps(network, { seed: 0, dtype, quantize, offload })),
     vae: await made(() => CausalVideoVAE.createSteps(vae, { generator: new Generator(0), dtype })),
     text: textOf(folder, dtype, keep),
-    ...{ config, dtype, maxMemory },
+    ...{ config, dtype, quantize, maxMemory },
   })
 }
 
@@ -77,10 +78,10 @@ export interface Residence {
  */
 export async function residence(
   folder: ModelFolder,
-  { dtype, maxMemory }: PipelineOptions,
+  { dtype, quantize, maxMemory }: PipelineOptions,
 ): Promise<Residence> {
   if (maxMemory === undefined) return { keep: false, offload: undefined }
-  const pipeline = await imagined(folder, { dtype, maxMemory })
+  const pipeline = await imagined(folder, { dtype, quantize, maxMemory })
   const bytes = (offload: boolean): number => {
     const { transformer, vae } = pipelineWeights(pipeline, offload)
     return transformer + vae
@@ -94,12 +95,15 @@ export async function residence(
     })
   }
   if (bytes(false) > maxMemory) return { keep: false, offload: 'absent' }
-  return { keep: folder.published && (await fitsKept(folder, { dtype, maxMemory })), offload: 'possible' }
+  return {
+    keep: folder.published && (await fitsKept(folder, { dtype, quantize, maxMemory })),
+    offload: 'possible',
+  }
 }
 
 async function fitsKept(
   folder: ModelFolder,
-  options: { dtype: PipelineOptions['dtype']; maxMemory: number },
+  options: Pick<PipelineOptions, 'dtype' | 'quantize'> & { maxMemory: number },
 ): Promise<boolean> {
   const { maxMemory } = options
   try {

@@ -19,9 +19,9 @@ export interface Rates {
 
 /**
  * Measures this machine for about half a second with sizes as they occur in published models; the engine should have
- * nothing else to do.
+ * nothing else to do. Products are those of a network of this type and rounding.
  */
-export async function measureRates(dtype: 'f32' | 'bf16'): Promise<Rates> {
+export async function measureRates(dtype: 'f32' | 'bf16', quantize?: 'int8'): Promise<Rates> {
   const generator = new Generator(1)
   const draw = (...shape: number[]): Tensor => generator.normal(shape, { dtype })
   const rate = async (work: number, op: () => Tensor): Promise<number> => {
@@ -45,7 +45,7 @@ export async function measureRates(dtype: 'f32' | 'bf16'): Promise<Rates> {
   try {
     const x = own(draw(1024, 1920))
     const w = own(draw(1920, 1920))
-    packWeight(w)
+    packWeight(w, quantize)
     const q = own(draw(1, 1024, 8, 64))
     const clip = own(draw(1, 3, 48, 80, 256))
     const kernel = own(draw(256, 256, 3, 3, 3))
@@ -53,7 +53,7 @@ export async function measureRates(dtype: 'f32' | 'bf16'): Promise<Rates> {
     const sent = (): Tensor => {
       const t = Tensor.empty([1920, 1920], dtype)
       engine.write(t.storage, 0, matrix)
-      packWeight(t)
+      packWeight(t, quantize)
       return t
     }
     return {

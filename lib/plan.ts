@@ -50,6 +50,7 @@ export interface Plan {
   /** Of the video. */
   readonly frames: number
   readonly dtype: 'f32' | 'bf16'
+  readonly quantize?: 'int8'
   /** Latent tokens of one network call, for each unit and stage. */
   readonly tokens: readonly UnitTokens[]
   /** Multiplications and additions, by phase. */
@@ -131,7 +132,7 @@ async function planOnce(
   recipe: Recipe,
   { offload, rates }: { offload: boolean; rates: Rates | undefined },
 ): Promise<Plan> {
-  const { width, height, frames, dtype } = recipe
+  const { width, height, frames, dtype, quantize } = recipe
   const tokens = unitTokens(pipeline, recipe)
   const prompts =
     new Set([recipe.prompt, ...(recipe.promptChanges ?? []).map(({ prompt }) => prompt)]).size + 1
@@ -152,7 +153,7 @@ async function planOnce(
   const offloaded = offload ? (pipeline.transformer.offload?.bytes ?? 0) : 0
   const read = offloaded * tokens.reduce((n, { steps }) => n + steps, 0)
   return {
-    ...{ width, height, frames, dtype, tokens },
+    ...{ width, height, frames, dtype, ...(quantize && { quantize }), tokens },
     flops: {
       text: text.flops,
       denoise: linear + attention,

@@ -13,6 +13,7 @@ const { values: args } = parseArgs({
     count: { type: 'string', default: '60' },
     seed: { type: 'string', default: '100' },
     dtype: { type: 'string', default: 'bf16' },
+    quantize: { type: 'string' },
     out: { type: 'string', default: 'runs/shapes/evaluation' },
     guidance: { type: 'string' },
     'video-guidance': { type: 'string' },
@@ -25,7 +26,10 @@ const { values: args } = parseArgs({
 })
 
 const list = (text: string): number[] => text.split(',').map(Number)
-const pipeline = await Pipeline.load(args.model, { dtype: args.dtype === 'f32' ? 'f32' : 'bf16' })
+const pipeline = await Pipeline.load(args.model, {
+  dtype: args.dtype === 'f32' ? 'f32' : 'bf16',
+  ...(args.quantize === 'int8' ? { quantize: args.quantize } : {}),
+})
 const prompts = makePrompts(Number(args.count), Number(args.seed))
 const attributes = ['colour', 'shape', 'motion', 'background'] as const
 const counts = { seen: { n: 0, all: 0 }, heldOut: { n: 0, all: 0 } } as Record<string, Record<string, number>>

@@ -51,6 +51,7 @@ const settings = z.strictObject({
   adapters: z.array(z.strictObject({ path: z.string(), scale: z.number().optional() })).optional(),
   maxMemory: z.number().positive().optional(),
   dtype: z.enum(['f32', 'bf16']).default('f32'),
+  quantize: z.enum(['int8']).optional(),
   variant: z.string().optional(),
 })
 
@@ -114,6 +115,7 @@ export function addGenerate(program: Command): void {
   option(command, '--resume <dir>', 'keep finished units here; the same command again goes on behind them')
   option(command, '--max-memory <bytes>', 'most that weights and work together may take', anyNumber)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
+  option(command, '--quantize <type>', 'int8: products of tokens in eight bits, where the CPU has them')
   option(command, '--lora <file[:scale]>', 'adapter to add; several may be given', gather(adapterChoice))
   option(command, '--variant <name>', 'folder of the transformer when there are several')
   option(command, '--allow-untrained', 'accept sizes the model was not trained for')
@@ -121,12 +123,8 @@ export function addGenerate(program: Command): void {
 }
 
 async function run(flags: GenerateFlags, command: Command): Promise<void> {
-  const { model, out, dtype, variant, maxMemory, recipe, preview, latents, ...request } = resolveSettings(
-    settings,
-    command,
-    flags.config,
-    { from: 'promptChanges', lora: 'adapters' },
-  )
+  const { model, out, dtype, quantize, variant, maxMemory, recipe, preview, latents, ...request } =
+    resolveSettings(settings, command, flags.config, { from: 'promptChanges', lora: 'adapters' })
   if (request.prompt === undefined && recipe === undefined) throw new UsageError('missing --prompt')
   if (!ENDINGS.includes(extname(out).toLowerCase())) {
     throw new UsageError(
@@ -141,7 +139,7 @@ async function run(flags: GenerateFlags, command: Command): Promise<void> {
   const progress = makeProgress(flags.progress)
   const began = performance.now()
   const base = recipe === undefined ? {} : await readRecipe(recipe)
-  const pipeline = await Pipeline.load(model, { dtype, ...defined({ variant, maxMemory }) })
+  const pipeline = await Pipeline.load(model, { dtype, ...defined({ quantize, variant, maxMemory }) })
   try {
     const options: GenerateOptions = {
       ...base,

@@ -29,6 +29,7 @@ const settings = z.strictObject({
   allowUntrained: z.boolean().optional(),
   maxMemory: z.number().positive().optional(),
   dtype: z.enum(['f32', 'bf16']).default('f32'),
+  quantize: z.enum(['int8']).optional(),
   variant: z.string().optional(),
   time: z.boolean().optional(),
 })
@@ -48,6 +49,7 @@ export function addPlan(program: Command): void {
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
   historyOptions(command)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
+  option(command, '--quantize <type>', 'int8: products of tokens in eight bits, where the CPU has them')
   option(command, '--variant <name>', 'folder of the transformer when there are several')
   option(command, '--max-memory <bytes>', 'a limit that decoding and weights are made to fit', anyNumber)
   option(command, '--allow-untrained', 'accept sizes the model was not trained for')
@@ -60,7 +62,7 @@ async function run(flags: CommonOptions, command: Command): Promise<void> {
   await configureEngine(flags)
   const { planFolder } = await import('../plan-folder.ts')
   const { measureRates } = await import('../plan-seconds.ts')
-  const rates = time ? await measureRates(rest.dtype) : undefined
+  const rates = time ? await measureRates(rest.dtype, rest.quantize) : undefined
   const given = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined))
   const plan = await planFolder(model, { ...given, ...(rates && { rates }) })
   if (flags.json) resultJson(plan)
@@ -81,7 +83,7 @@ export function describePlan(plan: Plan): string[] {
     pieces.window === null ? '' : `${pieces.window} latent frames at once`,
   ].filter(Boolean)
   return [
-    `video     ${plan.frames} frames of ${plan.width}×${plan.height}, ${plan.dtype}`,
+    `video     ${plan.frames} frames of ${plan.width}×${plan.height}, ${plan.dtype}${plan.quantize ? ` with products in ${plan.quantize}` : ''}`,
     `weights   ${gib(transformer + vae + text)} (transformer ${gib(transformer)}, VAE ${gib(vae)}, text ${gib(text)})${again}`,
     `text      ${gib(bytes.text)}, ${tera(flops.text)}${time(seconds?.text)}`,
     `denoise   ${gib(bytes.denoise)}, ${tera(flops.denoise)}${time(seconds?.denoise)}; at most ${most} tokens a step`,

@@ -29,7 +29,7 @@ export interface NativeBinding {
   closeFile(id: number): void
   memory(): { live: number; cached: number; peak: number; queued: number }
   resetPeak(): void
-  packBytes(n: number, k: number, dtype: number): number
+  packBytes(n: number, k: number, dtype: number, form: number): number
   profile(enabled: boolean): void
   profileRead(): { calls: Float64Array; seconds: Float64Array }
   info(): {

@@ -19,7 +19,7 @@ export const OPS = {
   cast: { id: 9, inputs: 1, outputs: 1, scalars: [] },
   sum: { id: 10, inputs: 1, outputs: 1, scalars: ['outer', 'count', 'inner', 'scale', 'accumulate'] },
   matmul: { id: 11, inputs: 4, outputs: 1, scalars: ['trans_a', 'trans_b', 'activation', 'accumulate'] },
-  matmul_pack: { id: 12, inputs: 1, outputs: 1, scalars: [] },
+  matmul_pack: { id: 12, inputs: 1, outputs: 1, scalars: ['form'] },
   matmul_packed: { id: 13, inputs: 4, outputs: 1, scalars: ['n', 'activation', 'column'] },
   conv3d: {
     id: 14,

@@ -222,8 +222,8 @@ class Ledger {
 
   write(): void {}
 
-  packBytes(n: number, k: number, dtype: number): number {
-    return this.#real.packBytes(n, k, dtype)
+  packBytes(n: number, k: number, dtype: number, form: number): number {
+    return this.#real.packBytes(n, k, dtype, form)
   }
 }
 

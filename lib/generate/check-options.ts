@@ -80,6 +80,7 @@ const RULES: Record<string, Rule> = {
   signal: { expected: 'an AbortSignal', holds: (v) => v instanceof AbortSignal },
   fps: anything,
   dtype: anything,
+  quantize: anything,
   model: anything,
   backend: anything,
 }

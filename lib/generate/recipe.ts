@@ -35,6 +35,8 @@ export interface Recipe {
   allowUntrained?: true
   maxMemory?: number
   dtype: 'f32' | 'bf16'
+  /** How products of the transformer's tokens were rounded, if they were. */
+  quantize?: 'int8'
   /** Content hash of the model folder. */
   model?: string
   /** The kernels that computed it, e.g. `cpu_avx512`. */

@@ -16,7 +16,7 @@ export interface Request {
   readonly continueFrom: ContinueSource | undefined
   readonly guidance: GenerateOptions['guidance']
   /** Where a recipe said it was made, if a recipe was given. */
-  readonly made: { readonly model?: unknown; readonly backend?: unknown; readonly dtype?: unknown }
+  readonly made: { readonly [name in 'model' | 'backend' | 'dtype' | 'quantize']?: unknown }
 }
 
 /** A result is one array of bytes. */
@@ -59,7 +59,7 @@ function promptsOf({ prompt }: GenerateOptions, parent: Recipe | undefined): str
 }
 
 function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe | undefined): Recipe {
-  const { config: c, vae, stages, dtype } = pipeline
+  const { config: c, vae, stages, dtype, quantize } = pipeline
   const { continueFrom, image } = options
   if (continueFrom !== undefined && image !== undefined) {
     throw wrong('image', 'none when a video is continued', 'both', 'Give either image or continueFrom.')
@@ -93,6 +93,7 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
       c.videoGuidanceScale ??
       preset.videoGuidance,
     dtype,
+    ...(quantize && { quantize }),
     ...guidanceOf(options, parent),
     ...historyOf(pipeline, {
       historyCache: options.historyCache ?? parent?.historyCache,

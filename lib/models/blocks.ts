@@ -26,9 +26,10 @@ export function doubleBlock(w: Weights, options: AttentionOptions): DoubleBlock 
   const norm1 = modulation(w.sub('norm1'), width, 6)
   const norm1Context = options.textOutput ? modulation(w.sub('norm1_context'), width, 6) : null
   const lastNormContext = options.textOutput ? null : modulatedNorm(w.sub('norm1_context'), width)
-  const attend = jointAttention(w.sub('attn'), options)
-  const ff = feedForward(w.sub('ff'), width)
-  const ffContext = options.textOutput ? feedForward(w.sub('ff_context'), width) : null
+  const tokens = w.forTokens()
+  const attend = jointAttention(tokens.sub('attn'), options)
+  const ff = feedForward(tokens.sub('ff'), width)
+  const ffContext = options.textOutput ? feedForward(tokens.sub('ff_context'), width) : null
 
   return ([x, c], e, arrays) => {
     if (!x) throw new Error('the latent stream is missing')
@@ -75,9 +76,10 @@ export function singleBlock(
 ): SingleBlock {
   const width = options.heads * options.headDim
   const norm = modulation(w.sub('norm'), width, 3)
-  const projMlp = linearLayer(w.sub('proj_mlp'), width, 4 * width)
-  const projOut = linearLayer(w.sub('proj_out'), 5 * width, width)
-  const attend = selfAttention(w.sub('attn'), options)
+  const tokens = w.forTokens()
+  const projMlp = linearLayer(tokens.sub('proj_mlp'), width, 4 * width)
+  const projOut = linearLayer(tokens.sub('proj_out'), 5 * width, width)
+  const attend = selfAttention(tokens.sub('attn'), options)
   // Attention and hidden layer in one tensor [T + N, 5d], for which nothing is copied but the attention's part.
   const beside = (y: Tensor, arrays: TokenArrays): Tensor => {
     if (arrays.recording || needsGrad(y)) {

@@ -15,6 +15,8 @@ export interface TransformerOptions {
   train?: boolean
   /** Keep matrices packed for the kernels instead of plain. Default: unless training. */
   pack?: boolean
+  /** Round the matrices that every token passes, and what they are multiplied with, to eight bits. Not for training. */
+  quantize?: 'int8' | undefined
   /** Let matrices out of memory and back; `absent`: begin without them. Not for training. */
   offload?: 'possible' | 'absent' | undefined
   /** Ends the loading. */

@@ -1,11 +1,11 @@
 import { statSync } from 'node:fs'
 import { abortable } from '../engine/abortable.ts'
-import { type DType, engine } from '../engine/engine.ts'
+import { type DType, engine, type PackForm } from '../engine/engine.ts'
 import { PyraflowError, throwIfAborted } from '../engine/errors.ts'
 import { nearestName } from '../io/nearest-name.ts'
 import type { Safetensors, SafetensorsDtype, TensorEntry } from '../io/safetensors.ts'
 import { openWeights } from '../io/safetensors.ts'
-import { packWeight } from '../ops/matmul.ts'
+import { packedBytes, packInto, packWeight } from '../ops/matmul.ts'
 import { clamp } from '../ops/pointwise.ts'
 import type { Generator } from '../tensor/generator.ts'
 import { keep, scope } from '../tensor/scope.ts'
@@ -36,6 +36,8 @@ export interface WeightsOptions {
   train?: boolean
   /** Whether linear layers keep their weights packed for the matrix kernels. Default: unless training. */
   pack?: boolean
+  /** Round the matrices of layers that many tokens pass (`forTokens`) to eight bits. Not for training. */
+  quantize?: 'int8' | undefined
   /**
    * Let matrices out of memory and back (`Weights.offload`), which are then not shared with others who load the file;
    * `absent`: begin without them. Not for training.
@@ -74,6 +76,7 @@ interface Shared {
   readonly dtype: ComputeType
   readonly train: boolean
   readonly pack: boolean
+  readonly quantize: 'int8' | undefined
   readonly survey: boolean
   readonly offload: Offload | null
   readonly files: Map<string, { id: number; identity: string }>
@@ -102,10 +105,12 @@ interface Loading {
 export class Weights {
   readonly #shared: Shared
   readonly #prefix: string
+  readonly #forTokens: boolean
 
-  private constructor(shared: Shared, prefix: string) {
+  private constructor(shared: Shared, prefix: string, forTokens = false) {
     this.#shared = shared
     this.#prefix = prefix
+    this.#forTokens = forTokens
   }
 
   /**
@@ -137,10 +142,18 @@ export class Weights {
         received: String(dtype),
       })
     }
+    const { quantize } = options
+    if (quantize !== undefined && (quantize !== 'int8' || !pack)) {
+      throw new PyraflowError('ERR_OPTION', {
+        what: 'quantize',
+        expected: pack ? 'int8' : 'nothing in training, or where weights are not packed',
+        received: String(quantize),
+      })
+    }
     const empty = { files: new Map(), parameters: new Map(), buffers: new Map(), shares: [], loading: null }
     const adapters = new Map<string, LowRank>()
     const offload = options.offload && !train ? new Offload(options.offload) : null
-    const how = { dtype, train, pack, survey, offload }
+    const how = { dtype, train, pack, quantize, survey, offload }
     return new Weights({ label, entries, generator, adapters, ...how, ...empty }, '')
   }
 
@@ -226,12 +239,17 @@ export class Weights {
 
   /** The same weights seen from below `name`. */
   sub(name: string | number): Weights {
-    return new Weights(this.#shared, `${this.#prefix}${name}.`)
+    return new Weights(this.#shared, `${this.#prefix}${name}.`, this.#forTokens)
+  }
+
+  /** The same weights, for layers that every token passes: their matrices are what takes time and may be rounded. */
+  forTokens(): Weights {
+    return new Weights(this.#shared, this.#prefix, true)
   }
 
   /** The same tensors, for a network whose layers add what these adapters say. They are not disposed with it. */
   withAdapters(adapters: ReadonlyMap<string, LowRank>): Weights {
-    return new Weights({ ...this.#shared, adapters }, this.#prefix)
+    return new Weights({ ...this.#shared, adapters }, this.#prefix, this.#forTokens)
   }
 
   /** What an adapter adds to the layer seen from here. */
@@ -266,13 +284,17 @@ export class Weights {
       // What was drawn cannot be read again; for a plan it need not.
       if (matrix && this.offload && engine.rehearsing) return this.#rehearsed(shape, dtype, pack)
       const drawn = this.#draw(key, shape, dtype, init)
-      if (pack) packWeight(drawn)
+      if (pack) packWeight(drawn, this.#form)
       return drawn
     }
     const tensor = keep(make())
     tensor.requiresGrad = train && !options.buffer
     own.set(key, tensor)
     return tensor
+  }
+
+  get #form(): PackForm {
+    return (this.#forTokens && this.#shared.quantize) || 'plain'
   }
 
   #load(key: string, shape: readonly number[], dtype: ComputeType, matrix: boolean): Tensor {
@@ -310,7 +332,8 @@ export class Weights {
     const asStored = (): Tensor => Tensor.mapped(id, entry.begin, shape, type)
     const later = (step: () => void): void => (loading ? void loading.steps.push(step) : step())
     if (survey) return asStored()
-    const bytes = pack ? engine.packBytes(shape[0] as number, shape[1] as number, dtype) : 0
+    const form = this.#form
+    const bytes = pack ? packedBytes(shape[0] as number, shape[1] as number, dtype, form) : 0
     // An optimizer writes parameters in place, which a mapping does not allow; to a device a mapping is a copy.
     if (type === dtype && !train && bytes === 0 && !(offload && engine.separateMemory)) {
       const tensor = asStored()
@@ -327,7 +350,7 @@ export class Weights {
         if (sizeOf(shape) > 0) engine.load(plain, id, entry.begin, type)
         this.#sum(key, plain)
         if (!tensor.packed) return
-        engine.run('matmul_pack', [plain], [tensor.packed], [])
+        packInto(tensor.packed, plain, form)
         plain.dispose()
       }
       offload?.add(tensor, read)
@@ -335,7 +358,7 @@ export class Weights {
       return tensor
     }
     if (train || !loading || offload) return convert()
-    const name = [identity, entry.begin, type, dtype, bytes > 0].join(':')
+    const name = [identity, entry.begin, type, dtype, bytes > 0 && form].join(':')
     shares.push(name)
     return share(name, convert)
   }
@@ -343,7 +366,7 @@ export class Weights {
   // Only counted: how it is read depends on a file that may not be there, at most as a copy of its own.
   #rehearsed(shape: readonly number[], dtype: ComputeType, pack: boolean): Tensor {
     const tensor = Tensor.absent(shape, dtype)
-    const bytes = pack ? engine.packBytes(shape[0] as number, shape[1] as number, dtype) : 0
+    const bytes = pack ? packedBytes(shape[0] as number, shape[1] as number, dtype, this.#form) : 0
     if (bytes > 0) tensor.packed = keep(Tensor.absent([bytes], 'u8'))
     this.offload?.add(tensor, () => {
       if (bytes > 0) Tensor.empty(shape, dtype).dispose()

@@ -1,4 +1,4 @@
-import { engine } from '../engine/engine.ts'
+import { type DType, engine, PACK_FORMS, type PackForm } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { keep } from '../tensor/scope.ts'
 import { needsGrad, noGrad, record } from '../tensor/tape.ts'
@@ -212,15 +212,39 @@ export function matmul(a: Tensor, b: Tensor, options: MatmulOptions = {}): Tenso
 }
 
 /**
- * Stores the backend's packed form of a weight [N, K] in `w.packed`, for {@link linear} without gradients. Does
- * nothing where the backend has none. The form does not follow later changes of the weight.
+ * Bytes of a packed weight [n, k], 0 where the backend packs none.
+ *
+ * @throws ERR_DEVICE for eight bits where the device has no exact products of them
  */
-export function packWeight(w: Tensor): void {
+export function packedBytes(n: number, k: number, dtype: DType, form: PackForm): number {
+  const bytes = engine.packBytes(n, k, dtype, form)
+  if (bytes > 0 || form === 'plain') return bytes
+  throw new PyraflowError('ERR_DEVICE', {
+    what: 'weights in int8',
+    expected: 'a CPU with dot products of eight bits (AVX-512 VNNI, AMX)',
+    received: engine.device.backend,
+    remedy: 'Leave quantize out.',
+  })
+}
+
+/** Queues the packing of `w` [N, K] into `packed`, u8 of {@link packedBytes}. */
+export function packInto(packed: Tensor, w: Tensor, form: PackForm): void {
+  engine.run('matmul_pack', [w], [packed], [PACK_FORMS[form]])
+}
+
+/**
+ * Stores the backend's packed form of a weight [N, K] in `w.packed`, for {@link linear} without gradients; as `int8` it is
+ * rounded to eight bits, and so is what it will be multiplied with (docs/decisions.md, 33). Does nothing where the backend
+ * has no packed form. The form does not follow later changes of the weight.
+ *
+ * @throws ERR_DEVICE as {@link packedBytes}
+ */
+export function packWeight(w: Tensor, form: PackForm = 'plain'): void {
   expectShape('packWeight', 'w [N, K]', w, [null, null])
   const [n, k] = w.shape as [number, number]
-  const bytes = engine.packBytes(n, k, w.dtype)
+  const bytes = packedBytes(n, k, w.dtype, form)
   if (bytes === 0 || w.packed) return
   const packed = keep(Tensor.empty([bytes], 'u8'))
-  engine.run('matmul_pack', [w], [packed], [])
+  packInto(packed, w, form)
   w.packed = packed
 }

@@ -287,7 +287,7 @@ class Addon : public Napi::Addon<Addon> {
     const size_t bytes = Running(info.Env())
                              .backend()
                              ->pack_bytes(info[0].ToNumber().Int64Value(), info[1].ToNumber().Int64Value(),
-                                          info[2].ToNumber().Int32Value());
+                                          info[2].ToNumber().Int32Value(), info[3].ToNumber().Int32Value());
     return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   }
 

@@ -6,11 +6,23 @@
 
 #include "core/half.h"  // PF_HD
 
-#define PF_ABI_VERSION 3
+#define PF_ABI_VERSION 4
 #define PF_MAX_RANK 6
 #define PF_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum PfDType : int32_t { PF_F32 = 0, PF_BF16 = 1, PF_I32 = 2, PF_U8 = 3, PF_F16 = 4, PF_F64 = 5, PF_I64 = 6 };
+enum PfDType : int32_t {
+  PF_F32 = 0,
+  PF_BF16 = 1,
+  PF_I32 = 2,
+  PF_U8 = 3,
+  PF_F16 = 4,
+  PF_F64 = 5,
+  PF_I64 = 6,
+  PF_I8 = 7,  // only inside packed weights
+};
+
+// How a packed weight is kept: in its own type (or the one that is fast), or rounded to eight bits.
+enum PfPackForm : int32_t { PF_PACK_PLAIN = 0, PF_PACK_INT8 = 1 };
 
 enum PfStatus : int32_t {
   PF_OK = 0,
@@ -86,8 +98,8 @@ struct PfBackendTable {
   const PfKernel* kernels;
   // Called once on the engine thread before the first kernel. Returns PF_OK or fills error (256 bytes).
   int32_t (*init)(int32_t threads, char* error);
-  // Bytes of the packed form of a matmul weight [n, k]; 0 when the backend has none.
-  size_t (*pack_bytes)(int64_t n, int64_t k, int32_t dtype);
+  // Bytes of a packed form of a matmul weight [n, k]; 0 when the backend does not have it.
+  size_t (*pack_bytes)(int64_t n, int64_t k, int32_t dtype, int32_t form);
   // nullptr: operands lie in the process's own memory.
   const PfMemory* memory;
   // PF_OK and what the device is, or why this backend cannot work here (256 bytes); nullptr: it always can.

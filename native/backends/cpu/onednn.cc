@@ -53,7 +53,7 @@ dnnl_engine_t g_engine;
 dnnl_stream_t g_stream;
 OnednnKernel* g_cache[kCacheSize];
 uint64_t g_clock;
-int g_bf16 = -1;
+int g_bf16 = -1, g_int8 = -1;
 
 int32_t Report(char* error, const char* what, dnnl_status_t status) {
   snprintf(error, 256, "oneDNN could not %s (status %d)", what, static_cast<int>(status));
@@ -72,7 +72,16 @@ bool Ready(char* error) {
   return true;
 }
 
-dnnl_data_type_t Type(int64_t dtype) { return dtype == PF_BF16 ? dnnl_bf16 : dnnl_f32; }
+dnnl_data_type_t Type(int64_t dtype) {
+  switch (dtype) {
+    case PF_BF16: return dnnl_bf16;
+    case PF_I8: return dnnl_s8;
+    case PF_I32: return dnnl_s32;
+    default: return dnnl_f32;
+  }
+}
+// Of a product's result.
+int64_t SumType(int64_t dtype) { return dtype == PF_I8 ? PF_I32 : PF_F32; }
 
 uint64_t Hash(const int64_t* key) {
   uint64_t h = 1469598103934665603ull;
@@ -215,7 +224,7 @@ dnnl_memory_desc_t Matrix(int64_t rows, int64_t columns, int64_t dtype, int64_t 
 const OnednnKernel* PackLayout(int64_t n, int64_t k, int64_t dtype, char* error) {
   const int64_t key[kKeyLength] = {kKeyPackLayout, n, k, dtype};
   OnednnKernel* kernel = Cached(key, error, "choose a packed layout", [&](OnednnKernel* kernel) {
-    const dnnl_memory_desc_t a = Matrix(1024, k, dtype, k, 1), c = Matrix(1024, n, PF_F32, n, 1);
+    const dnnl_memory_desc_t a = Matrix(1024, k, dtype, k, 1), c = Matrix(1024, n, SumType(dtype), n, 1);
     dnnl_memory_desc_t b;
     const dnnl_dims_t dims = {k, n};
     dnnl_memory_desc_init_by_tag(&b, 2, dims, Type(dtype), dnnl_format_tag_any);
@@ -279,13 +288,16 @@ int32_t OnednnInit(const char* level, char*) {
   return PF_OK;
 }
 
+static bool Has(dnnl_cpu_isa_t isa) { return (dnnl_get_effective_cpu_isa() & isa) == isa; }
 bool OnednnHasBf16() {
   const std::lock_guard<std::mutex> lock(g_mutex);
-  if (g_bf16 < 0) {
-    const dnnl_cpu_isa_t isa = dnnl_get_effective_cpu_isa();
-    g_bf16 = (isa & dnnl_cpu_isa_avx512_core_bf16) == dnnl_cpu_isa_avx512_core_bf16;
-  }
+  if (g_bf16 < 0) g_bf16 = Has(dnnl_cpu_isa_avx512_core_bf16);
   return g_bf16 != 0;
+}
+bool OnednnHasInt8() {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  if (g_int8 < 0) g_int8 = Has(dnnl_cpu_isa_avx512_core_vnni);
+  return g_int8 != 0;
 }
 
 void OnednnRelease(OnednnKernel* kernel) {
@@ -305,7 +317,7 @@ OnednnKernel* OnednnGetGemm(const OnednnGemm& g, char* error) {
   return Cached(key, error, "build a matrix product", [&](OnednnKernel* kernel) {
     kernel->a = Matrix(g.m, g.k, g.dtype, g.a_row, g.a_column);
     kernel->b = g.packed ? packed : Matrix(g.k, g.n, g.dtype, g.b_row, g.b_column);
-    kernel->c = Matrix(g.m, g.n, PF_F32, g.c_row, 1);
+    kernel->c = Matrix(g.m, g.n, SumType(g.dtype), g.c_row, 1);
     dnnl_matmul_desc_t desc;
     dnnl_status_t status = dnnl_matmul_desc_init(&desc, &kernel->a, &kernel->b, nullptr, &kernel->c);
     if (status != dnnl_success) return status;
@@ -316,7 +328,7 @@ OnednnKernel* OnednnGetGemm(const OnednnGemm& g, char* error) {
   });
 }
 
-int32_t OnednnRunGemm(const OnednnKernel* kernel, const void* a, const void* b, float* c, void* scratch,
+int32_t OnednnRunGemm(const OnednnKernel* kernel, const void* a, const void* b, void* c, void* scratch,
                       char* error) {
   Arguments arguments;
   arguments.Add(DNNL_ARG_SRC, kernel->a, a);

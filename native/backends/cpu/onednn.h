@@ -13,6 +13,8 @@ size_t OnednnPackBytes(int64_t n, int64_t k, int32_t dtype);
 
 // Whether bf16 products have a vector path here. Without one the ops convert to f32.
 bool OnednnHasBf16();
+// Whether products of eight bits have exact ones: dot products into whole numbers of 32 bits.
+bool OnednnHasInt8();
 
 // A created primitive. Get from the cache, Release after use; Run may be called from several threads at once.
 struct OnednnKernel;
@@ -23,15 +25,15 @@ size_t OnednnScratchBytes(const OnednnKernel* kernel);
 enum OnednnRank { kRankReference, kRankGemm, kRankDirect };
 OnednnRank OnednnGetRank(const OnednnKernel* kernel);
 
-// c[m, n] (f32) = a[m, k] b[k, n], element strides; a and b of one dtype (f32 or bf16). packed: b is a tile
-// of a packed weight and its strides are unused.
+// c[m, n] = a[m, k] b[k, n], element strides; a and b of one dtype: f32 or bf16 with c f32, or i8 with c i32.
+// packed: b is a tile of a packed weight and its strides are unused.
 struct OnednnGemm {
   int64_t m, n, k;
   int64_t a_row, a_column, b_row, b_column, c_row;
   int64_t dtype, packed;
 };
 OnednnKernel* OnednnGetGemm(const OnednnGemm& gemm, char* error);
-int32_t OnednnRunGemm(const OnednnKernel* kernel, const void* a, const void* b, float* c, void* scratch,
+int32_t OnednnRunGemm(const OnednnKernel* kernel, const void* a, const void* b, void* c, void* scratch,
                       char* error);
 
 // Packed weights: a header, then tiles of kOnednnPackColumns outputs, each in the layout its kernels like

@@ -3,6 +3,7 @@
 
 #include "backends/cpu/onednn.h"
 #include "core/op.h"
+#include "ops/matmul/int8_layout.h"
 
 #ifdef PF_PARTIAL  // a development build of some op folders only: the missing kernels are null
 #define PF_WEAK __attribute__((weak))
@@ -26,8 +27,12 @@ int32_t Init(int32_t threads, char* error) {
   return OnednnInit(PF_LEVEL_NAME, error);
 }
 
-const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT,     PF_LEVEL_NAME, kKernels,
-                               Init,           OnednnPackBytes, nullptr,       nullptr};
+size_t PackBytes(int64_t n, int64_t k, int32_t dtype, int32_t form) {
+  return form == PF_PACK_INT8 ? Int8PackBytes(n, k) : OnednnPackBytes(n, k, dtype);
+}
+
+const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT, PF_LEVEL_NAME, kKernels,
+                               Init,           PackBytes,   nullptr,       nullptr};
 
 }  // namespace
 

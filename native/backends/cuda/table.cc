@@ -23,7 +23,7 @@ const PfKernel kKernels[] = {
 };
 
 int32_t Init(int32_t, char*) { return PF_OK; }
-size_t PackBytes(int64_t, int64_t, int32_t) { return 0; }  // weights are read as they are
+size_t PackBytes(int64_t, int64_t, int32_t, int32_t) { return 0; }  // weights are read as they are
 
 const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT, PF_LEVEL_NAME,  kKernels,
                                Init,           PackBytes,   &kDeviceMemory, DeviceProbe};

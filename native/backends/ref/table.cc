@@ -19,8 +19,8 @@ const PfKernel kKernels[] = {
 };
 
 int32_t Init(int32_t, char*) { return PF_OK; }
-// The reference's packed weight is [n, k] as two int64 followed by the plain weight.
-size_t PackBytes(int64_t n, int64_t k, int32_t dtype) { return 16 + n * k * PfSize(dtype); }
+// The reference's packed weight is [n, k] and the form as three int64 followed by the plain weight.
+size_t PackBytes(int64_t n, int64_t k, int32_t dtype, int32_t) { return 24 + n * k * PfSize(dtype); }
 
 const PfBackendTable kTable = {PF_ABI_VERSION, PF_OP_COUNT, "ref",   kKernels,
                                Init,           PackBytes,   nullptr, nullptr};

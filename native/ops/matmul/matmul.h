@@ -4,14 +4,18 @@
 //                a [..., M, K] or [..., K, M] (trans_a); b [..., K, N] or [..., N, K] (trans_b), leading dims
 //                those of a, or none: one b for the whole batch. bias [N], residual like y [..., M, N].
 // matmul_pack    w [N, K] -> u8 blob of the backend's pack_bytes(N, K): the weight as the backend likes to
-// read it. matmul_packed  y [..., N] = act(x wT + bias) + residual, x [..., K]. y may be wider: the result
-// goes to its columns from `column` on, without a residual. act: 0 none, 1 gelu (tanh form), 2 silu. Sums are
-// f32 whatever the dtypes; y is rounded once, at the end.
+// read it, or, in form 1, rounded to eight bits (int8.h).
+// matmul_packed  y [..., N] = act(x wT + bias) + residual, x [..., K]; x is rounded to eight bits where w
+// was. y may be wider: the result goes to its columns from `column` on, without a residual. act: 0 none, 1
+// gelu (tanh form), 2 silu. Sums are f32 whatever the dtypes; y is rounded once, at the end.
 #pragma once
 #include "core/check.h"
 
 struct MatmulParams {
   double trans_a, trans_b, activation, accumulate;
+};
+struct MatmulPackParams {
+  double form;  // PfPackForm
 };
 struct MatmulPackedParams {
   double n, activation, column;

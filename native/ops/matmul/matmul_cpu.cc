@@ -1,17 +1,7 @@
-#include "ops/matmul/matmul.h"
-#include "ops/matmul/tiles.h"
+#include "ops/matmul/int8_cpu.h"
+#include "ops/matmul/product_cpu.h"
 
 namespace {
-
-// What happens to a finished f32 tile on its way into y.
-struct Epilogue {
-  const float* bias;     // or nullptr
-  const void* residual;  // or nullptr
-  int32_t residual_type, y_type;
-  int activation;
-  bool accumulate;
-  bool Trivial() const { return !bias && !residual && !activation && !accumulate && y_type == PF_F32; }
-};
 
 // One product after all batch and dtype questions are answered.
 struct Problem {
@@ -25,41 +15,6 @@ struct Problem {
   Epilogue end;
 };
 
-template <class Y, class R>
-void StoreTile(const Epilogue& e, const float* tile, int64_t m, int64_t n, int64_t ld, const float* bias,
-               const R* residual, Y* y) {  // a residual lies like y
-  for (int64_t i = 0; i < m; ++i, tile += n, y += ld) {
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const int64_t left = n - j;
-      Vf v = LoadN(tile + j, left);
-      if (bias) v = v + LoadN(bias + j, left);
-      if (e.activation == 1) v = GeluTanh(v);
-      if (e.activation == 2) v = Silu(v);
-      if (residual) v = v + LoadN(residual + i * ld + j, left);
-      if (e.accumulate) v = v + LoadN(y + j, left);
-      StoreN(y + j, v, left);
-    }
-  }
-}
-
-void StoreTile(const Epilogue& e, const float* tile, int64_t m, int64_t n, int64_t ld, int64_t column,
-               int64_t at, char* y) {
-  const float* bias = e.bias ? e.bias + column : nullptr;
-  const char* residual = static_cast<const char*>(e.residual);
-  if (residual) residual += at * PfSize(e.residual_type);
-  y += at * PfSize(e.y_type);
-  auto with_residual = [&](auto* y) {
-    if (e.residual_type == PF_BF16)
-      StoreTile(e, tile, m, n, ld, bias, reinterpret_cast<const Bf16*>(residual), y);
-    else
-      StoreTile(e, tile, m, n, ld, bias, reinterpret_cast<const float*>(residual), y);
-  };
-  if (e.y_type == PF_BF16)
-    with_residual(reinterpret_cast<Bf16*>(y));
-  else
-    with_residual(reinterpret_cast<float*>(y));
-}
-
 // For the few shapes oneDNN only has its reference loops for: one dot product at a time, in f32.
 template <class T>
 void PlainTile(const OnednnGemm& g, const T* a, const T* b, float* c) {
@@ -72,45 +27,8 @@ void PlainTile(const OnednnGemm& g, const T* a, const T* b, float* c) {
     }
 }
 
-// Tall tiles share the cost of repacking b. Where that has been done before, a tile's rows had better leave
-// room for its columns in the second-level cache.
-#if PF_LANES == 16
-constexpr int64_t kTall = 256, kTallPacked = 128, kPartRows = 16, kWholeRows = 1;
-#else
-// Without AVX-512 oneDNN sums rows past a multiple of 6 in another order, halves tall tiles, and cuts those
-// of more than 96 rows its own way: a row's bits would depend on how many stand beside it. Rows come in
-// twelves.
-constexpr int64_t kTall = 96, kTallPacked = 96, kPartRows = 12, kWholeRows = 12;
-#endif
-
-// Tiles are a function of the shape alone; more, smaller ones only while a machine with many cores would
-// otherwise idle.
-void ChooseTile(const Problem& p, int64_t* tile_m, int64_t* tile_n) {
-  int64_t m = p.m < kTall ? p.m : kTall, n = p.n < 512 ? p.n : 512;
-  if (p.packed_tile_bytes) {
-    m = p.m < kTallPacked ? p.m : kTallPacked;
-    n = p.n < kOnednnPackColumns ? p.n : kOnednnPackColumns;
-  }
-  for (;;) {
-    const int64_t tiles = p.batch * ((p.m + m - 1) / m) * ((p.n + n - 1) / n);
-    const int64_t cost = (2 * m * n + 16 * (m + n)) * p.k;
-    if (tiles >= 16 || cost <= (8 << 20)) break;
-    if (n > 256 && !p.packed_tile_bytes)
-      n = 256;
-    else if (m > 64)
-      m = RoundUp(m / 2, kPartRows);
-    else if (n > 64 && !p.packed_tile_bytes)
-      n = (n / 2 + 15) / 16 * 16;
-    else
-      break;
-  }
-  *tile_m = m;
-  *tile_n = n;
-}
-
 int32_t Run(const PfArgs* args, const char* op, const Problem& p) {
-  int64_t tile_m, tile_n;
-  ChooseTile(p, &tile_m, &tile_n);
+  const auto [tile_m, tile_n] = ChooseTile(p.batch, p.m, p.n, p.k, p.packed_tile_bytes > 0);
   const int64_t rows = (p.m + tile_m - 1) / tile_m, columns = (p.n + tile_n - 1) / tile_n;
   const bool dense_rows = p.a_column == 1 && p.a_row == p.k;
   const int64_t last_rows = p.m - (rows - 1) * tile_m;
@@ -269,10 +187,13 @@ int32_t pf_cpu_matmul_pack(const PfArgs* args) {
     return Fail(args, PF_ERR_SHAPE, "matmul_pack: expected w [N, K], received rank %d", w.rank);
   if (!PfIsFloat(w))
     return Fail(args, PF_ERR_DTYPE, "matmul_pack: w is f32 or bf16, received dtype %d", w.dtype);
-  const size_t bytes = OnednnPackBytes(w.dims[0], w.dims[1], w.dtype);
+  const auto form = static_cast<int32_t>(PfParams<MatmulPackParams>(args).form);
+  const size_t bytes = form == PF_PACK_INT8 ? Int8PackBytes(w.dims[0], w.dims[1])
+                                            : OnednnPackBytes(w.dims[0], w.dims[1], w.dtype);
   if (blob.dtype != PF_U8 || static_cast<size_t>(PfCount(blob)) != bytes)
     return Fail(args, PF_ERR_SHAPE, "matmul_pack: expected a u8 blob of %zu bytes, received %lld", bytes,
                 (long long)PfCount(blob));
+  if (form == PF_PACK_INT8) return PackInt8(args, w, blob);
   const int32_t stored = OnednnPackDType(w.dtype);
   const void* plain = As(args, w, stored);
   if (!plain) return NoMemory(args, "matmul_pack");
@@ -285,6 +206,7 @@ int32_t pf_cpu_matmul_packed(const PfArgs* args) {
   const MatmulPackedParams& params = PfParams<MatmulPackedParams>(args);
   int32_t status = CheckMatmulFloats(args, "matmul_packed", true);
   if (status != PF_OK) return status;
+  if (Int8IsPacked(blob)) return ProductInt8(args);
   OnednnPacked w;
   status = OnednnOpenPacked(blob.data, PfCount(blob), &w, args->context->error);
   if (status != PF_OK) return status;

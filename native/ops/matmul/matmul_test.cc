@@ -32,12 +32,12 @@ void Packed(const PfBackendTable* table, bool bf16, int64_t m, int64_t n, int64_
   auto x = Values(type, m * k, 1), w = Values(type, n * k, 2), bias = Values(type, n, 3);
   auto residual = Values(type, m * n, 4);
   std::vector<float> packed(m * n), plain(m * n);
-  std::vector<char> blob(table->pack_bytes(n, k, type));
+  std::vector<char> blob(table->pack_bytes(n, k, type, PF_PACK_PLAIN));
   const PfView x_view = View(x.data(), type, {m, k}), w_view = View(w.data(), type, {n, k});
   const PfView bias_view = View(bias.data(), type, {n}), residual_view = View(residual.data(), type, {m, n});
   const PfView blob_view = View(blob.data(), PF_U8, {static_cast<int64_t>(blob.size())});
   const double act = activation;
-  Call(table, PF_OP_matmul_pack, {w_view}, {blob_view}, {});
+  Call(table, PF_OP_matmul_pack, {w_view}, {blob_view}, {PF_PACK_PLAIN});
   Call(table, PF_OP_matmul_packed, {x_view, blob_view, bias_view, residual_view},
        {View(packed.data(), PF_F32, {m, n})}, {static_cast<double>(n), act, 0});
   Call(table, PF_OP_matmul, {x_view, w_view, bias_view, residual_view}, {View(plain.data(), PF_F32, {m, n})},
@@ -69,6 +69,89 @@ void Packed(const PfBackendTable* table, bool bf16, int64_t m, int64_t n, int64_
               static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
               bf16 ? "bf16" : "f32", std::sqrt(difference / norm));
   std::exit(1);
+}
+
+// What eight bits make of x [m, k] and w [n, k], into columns of a wider y.
+std::vector<float> Int8(const PfBackendTable* table, int32_t type, const std::vector<char>& x,
+                        const std::vector<char>& w, const std::vector<char>& bias, int64_t m, int64_t n,
+                        int64_t k, int64_t before = 0, int64_t after = 0) {
+  std::vector<char> blob(table->pack_bytes(n, k, type, PF_PACK_INT8));
+  const PfView blob_view = View(blob.data(), PF_U8, {static_cast<int64_t>(blob.size())});
+  const PfView none = View(nullptr, type, {});
+  auto view = [&](const std::vector<char>& v, const op_test::Dims& dims) {
+    return View(const_cast<char*>(v.data()), type, dims);
+  };
+  const int64_t width = before + n + after;
+  std::vector<float> y(m * width, 7);
+  Call(table, PF_OP_matmul_pack, {view(w, {n, k})}, {blob_view}, {PF_PACK_INT8});
+  Call(table, PF_OP_matmul_packed, {view(x, {m, k}), blob_view, view(bias, {n}), none},
+       {View(y.data(), PF_F32, {m, width})}, {static_cast<double>(n), 1, static_cast<double>(before)});
+  return y;
+}
+
+void Int8Fails(const PfBackendTable* table, const char* what, int64_t m, int64_t n, int64_t k, double off) {
+  std::printf("FAIL %s product in eight bits [%lld,%lld,%lld]: %s, %.3g\n", table->name,
+              static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k), what, off);
+  std::exit(1);
+}
+
+double Relative(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < b.size(); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
+    norm += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / norm);
+}
+
+// The reference rounds to the same whole numbers, so that nothing but f32's own rounding is left between
+// them.
+void Int8AsReference(const PfBackendTable* table, bool bf16, int64_t m, int64_t n, int64_t k) {
+  const int32_t type = bf16 ? PF_BF16 : PF_F32;
+  const auto x = Values(type, m * k, 1), w = Values(type, n * k, 2), bias = Values(type, n, 3);
+  static const Backend reference = OpenBackend(PF_OUT_DIR, "ref");
+  const double off = Relative(Int8(table, type, x, w, bias, m, n, k, 3, 4),
+                              Int8(reference.table, type, x, w, bias, m, n, k, 3, 4));
+  if (!(off <= 5e-7)) Int8Fails(table, "differs from the reference's", m, n, k, off);
+}
+
+// How far eight bits are from a plain product. `loud`: one channel of x is a hundred times the others, as
+// happens in trained networks, and w has small weights for it.
+void Int8Rounds(const PfBackendTable* table, int64_t m, int64_t n, int64_t k, bool loud, double bound) {
+  auto x = Values(PF_F32, m * k, 1), w = Values(PF_F32, n * k, 2), bias = Values(PF_F32, n, 3);
+  auto scale = [&](std::vector<char>& v, int64_t rows, float by) {
+    for (int64_t i = 0; i < rows; ++i) reinterpret_cast<float*>(v.data())[i * k + k / 3] *= by;
+  };
+  if (loud) scale(x, m, 100);
+  if (loud) scale(w, n, 0.01f);
+  std::vector<float> plain(m * n);
+  Call(table, PF_OP_matmul,
+       {View(x.data(), PF_F32, {m, k}), View(w.data(), PF_F32, {n, k}), View(bias.data(), PF_F32, {n}),
+        View(nullptr, PF_F32, {})},
+       {View(plain.data(), PF_F32, {m, n})}, {0, 1, 1, 0});
+  const double off = Relative(Int8(table, PF_F32, x, w, bias, m, n, k), plain);
+  if (!(off <= bound)) Int8Fails(table, loud ? "far off with a loud channel" : "far off", m, n, k, off);
+}
+
+// A row has the same bits whatever stands beside it, for any number of threads; one with NaN is all NaN, and
+// no other.
+void Int8Rows(const PfBackendTable* table, int64_t m, int64_t n, int64_t k) {
+  const auto w = Values(PF_BF16, n * k, 2), bias = Values(PF_BF16, n, 3);
+  auto x = Values(PF_BF16, m * k, 1);
+  std::vector<float> all;
+  SameBitsOnAnyThreads(table, "matmul_packed, eight bits", {m * n}, [&](const std::vector<float*>& y) {
+    all = Int8(table, PF_BF16, x, w, bias, m, n, k);
+    std::memcpy(y[0], all.data(), all.size() * 4);
+  });
+  const int64_t row = m - 2;
+  const std::vector<char> one(x.begin() + row * k * 2, x.begin() + (row + 1) * k * 2);
+  const auto alone = Int8(table, PF_BF16, one, w, bias, 1, n, k);
+  if (std::memcmp(alone.data(), &all[row * n], n * 4)) Int8Fails(table, "a row alone differs", m, n, k, 0);
+  const Bf16 nan = ToBf16(NAN);
+  std::memcpy(&x[(row * k + k - 1) * 2], &nan, 2);
+  const auto broken = Int8(table, PF_BF16, x, w, bias, m, n, k);
+  for (int64_t i = 0; i < m * n; ++i)
+    if (std::isnan(broken[i]) != (i / n == row)) Int8Fails(table, "NaN is elsewhere", m, n, k, i);
 }
 
 void SameBits(const PfBackendTable* table, bool bf16, int trans, int64_t m, int64_t n, int64_t k) {
@@ -163,6 +246,20 @@ PF_CASES(matmul) {
       }
       SameBits(table, bf16, 1, 64, 48, 9000);
     }
+    if (!table->pack_bytes(300, 1030, PF_BF16, PF_PACK_INT8)) return;
+    for (int bf16 = 0; bf16 < 2; ++bf16)
+      for (int64_t m : {1, 7, 150}) {
+        Int8AsReference(table, bf16, m, 33, 17);
+        Int8AsReference(table, bf16, m, 96, 80);
+        Int8AsReference(table, bf16, m, 300, 129);
+        Int8AsReference(table, bf16, m, 40, 1030);
+        Int8AsReference(table, bf16, m, 24, 1920);
+      }
+    Int8Rounds(table, 300, 530, 1920, false, 1.2e-2);
+    Int8Rounds(table, 300, 530, 2500, false, 1.2e-2);
+    Int8Rounds(table, 300, 530, 1920, true, 4e-2);
+    Int8Rows(table, 300, 530, 1920);
+    Int8Rows(table, 37, 70, 50);
   });
 
   test.Case("matmul")
@@ -221,7 +318,7 @@ PF_CASES(matmul) {
       .Out({4, 7})
       .Scalars({0, 0, 0, 0})
       .RunExpecting(2);
-  test.Case("matmul_pack").In({4, 5}).OutU8({7}).Scalars({}).RunExpecting(1);
+  test.Case("matmul_pack").In({4, 5}).OutU8({7}).Scalars({0}).RunExpecting(1);
   test.Case("matmul_packed")
       .In({4, 5})
       .InU8({4000}, [](int64_t) { return 1; })

@@ -1,0 +1,211 @@
+// Products in eight bits on the CPU: whole numbers by oneDNN, scales and everything else here.
+#pragma once
+#include "ops/matmul/int8_layout.h"
+#include "ops/matmul/product_cpu.h"
+
+namespace {
+
+// Rows of q are padded to so many, as zeros: kernels for few heights, none of them odd.
+constexpr int64_t kInt8Rows = 16;
+constexpr int64_t kInt8RowsAtOnce = 16;
+
+// One rotated group of n values to whole numbers; returns its scale. Whole numbers show in the low bits after
+// 1.5 * 2^23 was added, as rounding to nearest even gives them.
+float QuantiseGroup(float* v, int64_t n, int8_t* q) {
+  Int8Rotate(v, n);
+  Vu top{};
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vu bits = (Vu)LoadF(v + i) & 0x7fffffff;  // in order, and NaN above all
+    top = bits > top ? bits : top;
+  }
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
+  for (int64_t i = whole; i < n; ++i) {
+    uint32_t bits;
+    memcpy(&bits, v + i, 4);
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  float largest;
+  memcpy(&largest, &most, 4);
+  const Int8Scale s = Int8ScaleOf(largest);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vu bits = (Vu)(LoadN(v + i, n - i) * s.inverse + 12582912.0f);
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    const Bytes low = __builtin_convertvector(bits, Bytes);
+    memcpy(q + i, &low, n - i < kLanes ? n - i : kLanes);
+  }
+  return s.scale;
+}
+
+// x [rows, K] of f32 or bf16 to whole numbers, group after group of all rows together (an array of `all`
+// rows: what is beyond those of x becomes zeros), and scales [groups, all].
+template <class T>
+void QuantiseRow(const T* x, int64_t i, int64_t k, const Int8Groups& groups, int64_t all, int8_t* q,
+                 float* scales) {
+  float v[kInt8Longest];
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t n = groups.Length(g, k), at = g * groups.size;
+    for (int64_t j = 0; j < n; j += kLanes) StoreN(v + j, LoadN(x + i * k + at + j, n - j), n - j);
+    scales[g * all + i] = QuantiseGroup(v, n, q + at * all + i * n);
+  }
+}
+int32_t Quantise(const PfArgs* args, const PfView& x, int64_t rows, int64_t k, int64_t all, int8_t* q,
+                 float* scales) {
+  const Int8Groups groups = Int8GroupsOf(k);
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t n = groups.Length(g, k);
+    memset(q + g * groups.size * all + rows * n, 0, (all - rows) * n);
+  }
+  const int64_t chunks = (rows + kInt8RowsAtOnce - 1) / kInt8RowsAtOnce;
+  return ForTiles(args, chunks, rows * k * 16, [&](int64_t chunk, int, char*) {
+    const int64_t end = (chunk + 1) * kInt8RowsAtOnce < rows ? (chunk + 1) * kInt8RowsAtOnce : rows;
+    for (int64_t i = chunk * kInt8RowsAtOnce; i < end; ++i)
+      PF_FLOAT_DISPATCH(x, T, QuantiseRow(PfData<T>(x), i, k, groups, all, q, scales););
+    return static_cast<int32_t>(PF_OK);
+  });
+}
+
+int32_t PackInt8(const PfArgs* args, const PfView& w, const PfView& blob) {
+  const int64_t n = w.dims[0], k = w.dims[1];
+  Int8Layout l;
+  if (!Int8LayoutOf(n, k, &l, args->context->error)) return PF_ERR_DEVICE;
+  char* bytes = PfData<char>(blob);
+  const Int8Header header = {kInt8Magic, n, k, l.total};
+  memcpy(bytes, &header, sizeof(header));
+  auto* q = static_cast<int8_t*>(Scratch(args, n * k));
+  if (!q) return NoMemory(args, "matmul_pack");
+  float* scales = reinterpret_cast<float*>(bytes + l.scales);
+  const int32_t status = Quantise(args, w, n, k, n, q, scales);
+  if (status != PF_OK) return status;
+  // Both sides are rotated, which makes a product `spread` times as large: an exact power of two.
+  for (int64_t g = 0; g < l.groups.count; ++g) {
+    const float part = 1.0f / static_cast<float>(Int8Spread(l.groups.Length(g, k)));
+    for (int64_t j = 0; j < n; ++j) scales[g * n + j] *= part;
+  }
+  return ForTiles(args, l.columns * l.groups.count, n * k * 16, [&](int64_t tile, int, char* error) {
+    const int64_t column = tile / l.groups.count, g = tile % l.groups.count;
+    const int64_t count = column == l.columns - 1 ? l.last_columns : kOnednnPackColumns;
+    const int64_t length = l.groups.Length(g, k);
+    const int8_t* from = q + g * l.groups.size * n + column * kOnednnPackColumns * length;
+    return OnednnPackTile(from, 1, length, count, length, PF_I8, bytes + l.TileAt(column, g), error);
+  });
+}
+
+bool Int8IsPacked(const PfView& blob) {
+  Int8Header header;
+  if (PfCount(blob) < static_cast<int64_t>(sizeof(header))) return false;
+  memcpy(&header, blob.data, sizeof(header));
+  return header.magic == kInt8Magic;
+}
+
+// sum = or += c, whole numbers [m, n], times scale_x [m] times scale_w [n].
+template <bool kFirst>
+void AddGroup(const int32_t* c, const float* scale_x, const float* scale_w, int64_t m, int64_t n,
+              float* sum) {
+  for (int64_t i = 0; i < m; ++i, c += n, sum += n) {
+    const float x = scale_x[i];
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const int64_t left = n - j;
+      Vi whole;
+      memcpy(&whole, c + j, sizeof(whole));  // tiles end with room for a vector
+      Vf v = __builtin_convertvector(whole, Vf) * (LoadN(scale_w + j, left) * x);
+      if (!kFirst) v = LoadN(sum + j, left) + v;
+      StoreN(sum + j, v, left);
+    }
+  }
+}
+
+int32_t ProductInt8(const PfArgs* args) {
+  const PfView &x = args->in[0], &blob = args->in[1], &bias = args->in[2], &residual = args->in[3],
+               &y = args->out[0];
+  const MatmulPackedParams& params = PfParams<MatmulPackedParams>(args);
+  char* error = args->context->error;
+  Int8Header header;
+  memcpy(&header, blob.data, sizeof(header));
+  Int8Layout l;
+  if (!Int8LayoutOf(header.n, header.k, &l, error)) return PF_ERR_DEVICE;
+  const int64_t n = l.n, k = l.k;
+  if (l.total != header.total || PfCount(blob) != l.total)
+    return Fail(args, PF_ERR_OPTION,
+                "matmul_packed: the packed weight was not made by matmul_pack on this machine and level");
+  if (x.rank < 1 || x.dims[x.rank - 1] != k || n != params.n)
+    return Fail(args, PF_ERR_SHAPE,
+                "matmul_packed: the weight is [%lld, %lld], received x [..., %lld] and n = %g", (long long)n,
+                (long long)k, (long long)(x.rank < 1 ? 0 : x.dims[x.rank - 1]), params.n);
+  const int64_t m = PfCount(x) / k;
+  int32_t status = CheckPackedResult(args, m, n);
+  if (status != PF_OK || m == 0) return status;
+
+  const int64_t padded = RoundUp(m, kInt8Rows), groups = l.groups.count;
+  auto* q = static_cast<int8_t*>(Scratch(args, padded * k));
+  auto* scale_x = static_cast<float*>(Scratch(args, padded * groups * sizeof(float)));
+  if (!q || !scale_x) return NoMemory(args, "matmul_packed");
+  status = Quantise(args, x, m, k, padded, q, scale_x);
+  if (status != PF_OK) return status;
+
+  const TileShape shape = ChooseTile(1, padded, n, k, true);
+  const int64_t tile_m = RoundUp(shape.m, kInt8Rows), rows = (padded + tile_m - 1) / tile_m;
+  OnednnKernel* kernels[2][2][2] = {};  // [last rows][last columns][last group]
+  size_t scratch = 0;
+  for (int key = 0; key < 8 && status == PF_OK; ++key) {
+    const int last_m = key & 1, last_n = key >> 1 & 1, last_g = key >> 2;
+    const int64_t height = last_m ? padded - (rows - 1) * tile_m : tile_m;
+    const int64_t width = last_n ? l.last_columns : kOnednnPackColumns;
+    const int64_t length = last_g ? l.groups.Length(groups - 1, k) : l.groups.size;
+    if ((!last_m && rows == 1) || (!last_n && l.columns == 1) || (!last_g && groups == 1)) continue;
+    OnednnKernel* kernel = OnednnGetGemm({height, width, length, length, 1, 0, 0, width, PF_I8, 1}, error);
+    kernels[last_m][last_n][last_g] = kernel;
+    if (!kernel)
+      status = PF_ERR_DEVICE;
+    else if (OnednnScratchBytes(kernel) > scratch)
+      scratch = OnednnScratchBytes(kernel);
+  }
+  scratch = RoundUp(scratch, 64);
+  // A vector more, so that the last row may be read in whole ones.
+  const size_t tile_bytes = RoundUp((tile_m * kOnednnPackColumns + kLanes) * 4, 64);
+  const size_t per_thread = scratch + 2 * tile_bytes;
+  char* memory = nullptr;
+  const float* added = PfPresent(bias) ? static_cast<const float*>(As(args, bias, PF_F32)) : nullptr;
+  if (status == PF_OK) {
+    memory = static_cast<char*>(Scratch(args, per_thread * omp_get_max_threads()));
+    if (!memory || (PfPresent(bias) && !added)) status = NoMemory(args, "matmul_packed");
+  }
+  const Epilogue end = {added,
+                        residual.data,
+                        PfPresent(residual) ? residual.dtype : PF_F32,
+                        y.dtype,
+                        static_cast<int>(params.activation),
+                        false};
+  const int64_t y_row = y.dims[y.rank - 1];
+  char* to = static_cast<char*>(y.data) + static_cast<int64_t>(params.column) * PfSize(y.dtype);
+  const char* packed = static_cast<const char*>(blob.data);
+  const float* scale_w = reinterpret_cast<const float*>(packed + l.scales);
+  if (status == PF_OK)
+    status = ForTiles(args, rows * l.columns, m * n * k, [&](int64_t tile, int thread, char* error) {
+      const int64_t row = tile % rows, column = tile / rows, m0 = row * tile_m,
+                    n0 = column * kOnednnPackColumns;
+      const int last_m = row == rows - 1, last_n = column == l.columns - 1;
+      const int64_t height = last_m ? m - m0 : tile_m, width = last_n ? l.last_columns : kOnednnPackColumns;
+      char* mine = memory + thread * per_thread;
+      auto* whole = reinterpret_cast<int32_t*>(mine + scratch);
+      auto* sum = reinterpret_cast<float*>(mine + scratch + tile_bytes);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int8_t* from = q + g * l.groups.size * padded + m0 * l.groups.Length(g, k);
+        const int32_t status = OnednnRunGemm(kernels[last_m][last_n][g == groups - 1], from,
+                                             packed + l.TileAt(column, g), whole, mine, error);
+        if (status != PF_OK) return status;
+        const auto add = g ? AddGroup<false> : AddGroup<true>;
+        add(whole, scale_x + g * padded + m0, scale_w + g * n + n0, height, width, sum);
+      }
+      StoreTile(end, sum, height, width, y_row, n0, m0 * y_row + n0, to);
+      return static_cast<int32_t>(PF_OK);
+    });
+  for (auto& a : kernels)
+    for (auto& b : a)
+      for (OnednnKernel* kernel : b) OnednnRelease(kernel);
+  return status;
+}
+
+}  // namespace
