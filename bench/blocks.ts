@@ -7,13 +7,23 @@ import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { blockGraph, convGraph } from './block-graph.ts'
-import { type Effort, engineSeconds, fastBf16, median, type Required, type Unnamed } from './harness.ts'
+import {
+  type Effort,
+  engineSeconds,
+  fastBf16,
+  hasInt8,
+  median,
+  type Required,
+  type Unnamed,
+} from './harness.ts'
 import { findOnnxRuntime, INSTALL, onnxPeer, type Peer } from './peers.ts'
 
 const TEXT = 128
 const DTYPES = ['bf16', 'f32'] as const
 
 type Dtype = (typeof DTYPES)[number]
+// bf16 with products of tokens in eight bits.
+type Rounding = Dtype | 'int8'
 
 // What the published network must reach against the same layers in f32 elsewhere.
 const BOUNDS: Record<Dtype, number> = { bf16: 4, f32: 1 }
@@ -37,7 +47,7 @@ export async function blocks(effort: Effort): Promise<Unnamed[]> {
     const { joint_attention_dim: textDim, pooled_projection_dim: pooledDim } = miniFluxConfig
     const sizes = { latent, text: TEXT, textDim, pooledDim, heads, headDim: 64 }
     const peer = ort && (await onnxPeer(ort, 'graph of the same network', blockGraph(sizes)))
-    for (const dtype of DTYPES)
+    for (const dtype of [...DTYPES, ...(hasInt8() ? (['int8'] as const) : [])])
       rows.push(await block(effort, dtype, [2 * (y as number), 2 * (x as number)], heads, peer))
     await peer?.close()
   }
@@ -57,7 +67,7 @@ export async function blocks(effort: Effort): Promise<Unnamed[]> {
 
 async function compared(
   effort: Effort,
-  what: { name: string; flops: number; dtype: Dtype },
+  what: { name: string; flops: number; dtype: Rounding },
   op: () => Tensor,
   peer: Peer | undefined,
 ): Promise<Unnamed> {
@@ -65,8 +75,9 @@ async function compared(
   const ours = async (): Promise<number> => 1 / (await engineSeconds(run, 1))
   const rate = (perSecond: number): number => 1e-9 * what.flops * perSecond
   if (!peer) return { name: what.name, value: rate(await ours()), unit: 'GFLOP/s' }
-  const bound: Required = { of: 'ratio', atLeast: BOUNDS[what.dtype] }
-  const required = what.dtype === 'f32' || fastBf16() ? { required: bound } : {}
+  const { dtype } = what
+  const bounded = dtype === 'f32' || (dtype === 'bf16' && fastBf16())
+  const required = bounded ? { required: { of: 'ratio', atLeast: BOUNDS[dtype] } as Required } : {}
   // By turns and not at once: both take all cores.
   const slices: { our: number; their: number }[] = []
   for (let i = 0; i < shortened(effort).rounds; i++) {
@@ -80,13 +91,14 @@ async function compared(
 
 async function block(
   effort: Effort,
-  dtype: Dtype,
+  rounding: Rounding,
   [height, width]: [number, number],
   heads: number,
   peer: Peer | undefined,
 ): Promise<Unnamed> {
   const config = { ...miniFluxConfig, num_layers: 1, num_single_layers: 1, num_attention_heads: heads }
-  const model = PyramidFluxTransformer.create(config, { seed: 1, dtype })
+  const [dtype, quantize] = rounding === 'int8' ? (['bf16', rounding] as const) : [rounding, undefined]
+  const model = PyramidFluxTransformer.create(config, { seed: 1, dtype, quantize })
   const generator = new Generator(2)
   const draw = (...shape: number[]): Tensor => generator.normal(shape, { dtype })
   const text = draw(1, TEXT, config.joint_attention_dim)
@@ -96,10 +108,10 @@ async function block(
   const d = heads * 64
   const flops = 2 * 24 * d ** 2 * tokens + 2 * 4 * tokens ** 2 * d
   try {
-    const name = `double and single block, ${tokens} tokens, d = ${d}, ${dtype}`
+    const name = `double and single block, ${tokens} tokens, d = ${d}, ${rounding}`
     return await compared(
       effort,
-      { name, flops, dtype },
+      { name, flops, dtype: rounding },
       () => model.forward({ ...inputs, layout })[0] as Tensor,
       peer,
     )

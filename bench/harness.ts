@@ -84,9 +84,21 @@ export async function productDtype(dtype: DType): Promise<DType> {
   return (await ceiling('matmul', 64, 64, 64, DTYPES[dtype].code, 0)) > 0 ? dtype : 'f32'
 }
 
+// Not a type of tensors: `PF_I8` of native/core/op.h.
+const PF_I8 = 7
+
+/** Whether the device multiplies eight bits. */
+export const hasInt8 = (): boolean => engine.packBytes(64, 64, 'bf16', 'int8') > 0
+
 /** GFLOP/s of oneDNN or cuBLASLt alone: one primitive for x[m, k]·w[n, k]ᵀ, weights in the layout it likes best. */
-export function bareMatmul(m: number, n: number, k: number, dtype: DType, seconds: number): Promise<number> {
-  return ceiling('matmul', m, n, k, DTYPES[dtype].code, seconds)
+export function bareMatmul(
+  m: number,
+  n: number,
+  k: number,
+  dtype: DType | 'int8',
+  seconds: number,
+): Promise<number> {
+  return ceiling('matmul', m, n, k, dtype === 'int8' ? PF_I8 : DTYPES[dtype].code, seconds)
 }
 
 /** GFLOP/s of the widest multiply-adds this CPU has, out of registers; undefined where it has none for the dtype. */

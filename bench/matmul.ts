@@ -5,6 +5,7 @@ import {
   countFor,
   type Effort,
   engineSeconds,
+  hasInt8,
   interleave,
   productDtype,
   productLibrary,
@@ -22,13 +23,15 @@ const SHAPES: [number, number, number, Required | undefined][] = [
 export async function matmul(effort: Effort): Promise<Unnamed[]> {
   const rows: Unnamed[] = []
   for (const [m, k, n, required] of SHAPES) {
-    for (const dtype of ['bf16', 'f32'] as const) {
+    for (const what of ['bf16', 'f32', ...(hasInt8() ? (['int8'] as const) : [])] as const) {
       const rounds = effort.quick ? 1 : effort.rounds
-      const theirs = await productDtype(dtype)
+      // Eight bits are how a product of bf16 is rounded, which counts here.
+      const dtype = what === 'int8' ? 'bf16' : what
+      const theirs = what === 'int8' ? what : await productDtype(dtype)
       const generator = new Generator(1)
       const x = generator.normal([m, k], { dtype })
       const weight = generator.normal([n, k], { dtype, std: 0.02 })
-      packWeight(weight)
+      packWeight(weight, what === 'int8' ? what : 'plain')
       const op = () => linear(x, weight)
       const count = effort.quick ? 1 : await countFor(op, effort.seconds)
       const { ours, ratio } = await interleave(
@@ -37,12 +40,12 @@ export async function matmul(effort: Effort): Promise<Unnamed[]> {
         () => bareMatmul(m, n, k, theirs, effort.seconds),
       )
       rows.push({
-        name: `linear ${m}×${k}×${n} ${dtype}`,
+        name: `linear ${m}×${k}×${n} ${what}`,
         value: ours,
         unit: 'GFLOP/s',
         ratio,
-        against: `${productLibrary()} in a bare loop${theirs === dtype ? '' : `, in ${theirs}`}`,
-        ...(required && { required }),
+        against: `${productLibrary()} in a bare loop${theirs === what ? '' : `, in ${theirs}`}`,
+        ...(required && what !== 'int8' && { required }),
       })
       x.dispose()
       weight.dispose()

@@ -50,14 +50,17 @@ struct Product {
   }
 };
 
-// count values in (-1, 1); zeros would let some processors clock higher than real data does.
-void FillValues(void* data, int64_t count, bool bf16, uint32_t seed) {
+// count values in (-1, 1), or of eight bits; zeros would let some processors clock higher than real data
+// does.
+void FillValues(void* data, int64_t count, int32_t dtype, uint32_t seed) {
   for (int64_t i = 0; i < count; ++i) {
     seed = seed * 1664525u + 1013904223u;
     const float x = static_cast<float>(seed >> 8) / 8388608.0f - 1;
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    if (bf16)
+    if (dtype == PF_I8)
+      static_cast<uint8_t*>(data)[i] = static_cast<uint8_t>(seed >> 24);
+    else if (dtype == PF_BF16)
       static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(bits >> 16);
     else
       static_cast<float*>(data)[i] = x;
@@ -81,12 +84,11 @@ double SecondsPerRun(double seconds, const Body& body) {
 
 }  // namespace
 
-// GFLOP/s of y[m, n] = x[m, k] w[n, k]^T with x, w and y of one dtype (f32 or bf16); negative when oneDNN
-// refuses.
+// GFLOP/s of y[m, n] = x[m, k] w[n, k]^T with x, w and y of one dtype (f32 or bf16), or x and w i8 and y i32;
+// negative when oneDNN refuses.
 PF_EXPORT double pf_bench_matmul(int64_t m, int64_t n, int64_t k, int32_t dtype, double seconds) {
-  const bool bf16 = dtype == PF_BF16;
-  const size_t size = bf16 ? 2 : 4;
-  const dnnl_data_type_t type = bf16 ? dnnl_bf16 : dnnl_f32;
+  const size_t size = PfSize(dtype), result = dtype == PF_I8 ? 4 : size;
+  const dnnl_data_type_t type = dtype == PF_I8 ? dnnl_s8 : dtype == PF_BF16 ? dnnl_bf16 : dnnl_f32;
   Product p;
   if (dnnl_engine_create(&p.engine, dnnl_cpu, 0) != dnnl_success) return -1;
   if (dnnl_stream_create(&p.stream, p.engine, dnnl_stream_default_flags) != dnnl_success) return -1;
@@ -95,7 +97,7 @@ PF_EXPORT double pf_bench_matmul(int64_t m, int64_t n, int64_t k, int32_t dtype,
   const dnnl_dims_t a_dims = {m, k}, b_dims = {k, n}, c_dims = {m, n};
   dnnl_memory_desc_init_by_tag(&a, 2, a_dims, type, dnnl_ab);
   dnnl_memory_desc_init_by_tag(&b, 2, b_dims, type, dnnl_format_tag_any);
-  dnnl_memory_desc_init_by_tag(&c, 2, c_dims, type, dnnl_ab);
+  dnnl_memory_desc_init_by_tag(&c, 2, c_dims, dtype == PF_I8 ? dnnl_s32 : type, dnnl_ab);
   dnnl_matmul_desc_t desc;
   if (dnnl_matmul_desc_init(&desc, &a, &b, nullptr, &c) != dnnl_success) return -1;
   if (dnnl_primitive_desc_create(&p.description, &desc, nullptr, p.engine, nullptr) != dnnl_success)
@@ -105,11 +107,11 @@ PF_EXPORT double pf_bench_matmul(int64_t m, int64_t n, int64_t k, int32_t dtype,
 
   // The layout only orders the weights, so the packed buffer can be filled as it is.
   const size_t packed_bytes = dnnl_memory_desc_get_size(&packed);
-  const Block x = Allocate(m * k * size), w = Allocate(packed_bytes), y = Allocate(m * n * size);
+  const Block x = Allocate(m * k * size), w = Allocate(packed_bytes), y = Allocate(m * n * result);
   if (!x || !w || !y) return -1;
-  FillValues(x.get(), m * k, bf16, 1);
-  FillValues(w.get(), static_cast<int64_t>(packed_bytes / size), bf16, 2);
-  memset(y.get(), 0, m * n * size);
+  FillValues(x.get(), m * k, dtype, 1);
+  FillValues(w.get(), static_cast<int64_t>(packed_bytes / size), dtype, 2);
+  memset(y.get(), 0, m * n * result);
   if (dnnl_memory_create(&p.a, &a, p.engine, x.get()) != dnnl_success) return -1;
   if (dnnl_memory_create(&p.b, &packed, p.engine, w.get()) != dnnl_success) return -1;
   if (dnnl_memory_create(&p.c, &c, p.engine, y.get()) != dnnl_success) return -1;

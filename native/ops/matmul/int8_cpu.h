@@ -9,33 +9,76 @@ namespace {
 constexpr int64_t kInt8Rows = 16;
 constexpr int64_t kInt8RowsAtOnce = 16;
 
-// One rotated group of n values to whole numbers; returns its scale. Whole numbers show in the low bits after
-// 1.5 * 2^23 was added, as rounding to nearest even gives them.
-float QuantiseGroup(float* v, int64_t n, int8_t* q) {
-  Int8Rotate(v, n);
+// Whole numbers show in the low bits after 1.5 * 2^23 was added, as rounding to nearest even gives them.
+constexpr float kWhole = 12582912.0f;
+
+// The lanes that a step of the rotation subtracts.
+template <int kRun>
+inline Vu Minus() {
+  Vu mask = (Vu)(kLaneIndex & kRun);
+  return mask != 0 ? Vu{} + 0x80000000u : Vu{};
+}
+template <int kRun>
+inline Vf RotateLanes(Vf v) {
+  return __builtin_shuffle(v, kLaneIndex ^ kRun) + (Vf)((Vu)v ^ Minus<kRun>());
+}
+
+// As Int8Rotate: the steps inside vectors first, then those between them.
+template <class T>
+inline void RotateBlock(const T* x, float* v) {
+  constexpr int kVectors = kInt8Block / kLanes;
+  Vf r[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    r[i] = RotateLanes<1>(LoadF(x + i * kLanes) * 0.125f);
+    r[i] = RotateLanes<2>(r[i]);
+    if constexpr (kLanes > 4) r[i] = RotateLanes<4>(r[i]);
+    if constexpr (kLanes > 8) r[i] = RotateLanes<8>(r[i]);
+  }
+#pragma GCC unroll 4
+  for (int run = 1; run < kVectors; run *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      if (i & run) continue;
+      const Vf a = r[i], b = r[i + run];
+      r[i] = a + b;
+      r[i + run] = a - b;
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) StoreF(v + i * kLanes, r[i]);
+}
+
+// The low bytes of the first n lanes.
+inline void StoreLow(int8_t* p, Vu v, int64_t n) {
+#if defined(__AVX512F__)
+  if (n == kLanes) {
+    const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v);
+    memcpy(p, &bytes, sizeof(bytes));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(v[i]);
+}
+
+// A group of n values to whole numbers; returns its scale.
+template <class T>
+float QuantiseGroup(const T* x, int64_t n, int8_t* q) {
+  alignas(64) float v[kInt8Longest];
+  int64_t i = 0;
+  for (; i + kInt8Block <= n; i += kInt8Block) RotateBlock(x + i, v + i);
+  for (; i < n; i += kLanes) StoreF(v + i, LoadN(x + i, n - i));  // zeros behind the last
   Vu top{};
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
+  for (i = 0; i < n; i += kLanes) {
     const Vu bits = (Vu)LoadF(v + i) & 0x7fffffff;  // in order, and NaN above all
     top = bits > top ? bits : top;
   }
   uint32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-  for (int64_t i = whole; i < n; ++i) {
-    uint32_t bits;
-    memcpy(&bits, v + i, 4);
-    bits &= 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
+  for (int lane = 0; lane < kLanes; ++lane) most = top[lane] > most ? top[lane] : most;
   float largest;
   memcpy(&largest, &most, 4);
   const Int8Scale s = Int8ScaleOf(largest);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vu bits = (Vu)(LoadN(v + i, n - i) * s.inverse + 12582912.0f);
-    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-    const Bytes low = __builtin_convertvector(bits, Bytes);
-    memcpy(q + i, &low, n - i < kLanes ? n - i : kLanes);
-  }
+  for (i = 0; i < n; i += kLanes)
+    StoreLow(q + i, (Vu)(LoadF(v + i) * s.inverse + kWhole), n - i < kLanes ? n - i : kLanes);
   return s.scale;
 }
 
@@ -44,11 +87,9 @@ float QuantiseGroup(float* v, int64_t n, int8_t* q) {
 template <class T>
 void QuantiseRow(const T* x, int64_t i, int64_t k, const Int8Groups& groups, int64_t all, int8_t* q,
                  float* scales) {
-  float v[kInt8Longest];
   for (int64_t g = 0; g < groups.count; ++g) {
     const int64_t n = groups.Length(g, k), at = g * groups.size;
-    for (int64_t j = 0; j < n; j += kLanes) StoreN(v + j, LoadN(x + i * k + at + j, n - j), n - j);
-    scales[g * all + i] = QuantiseGroup(v, n, q + at * all + i * n);
+    scales[g * all + i] = QuantiseGroup(x + i * k + at, n, q + at * all + i * n);
   }
 }
 int32_t Quantise(const PfArgs* args, const PfView& x, int64_t rows, int64_t k, int64_t all, int8_t* q,
@@ -79,11 +120,6 @@ int32_t PackInt8(const PfArgs* args, const PfView& w, const PfView& blob) {
   float* scales = reinterpret_cast<float*>(bytes + l.scales);
   const int32_t status = Quantise(args, w, n, k, n, q, scales);
   if (status != PF_OK) return status;
-  // Both sides are rotated, which makes a product `spread` times as large: an exact power of two.
-  for (int64_t g = 0; g < l.groups.count; ++g) {
-    const float part = 1.0f / static_cast<float>(Int8Spread(l.groups.Length(g, k)));
-    for (int64_t j = 0; j < n; ++j) scales[g * n + j] *= part;
-  }
   return ForTiles(args, l.columns * l.groups.count, n * k * 16, [&](int64_t tile, int, char* error) {
     const int64_t column = tile / l.groups.count, g = tile % l.groups.count;
     const int64_t count = column == l.columns - 1 ? l.last_columns : kOnednnPackColumns;

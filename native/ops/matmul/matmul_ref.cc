@@ -34,7 +34,7 @@ double ProductInt8(const PfView& x, int64_t i, const PfView& w, int64_t j, int64
                  scale_w = QuantiseGroup(w, j * k + at, n, q_w);
     double whole = 0;
     for (int64_t q = 0; q < n; ++q) whole += q_x[q] * q_w[q];
-    sum += whole * scale_x * scale_w / Int8Spread(n);
+    sum += whole * scale_x * scale_w;
   }
   return sum;
 }
