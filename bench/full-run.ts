@@ -5,7 +5,7 @@ import { Pipeline } from '../lib/pipeline.ts'
 import { describeMachine } from './machine.ts'
 
 // One generation with a model folder of full size: how long its phases take and how much memory the process has at most.
-//   node dist/bench/full-run.js --model DIR [--seconds 5] [--steps 1] [--max-memory BYTES] [--json FILE]
+//   node dist/bench/full-run.js --model DIR [--seconds 5] [--steps 1] [--quantize int8] [--max-memory BYTES] [--json FILE]
 
 /** What happened in one generation; seconds from its beginning, bytes of the process and of the engine. */
 export interface FullRun {
@@ -38,10 +38,11 @@ export async function fullRun(
     frames?: number
     steps?: number
     maxMemory?: number
+    quantize?: 'int8' | undefined
     log?: (line: string) => void
   },
 ): Promise<FullRun> {
-  const { steps: each = 1, maxMemory, log = () => undefined } = options
+  const { steps: each = 1, maxMemory, quantize, log = () => undefined } = options
   const steps = [each, each, each]
   const began = performance.now()
   let last = began
@@ -52,7 +53,7 @@ export async function fullRun(
   }
   const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`
   const limit = maxMemory === undefined ? {} : { maxMemory }
-  const pipe = await Pipeline.load(dir, { dtype: 'bf16', promptCache: false, ...limit })
+  const pipe = await Pipeline.load(dir, { dtype: 'bf16', quantize, promptCache: false, ...limit })
   const load = lap()
   const loadRss = process.memoryUsage.rss()
   const weightsEngine = engine.memory().live
@@ -124,16 +125,20 @@ async function main(): Promise<void> {
       seconds: { type: 'string' },
       frames: { type: 'string' },
       steps: { type: 'string', default: '1' },
+      quantize: { type: 'string' },
       'max-memory': { type: 'string' },
       json: { type: 'string' },
     },
   })
   if (values.model === undefined) throw new Error('--model names the folder')
+  const { quantize } = values
+  if (quantize !== undefined && quantize !== 'int8') throw new Error('--quantize is int8')
   const run = await fullRun(values.model, {
     ...(values.seconds !== undefined && { seconds: Number(values.seconds) }),
     ...(values.frames !== undefined && { frames: Number(values.frames) }),
     ...(values['max-memory'] !== undefined && { maxMemory: Number(values['max-memory']) }),
     steps: Number(values.steps),
+    quantize,
     log: (line) => process.stderr.write(`${line}\n`),
   })
   if (values.json === undefined) return

@@ -8,6 +8,7 @@ import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { PastKeys } from '../lib/models/past-keys.ts'
 import { miniFluxConfig } from '../lib/models/presets.ts'
 import type { TransformerInputs } from '../lib/models/velocity-network.ts'
+import { weightBytes } from '../lib/plan.ts'
 import { planFolder } from '../lib/plan-folder.ts'
 import { historyTokens, planHistory } from '../lib/pyramid/history.ts'
 import type { Layout } from '../lib/pyramid/layout.ts'
@@ -16,7 +17,7 @@ import { scope } from '../lib/tensor/scope.ts'
 import { noGrad } from '../lib/tensor/tape.ts'
 import type { Tensor } from '../lib/tensor/tensor.ts'
 import { peakRss } from './full-run.ts'
-import { ceiling, type Effort, type Unnamed } from './harness.ts'
+import { ceiling, type Effort, hasInt8, type Unnamed } from './harness.ts'
 
 // A model folder of the published sizes, as `node dist/bench/make-full-size.js --out DIR` writes one.
 const VARIABLE = 'PYRAFLOW_FULL_MODEL'
@@ -35,7 +36,9 @@ export async function full(effort: Effort): Promise<Unnamed[]> {
     process.stderr.write(`  full size is left out: ${why}\n`)
     return []
   }
-  return [...(await transformer(dir)), ...(await decoder(dir)), ...(await memory(dir))]
+  const whole = await transformer(dir)
+  const rounded = hasInt8() ? await roundedSteps(dir, whole) : []
+  return [...whole, ...rounded, ...(await decoder(dir)), ...(await memory(dir))]
 }
 
 /** Seconds that `cat` takes for the same bytes. */
@@ -76,6 +79,31 @@ async function transformer(dir: string): Promise<Unnamed[]> {
       for (let stage = 0; stage < STAGES; stage++) rows.push(...(await keptSteps(model, unit, stage)))
     }
     rows.push(...(await offloaded(model)))
+  } finally {
+    model.dispose()
+    await engine.idle()
+  }
+  return rows
+}
+
+/** The same steps with products in eight bits, against those in bf16. */
+async function roundedSteps(dir: string, whole: readonly Unnamed[]): Promise<Unnamed[]> {
+  const folder = join(dir, 'diffusion_transformer_384p')
+  const begin = performance.now()
+  const model = await PyramidFluxTransformer.fromPretrained(folder, { dtype: 'bf16', quantize: 'int8' })
+  const rows: Unnamed[] = [
+    { name: 'load the transformer, f32 file to int8', value: (performance.now() - begin) / 1000, unit: 's' },
+  ]
+  const bytes = weightBytes(model.parameters)
+  rows.push({ name: 'weights of the transformer, int8', value: bytes / 2 ** 30, unit: 'GiB' })
+  try {
+    for (const unit of UNITS) {
+      for (let stage = 0; stage < STAGES; stage++) {
+        const row = await step(model, unit, stage)
+        const ratio = (whole.find(({ name }) => name === row.name)?.value ?? Number.NaN) / row.value
+        rows.push({ ...row, name: `${row.name}, products in int8`, ratio, against: 'the same in bf16' })
+      }
+    }
   } finally {
     model.dispose()
     await engine.idle()
