@@ -139,7 +139,9 @@ async function planOnce(
   const text = pipeline.text.memory?.(prompts) ?? { kept: 0, peak: 0, flops: 0 }
   const weights = pipelineWeights(pipeline, offload)
   const last = tokens.at(-1) as UnitTokens
-  const phases = await rehearsePhases(pipeline, recipe, { prompts, last, offload })
+  // Of the last unit: where guidance ends, an earlier stage's calls may be larger.
+  const widest = tokens.filter(({ unit }) => unit === last.unit).reduce((a, b) => (b.total > a.total ? b : a))
+  const phases = await rehearsePhases(pipeline, recipe, { prompts, last: widest, offload })
   const denoise = tokens.map((t) => stageFlops(pipeline, t))
   const linear = denoise.reduce((n, stage) => n + stage.linear, 0)
   const attention = denoise.reduce((n, stage) => n + stage.attention, 0)
@@ -171,7 +173,7 @@ async function planOnce(
   }
 }
 
-// The whole of a generation with its middle left out: the first unit's frames, another's, the last unit's last stage
+// The whole of a generation with its middle left out: the first unit's frames, another's, the last unit's largest stage
 // and its frames, in the order and with the tensors that `generateVideos` has. Nothing is computed.
 async function rehearsePhases(
   pipeline: Pipeline,
@@ -237,7 +239,7 @@ async function rehearsePhases(
     lap()
     const scale = 2 ** (stages.count - 1 - last.stage)
     const options = within(() => ({
-      ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, job: 0 },
+      ...{ model: transformer, prompts: both, guidance: 1, guided: last.sequences > 1, first: 0, job: 0 },
       ...{ unit: last.unit, stage: last.stage, clips: history.clips(last.unit, last.stage) },
       ...{ timesteps: Float64Array.of(1), sigmas: Float64Array.of(1, 0), signal: undefined },
       repeat: false,
@@ -246,9 +248,13 @@ async function rehearsePhases(
     }))
     const run = own(await sliced(() => StageRun.make(options), { grad: false, within }))
     await setImmediate()
-    const latent = own(await sliced(() => run.firstStep(), { grad: false, within }))
+    const after = await sliced(() => run.firstStep(), { grad: false, within })
     const step = lap()
-    within(() => run.dispose())
+    within(() => {
+      run.dispose()
+      after.dispose()
+    })
+    const latent = within(() => tensor([1, channels, last.unit === 0 ? 1 : f, h, w]))
     lap()
     const frames = await decode(latent, last.unit === 0)
     first ??= frames

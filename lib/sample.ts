@@ -1,8 +1,8 @@
 import { engine } from './engine/engine.ts'
 import { PyraflowError } from './engine/errors.ts'
-import { type GuidanceOptions, guidanceForUnit } from './flow/guidance.ts'
+import { type GuidanceOptions, guidanceForUnit, guidedSteps } from './flow/guidance.ts'
 import { type JumpCoefficients, jumpCoefficients } from './flow/jump.ts'
-import { type Stages, stageSteps } from './flow/stages.ts'
+import { type StageSteps, type Stages, stageSteps } from './flow/stages.ts'
 import { renoise } from './ops/renoise.ts'
 import { noisePyramid } from './pyramid/latents.ts'
 import { type Unit, unitsForFrames } from './pyramid/units.ts'
@@ -52,6 +52,8 @@ export interface SampleOptions {
   steps: readonly number[]
   videoSteps: readonly number[]
   guidance: GuidanceOptions
+  /** The share of a unit's steps after which guidance ends, and with it the negative prompt's half of the work. Default 1. */
+  guidanceStop?: number | undefined
   noise: NoiseSource
   /** Normalised latents [B, C, T, H, W] that the video begins with: an image, a clip, or units made earlier. */
   given?: Tensor | undefined
@@ -110,31 +112,37 @@ export async function* sampleLatents(
     for (const unit of units) {
       const guidance = guidanceForUnit(unit.index, options.guidance)
       const guided = guidance > 0 && negative !== undefined
-      const prompts = queued(() => rows.of(textOf(unit.index, options), guided))
+      const counts = stepCounts(unit, options)
+      const guidedCounts = guidedSteps(counts, guided ? (options.guidanceStop ?? 1) : 0)
       let latent = queued(() => startNoise(unit, model.latentChannels, options))
       held = latent
 
       for (let stage = 0; stage < stages.count; stage++) {
         if (stage > 0) latent = queued(jump(latent, unit, stage, options))
         held = latent
-        const clips = queued(() => history.clips(unit.index, stage))
-        const counts = stageSteps(stages, stage, stepCounts(unit, options)[stage] as number)
-        const place = { unit: unit.index, stage, began: latent, clips, prompts, guidance, guided }
-        // What a single step keeps nobody would take.
-        const cache = counts.timesteps.length > 1 ? historyCache : 1
-        const stageOptions = { model, job, signal, repeat, historyCache: cache, ...place, ...counts }
-        const run = await sliced(() => StageRun.make(stageOptions), { grad: false, job })
+        const all = stageSteps(stages, stage, counts[stage] as number)
+        const runs: StageRun[] = []
         try {
-          for (let step = 0; step < run.steps; step++) {
-            await run.step(step)
-            done++
-            yield { type: 'step', unit: unit.index, stage, step, done, total }
+          for (const { guided, first, ...part } of stageParts(all, guidedCounts[stage] as number)) {
+            const prompts = queued(() => rows.of(textOf(unit.index, options), guided))
+            const clips = queued(() => history.clips(unit.index, stage))
+            const place = { unit: unit.index, stage, first, began: latent, clips, prompts, guidance, guided }
+            // What a single step keeps nobody would take.
+            const cache = part.timesteps.length > 1 ? historyCache : 1
+            const stageOptions = { model, job, signal, repeat, historyCache: cache, ...place, ...part }
+            const run = await sliced(() => StageRun.make(stageOptions), { grad: false, job })
+            runs.push(run)
+            for (let step = 0; step < run.steps; step++) {
+              await run.step(step)
+              done++
+              yield { type: 'step', unit: unit.index, stage, step: first + step, done, total }
+            }
+            latent = await run.finish()
+            held = latent
           }
-          latent = await run.finish()
-          held = latent
-          yield { type: 'stage', unit: unit.index, stage, began: run.began, latent }
+          yield { type: 'stage', unit: unit.index, stage, began: (runs[0] as StageRun).began, latent }
         } finally {
-          run.dispose()
+          for (const run of runs) run.dispose()
         }
       }
       queued(() => history.append(latent))
@@ -148,6 +156,19 @@ export async function* sampleLatents(
     history.dispose()
     rows.dispose()
   }
+}
+
+/** A stage's steps under guidance, and then those without, unless there are none of them. */
+function stageParts(
+  { timesteps, sigmas }: StageSteps,
+  guided: number,
+): (StageSteps & { guided: boolean; first: number })[] {
+  const part = (guided: boolean, first: number, end: number) => ({
+    ...{ guided, first, timesteps: timesteps.subarray(first, end) },
+    sigmas: sigmas.subarray(first, end + 1),
+  })
+  const parts = [part(true, 0, guided), part(false, guided, timesteps.length)]
+  return parts.filter(({ timesteps }) => timesteps.length > 0)
 }
 
 function unitsToMake({ frames, framesPerUnit = 1, fullSequence, given }: SampleOptions): readonly Unit[] {

@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest'
 import { coupleCoefficients, drawPosition } from '../lib/flow/couple.ts'
-import { guidanceForUnit } from '../lib/flow/guidance.ts'
+import { guidanceForUnit, guidedSteps } from '../lib/flow/guidance.ts'
 import { jumpCoefficients } from '../lib/flow/jump.ts'
 import { makeStages, type StageOptions, stageSteps } from '../lib/flow/stages.ts'
 import { frameTokens, historyTokens } from '../lib/pyramid/history.ts'
@@ -225,6 +225,17 @@ describe('guidance', () => {
     const linear = { alpha: 0.5, min: 2 }
     const of = (u: number): number => guidanceForUnit(u, { ...scales, linear })
     expect([0, 1, 4, 10, 30].map(of)).toEqual([7, 6.5, 5, 2, 2])
+  })
+})
+
+describe('guided steps', () => {
+  it('come first, and are a share of all of a unit', () => {
+    expect(guidedSteps([10, 10, 10], 1)).toEqual([10, 10, 10])
+    expect(guidedSteps([10, 10, 10], 2 / 3)).toEqual([10, 10, 0])
+    expect(guidedSteps([10, 10, 10], 0.75)).toEqual([10, 10, 3])
+    expect(guidedSteps([4, 2, 3], 0.2)).toEqual([2, 0, 0])
+    expect(guidedSteps([4, 2, 3], 0)).toEqual([0, 0, 0])
+    for (const stop of [-0.1, 1.1, Number.NaN]) expect(() => guidedSteps([1], stop)).toThrow(/guidanceStop/)
   })
 })
 

@@ -92,6 +92,30 @@ describe('guidance', () => {
     expect((await make({ ...options, guidance: [4, 2.5, 2] })).frames).toEqual(falling.frames)
   })
 
+  test('that stops leaves the negative prompt out of the steps after it', async () => {
+    const steps = { steps: [1, 2, 3], videoSteps: [1, 2, 3] }
+    const all = await make({ ...options, ...steps })
+    expect(all.recipe).not.toHaveProperty('guidanceStop')
+    expect((await make({ ...options, ...steps, guidanceStop: 1 })).frames).toEqual(all.frames)
+    const none = await make({ ...options, ...steps, guidanceScale: 0, videoGuidanceScale: 0 })
+    expect((await make({ ...options, ...steps, guidanceStop: 0 })).frames).toEqual(none.frames)
+    const half = await make({ ...options, ...steps, guidanceStop: 0.5, historyCache: 2 })
+    expect(half.recipe.guidanceStop).toBe(0.5)
+    expect(half.frames).not.toEqual(all.frames)
+    expect((await make(half.recipe)).frames).toEqual(half.frames)
+    const longer = await make({ continueFrom: half, frames: 8 })
+    expect(longer.recipe.guidanceStop).toBe(0.5)
+    const tokens = (await pipe.plan({ frames: 9, ...steps, guidanceStop: 0.67 })).tokens
+    expect(tokens.map((t) => [t.unit, t.stage, t.sequences, t.steps])).toEqual(
+      [0, 1].flatMap((unit) => [
+        [unit, 0, 2, 1],
+        [unit, 1, 2, 2],
+        [unit, 2, 2, 1],
+        [unit, 2, 1, 2],
+      ]),
+    )
+  })
+
   test('of 0 leaves the negative prompt out', async () => {
     const unguided = { ...options, guidanceScale: 0, videoGuidanceScale: 0 }
     const video = await make(unguided)
@@ -213,6 +237,7 @@ test('options of the wrong kind, or of no known name, are refused by name', () =
     [{ prompt: A, guidance: [] }, /guidance/],
     [{ prompt: A, guidance: [1], linearGuidance: {} }, /guidance or linearGuidance, received both/],
     [{ prompt: A, linearGuidance: { alpha: 'x' } }, /linearGuidance/],
+    [{ prompt: A, guidanceStop: 1.5 }, /guidanceStop: expected a share of the steps, 0 to 1, received 1.5/],
     [{ prompt: A, historyCache: 0 }, /historyCache: expected a whole number of steps from 1/],
     [{ prompt: A, historyWindow: 1.5 }, /historyWindow: expected a whole number of units from 1/],
     [{ prompt: A, signal: {} }, /signal: expected an AbortSignal/],

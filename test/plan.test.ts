@@ -82,10 +82,14 @@ async function measured(
     return bytes
   }
   let denoise = 0
+  let unit = -1
   let decode = 0
   for await (const event of pipe.generate({ prompt: PROMPT, ...options })) {
     const bytes = await peak()
-    if (event.type === 'progress') denoise = bytes
+    if (event.type === 'progress') {
+      denoise = event.unit === unit ? Math.max(denoise, bytes) : bytes
+      unit = event.unit
+    }
     if (event.type === 'frames') decode = Math.max(decode, bytes)
   }
   return { denoise, decode }
@@ -136,6 +140,25 @@ describe('a plan', () => {
     const real = await measured(pipe, options)
     close(bytes.denoise, real.denoise)
     close(bytes.decode, real.decode)
+    pipe.dispose()
+  })
+
+  test('knows which stage takes most where guidance stops', async () => {
+    const pipe = small('bf16', 'flux', 2 ** 34)
+    // Late units see so much at the second stage that twice of it is more than once what they see at the last.
+    for (const [frames, guidanceStop, stage, sequences] of [
+      [241, 0.5, 1, 2],
+      [25, 0.5, 2, 1],
+      [25, 0.75, 2, 2],
+    ] as const) {
+      const options = { width: 128, height: 128, frames, videoSteps: [1, 1, 2], guidanceStop }
+      const plan = await pipe.plan(options)
+      const most = Math.max(...plan.tokens.map(({ total }) => total))
+      expect(plan.tokens.findLast(({ total }) => total === most)).toMatchObject({ stage, sequences })
+      const real = await measured(pipe, options)
+      close(plan.bytes.denoise, real.denoise)
+      close(plan.bytes.decode, real.decode)
+    }
     pipe.dispose()
   })
 

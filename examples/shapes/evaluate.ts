@@ -19,6 +19,7 @@ const { values: args } = parseArgs({
     'video-guidance': { type: 'string' },
     steps: { type: 'string' },
     'video-steps': { type: 'string' },
+    'guidance-stop': { type: 'string', default: '1' },
     'history-cache': { type: 'string', default: '1' },
     'history-window': { type: 'string' },
     frames: { type: 'string' },
@@ -40,6 +41,7 @@ for (const [i, prompt] of prompts.entries()) {
     .generate({
       prompt: prompt.text,
       seed: 1000 + i,
+      guidanceStop: Number(args['guidance-stop']),
       historyCache: Number(args['history-cache']),
       ...(args['history-window'] ? { historyWindow: Number(args['history-window']) } : {}),
       ...(args.frames ? { frames: Number(args.frames) } : {}),

@@ -42,6 +42,7 @@ const settings = z.strictObject({
   videoGuidanceScale: z.number().optional(),
   guidance: z.array(z.number()).nonempty().optional(),
   linearGuidance: z.strictObject({ alpha: z.number().optional(), min: z.number().optional() }).optional(),
+  guidanceStop: z.number().min(0).max(1).optional(),
   historyCache: z.int().positive().optional(),
   historyWindow: z.int().positive().optional(),
   preview: z.string().optional(),
@@ -109,6 +110,12 @@ export function addGenerate(program: Command): void {
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
   option(command, '--guidance <list>', 'or one number a unit, the last of which holds on', scales)
   option(command, '--linear-guidance <alpha,min>', 'or falling by alpha a unit down to min', falling)
+  option(
+    command,
+    '--guidance-stop <share>',
+    'share of the steps after which guidance ends, e.g. 0.67',
+    anyNumber,
+  )
   historyOptions(command)
   option(command, '--preview <dir>', 'write small pictures of what is being made into this folder')
   command.option('--latents', 'also write .latents.safetensors, to continue from without loss')

@@ -24,6 +24,7 @@ const settings = z.strictObject({
   videoSteps: z.array(z.int().positive()).optional(),
   guidanceScale: z.number().optional(),
   videoGuidanceScale: z.number().optional(),
+  guidanceStop: z.number().min(0).max(1).optional(),
   historyCache: z.int().positive().optional(),
   historyWindow: z.int().positive().optional(),
   allowUntrained: z.boolean().optional(),
@@ -47,6 +48,7 @@ export function addPlan(program: Command): void {
   option(command, '--video-steps <list>', 'steps per stage of later units, e.g. 10,10,10', numberList)
   option(command, '--guidance-scale <n>', '0: no guidance, and half the work', anyNumber)
   option(command, '--video-guidance-scale <n>', 'and later units', anyNumber)
+  option(command, '--guidance-stop <share>', 'share of the steps after which guidance ends', anyNumber)
   historyOptions(command)
   option(command, '--dtype <type>', 'compute type: f32 or bf16')
   option(command, '--quantize <type>', 'int8: products of tokens in eight bits, where the CPU has them')

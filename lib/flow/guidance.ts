@@ -40,6 +40,22 @@ export function guidanceForUnit(unit: number, options: GuidanceOptions): number 
   return unit === 0 ? guidanceScale : videoGuidanceScale
 }
 
+/**
+ * How many steps of each stage are guided where guidance ends after a share `stop` of a unit's steps; they come first.
+ *
+ * @param counts - steps of the unit, one number a stage
+ * @throws PyraflowError `ERR_OPTION` for a share that is not from 0 to 1
+ */
+export function guidedSteps(counts: readonly number[], stop: number): number[] {
+  if (!(stop >= 0 && stop <= 1)) throw invalid('guidanceStop', 'a share of the steps, 0 to 1', stop)
+  let left = Math.round(stop * counts.reduce((a, b) => a + b, 0))
+  return counts.map((count) => {
+    const guided = Math.min(count, left)
+    left -= guided
+    return guided
+  })
+}
+
 function invalid(what: string, expected: string, received: unknown): PyraflowError {
   return new PyraflowError('ERR_OPTION', {
     what,

@@ -67,6 +67,10 @@ const RULES: Record<string, Rule> = {
     expected: '{ alpha, min }, both numbers',
     holds: (v) => object(v) && [v.alpha, v.min].every((n) => n === undefined || number(n)),
   },
+  guidanceStop: {
+    expected: 'a share of the steps, 0 to 1',
+    holds: (v) => number(v) && (v as number) >= 0 && (v as number) <= 1,
+  },
   historyWindow: { expected: 'a whole number of units from 1', holds: count },
   historyCache: { expected: 'a whole number of steps from 1', holds: count },
   adapters: {

@@ -47,6 +47,7 @@ export function denoise(
       linear: recipe.linearGuidance,
       perUnit: recipe.guidance,
     },
+    guidanceStop: recipe.guidanceStop,
     noise: seededNoise(generator),
     given,
     framesPerUnit,
@@ -69,8 +70,8 @@ function promptAt({ prompt, promptChanges = [] }: Recipe, seconds: number): stri
 }
 
 /**
- * What every step of a video of `frames` latent frames costs, of which the first `given` are there: in tokens of a
- * sequence, in the order of the steps.
+ * What every step of a video of `frames` latent frames costs, of which the first `given` are there: in tokens, in the
+ * order of the steps.
  */
 export function stepCosts(
   pipeline: Pipeline,
@@ -78,9 +79,10 @@ export function stepCosts(
   part: { frames: number; given: number },
 ): number[] {
   const every = recipe.historyCache ?? 1
-  return unitTokens(pipeline, recipe, part).flatMap(({ steps, kept, history, current, text }) =>
-    Array.from({ length: steps }, (_, n) =>
-      kept > 0 && n % every !== 0 ? current : history + current + text,
+  return unitTokens(pipeline, recipe, part).flatMap(({ steps, kept, sequences, history, current, text }) =>
+    Array.from(
+      { length: steps },
+      (_, n) => sequences * (kept > 0 && n % every !== 0 ? current : history + current + text),
     ),
   )
 }

@@ -59,6 +59,11 @@ export interface GenerateOptions {
   /** Guidance that falls from `guidanceScale` by `alpha` a unit down to `min` (0.5 and 2), in place of both scales. */
   linearGuidance?: { alpha?: number | undefined; min?: number | undefined } | undefined
   /**
+   * The share of a unit's steps, 0 to 1, after which guidance ends: steps without it take half the time. 2/3 with as many
+   * steps in each of three stages leaves the last stage unguided. Default 1, as the models were sampled.
+   */
+  guidanceStop?: number | undefined
+  /**
    * Every how many steps of a stage text and earlier frames go through the network. In between a unit sees their keys and
    * values as they were at an earlier step, which makes later units two to three times as fast and is not quite the same
    * (docs/generating.md). Default 1: at every step.

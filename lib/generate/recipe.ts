@@ -24,6 +24,7 @@ export interface Recipe {
   videoGuidanceScale: number
   guidance?: number[]
   linearGuidance?: { alpha: number; min: number }
+  guidanceStop?: number
   historyCache?: number
   historyWindow?: number
   /** Path of the first frame, or `sha256:…` of one that was given as bytes and has to be given again. */

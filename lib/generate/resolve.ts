@@ -95,6 +95,7 @@ function resolveOne(pipeline: Pipeline, options: GenerateOptions, parent: Recipe
     dtype,
     ...(quantize && { quantize }),
     ...guidanceOf(options, parent),
+    ...stopOf(options.guidanceStop ?? parent?.guidanceStop),
     ...historyOf(pipeline, {
       historyCache: options.historyCache ?? parent?.historyCache,
       historyWindow: options.historyWindow ?? parent?.historyWindow,
@@ -157,6 +158,9 @@ function guidanceOf(
     ...(parent?.linearGuidance ? { linearGuidance: parent.linearGuidance } : {}),
   }
 }
+
+const stopOf = (guidanceStop = 1): Pick<Recipe, 'guidanceStop'> =>
+  guidanceStop === 1 ? {} : { guidanceStop }
 
 function historyOf(
   { transformer }: Pipeline,

@@ -1,10 +1,10 @@
-import { guidanceForUnit } from '../flow/guidance.ts'
+import { guidanceForUnit, guidedSteps } from '../flow/guidance.ts'
 import type { Pipeline } from '../pipeline.ts'
 import { frameTokens, historyTokens, planHistory, visiblePairs } from '../pyramid/history.ts'
 import { unitsForFrames } from '../pyramid/units.ts'
 import type { Recipe } from './recipe.ts'
 
-/** Tokens of the network calls of one unit in one stage. */
+/** Tokens of the network calls of one unit in one stage; where guidance ends within it, of those before, or after. */
 export interface UnitTokens {
   readonly unit: number
   readonly stage: number
@@ -27,7 +27,7 @@ export interface UnitTokens {
 }
 
 /**
- * Tokens of every unit and stage that are to be made: of a video by itself, or of one of `frames` latent frames of which
+ * Tokens of every unit and stage that are to be made, in order: of a video by itself, or of one of `frames` latent frames of which
  * the first `given` are there.
  */
 export function unitTokens(
@@ -46,12 +46,14 @@ export function unitTokens(
     perUnit: recipe.guidance,
   }
   const units = unitsForFrames(frames, { framesPerUnit }).filter(({ firstFrame }) => firstFrame >= given)
-  return units.flatMap(({ index: unit, frames: own }) =>
-    Array.from({ length: stages.count }, (_, stage) => {
+  return units.flatMap(({ index: unit, frames: own }) => {
+    const counts = unit === 0 ? recipe.steps : recipe.videoSteps
+    const guided = guidanceForUnit(unit, guidance) > 0
+    const guidedCounts = guidedSteps(counts, guided ? (recipe.guidanceStop ?? 1) : 0)
+    return counts.flatMap((count, stage) => {
       const window = recipe.historyWindow
       const where = { unit, stage, stageCount: stages.count, framesPerUnit, window, ...size }
       const { history, current } = historyTokens(where)
-      const sequences = guidanceForUnit(unit, guidance) > 0 ? 2 : 1
       const per = (level: number): number => frameTokens(size.height, size.width, level, stages.count)
       const earlier = planHistory(unit, stage, stages.count, framesPerUnit, window).flatMap(
         ({ frameCount, level }) => new Array<number>(frameCount).fill(per(level)),
@@ -59,16 +61,20 @@ export function unitTokens(
       const frames = [...earlier, ...new Array<number>(own).fill(per(stage))]
       const causal = transformer.config.use_temporal_causal
       const pairs = visiblePairs(text.maxLength, frames, causal)
-      const steps = (unit === 0 ? recipe.steps : recipe.videoSteps)[stage] as number
-      return {
+      const before = guidedCounts[stage] as number
+      const parts = [
+        { sequences: 2, steps: before },
+        { sequences: 1, steps: count - before },
+      ].filter(({ steps }) => steps > 0)
+      return parts.map(({ sequences, steps }) => ({
         ...{ unit, stage, sequences, history, current, steps, pairs },
         kept: earlier.length === 0 ? 0 : steps - Math.ceil(steps / (recipe.historyCache ?? 1)),
         text: text.maxLength,
         total: sequences * (history + current + text.maxLength),
         currentPairs: earlier.length === 0 ? pairs : pairs - visiblePairs(text.maxLength, earlier, causal),
-      }
-    }),
-  )
+      }))
+    })
+  })
 }
 
 /** Multiplications and additions of a unit's steps in one stage: in the layers' products, and in attention. */

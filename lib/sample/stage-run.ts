@@ -29,7 +29,9 @@ export interface StageRunOptions extends StageSteps {
   readonly model: SampledNetwork
   readonly unit: number
   readonly stage: number
-  /** The latent that the stage begins with [B, C, f, h, w]; the run owns it. */
+  /** How many steps of the stage came before these. */
+  readonly first: number
+  /** The latent that these steps begin with [B, C, f, h, w]; the run owns it. */
   readonly began: Tensor
   /** What the unit sees of the past, oldest first; the run owns them. */
   readonly clips: readonly Tensor[]
@@ -45,7 +47,7 @@ export interface StageRunOptions extends StageSteps {
   readonly signal: AbortSignal | undefined
 }
 
-/** The Euler steps of one unit in one stage. One is computed while the next is being queued. */
+/** Euler steps of one unit in one stage, all guided or none. One is computed while the next is being queued. */
 export class StageRun {
   readonly began: Tensor
   readonly #options: StageRunOptions
@@ -201,9 +203,9 @@ export class StageRun {
     if ((await abortable(running.bad, signal, job)) !== undefined) throw await this.#culprit(running.step)
   }
 
-  // Which layer was the first whose output is not finite: the stage is run again, looking at everything.
+  // Which layer was the first whose output is not finite: these steps are run again, looking at everything.
   async #culprit(last: number): Promise<Error> {
-    const { unit, stage, job, signal } = this.#options
+    const { unit, stage, first, job, signal } = this.#options
     let x = this.began
     let layer: string | undefined
     let n = 0
@@ -216,7 +218,7 @@ export class StageRun {
       if (layer !== undefined) break
     }
     if (x !== this.began) x.dispose()
-    return nonFinite(`unit ${unit}, stage ${stage}, step ${Math.min(n, last)}`, layer)
+    return nonFinite(`unit ${unit}, stage ${stage}, step ${first + Math.min(n, last)}`, layer)
   }
 
   /** Frees everything but a latent that `finish` gave away. */
