@@ -30,7 +30,12 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }))
 type Dtype = 'f32' | 'bf16'
 
 /** Networks of published form, wide enough that activations outweigh what kernels borrow. */
-function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux', maxMemory?: number): Pipeline {
+function small(
+  dtype: Dtype,
+  kind: 'flux' | 'mmdit' = 'flux',
+  maxMemory?: number,
+  quantize?: 'int8',
+): Pipeline {
   const sizes = {
     num_attention_heads: 4,
     attention_head_dim: 32,
@@ -41,7 +46,7 @@ function small(dtype: Dtype, kind: 'flux' | 'mmdit' = 'flux', maxMemory?: number
     kind === 'flux'
       ? PyramidFluxTransformer.create(
           { ...sizes, num_layers: 1, num_single_layers: 2, axes_dims_rope: [8, 12, 12] },
-          { seed: 1, dtype },
+          { seed: 1, dtype, quantize },
         )
       : PyramidDiffusionMMDiT.create({ ...sizes, num_layers: 2 }, { seed: 1, dtype })
   const widths = [16, 32, 32, 32]
@@ -138,6 +143,18 @@ describe('a plan', () => {
     const options = { width: 256, height: 192, frames: 25, videoSteps: [1, 2, 3], historyCache: 3 }
     const { bytes } = await pipe.plan(options)
     const real = await measured(pipe, options)
+    close(bytes.denoise, real.denoise)
+    close(bytes.decode, real.decode)
+    pipe.dispose()
+  })
+
+  const eight = engine.packBytes(64, 64, 'bf16', 'int8') > 0
+  if (!eight) console.warn('memory of products in eight bits: skipped, this CPU has none (AVX-512 VNNI, AMX)')
+  test.skipIf(!eight)('knows what products in eight bits borrow', async () => {
+    const pipe = small('bf16', 'flux', 2 ** 34, 'int8')
+    const size = { width: 256, height: 192, frames: 25 }
+    const { bytes } = await pipe.plan(size)
+    const real = await measured(pipe, size)
     close(bytes.denoise, real.denoise)
     close(bytes.decode, real.decode)
     pipe.dispose()

@@ -1,4 +1,4 @@
-import { DTYPES, type Engine, type Operand, type StandIn } from './engine.ts'
+import { DTYPES, type Engine, type Operand, PACK_FORMS, type StandIn } from './engine.ts'
 import type { NativeBinding } from './native.ts'
 import { OPS, type OpName } from './ops.gen.ts'
 
@@ -36,13 +36,18 @@ const ROWS = {
 } as const
 // From how many rows on, and for which sums, a plain bf16 weight is packed (PackFor).
 const PACKS = { rows: 512, least: 256, most: 2560 } as const
+// Products in eight bits (int8_cpu.h): rows come in multiples, and a scale covers at most so many values.
+const EIGHT = { rows: 64, group: 2048 } as const
 const PACKED_HEADS = 48 * 2 ** 20
 const QUERIES = { strip: 48, block: 144, backward: 128 } as const
 const KEYS = { block: 64, group: 4 } as const
 const CUBLAS_WORKSPACE = 32 * 2 ** 20
 
 const ATTENTION: ReadonlySet<OpName> = new Set<OpName>(['attention', 'attention_backward'])
-const COSTLY: ReadonlySet<OpName> = new Set<OpName>(['matmul', 'matmul_packed', 'conv3d', ...ATTENTION])
+const COSTLY: ReadonlySet<OpName> = new Set<OpName>([
+  ...(['matmul', 'matmul_pack', 'matmul_packed', 'conv3d'] as const),
+  ...ATTENTION,
+])
 
 const upTo = (multiple: number, n: number): number => multiple * Math.ceil(n / multiple)
 
@@ -68,12 +73,23 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
   const { threads, products } = machine
   const wide = (x: Size): number => (x?.dtype === 'bf16' && !products ? 4 * product(x.shape) : 0)
   const [a, b] = inputs
+  // Whole numbers of a weight, before they are packed.
+  if (op === 'matmul_pack') {
+    const [n, k] = (a as Operand).shape as [number, number]
+    return bytesOf(outputs[0] ?? null) === machine.eightBits(n, k) ? n * k : 0
+  }
   if (op === 'matmul' || op === 'matmul_packed') {
     const shape = (outputs[0] as Operand).shape
     const n = shape[shape.length - 1] as number
     const m = product(shape) / n
     const k = product(a?.shape ?? []) / m
     const most = ROWS[machine.narrow ? 'narrow' : 'wide']
+    if (op === 'matmul_packed' && bytesOf(b ?? null) === machine.eightBits(n, k)) {
+      // Whole numbers and scales of all rows, and a tile of whole numbers and one of their sums.
+      const all = upTo(EIGHT.rows, m)
+      const rows = upTo(EIGHT.rows, tileOf([all, n, k], true, most)[0])
+      return all * (k + 4 * Math.ceil(k / EIGHT.group)) + threads * 8 * rows * COLUMNS.packed
+    }
     const [rows, columns] = tileOf([m, n, k], op === 'matmul_packed', most)
     const last = m - rows * (Math.ceil(m / rows) - 1)
     const filled = upTo(most.whole, last)
@@ -146,6 +162,8 @@ interface Machine {
   readonly narrow: boolean
   /** Whether it is a GPU. */
   readonly device: boolean
+  /** Bytes of a weight [n, k] in eight bits; 0 where there are none. */
+  readonly eightBits: (n: number, k: number) => number
 }
 
 // Stands in for the addon: commands move counters, and nothing is allocated or computed.
@@ -245,6 +263,7 @@ export class Rehearsal {
       products: /bf16|amx/.test(backend),
       narrow: /base|avx2/.test(backend),
       device: engine.separateMemory,
+      eightBits: (n: number, k: number) => real.packBytes(n, k, DTYPES.bf16.code, PACK_FORMS.int8),
     }
     const ledger = new Ledger(real, commands, machine)
     this.lap = ledger.lap

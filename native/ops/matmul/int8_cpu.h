@@ -2,11 +2,13 @@
 #pragma once
 #include "ops/matmul/int8_layout.h"
 #include "ops/matmul/product_cpu.h"
+#include "ops/pointwise/shape_text.h"
 
 namespace {
 
-// Rows of q are padded to so many, as zeros: kernels for few heights, none of them odd.
-constexpr int64_t kInt8Rows = 16;
+// Rows of q are padded to a multiple, as zeros: tiles then have one of two heights, for which every packed
+// layout has fast kernels.
+constexpr int64_t kInt8Rows = 64;
 constexpr int64_t kInt8RowsAtOnce = 16;
 
 // Whole numbers show in the low bits after 1.5 * 2^23 was added, as rounding to nearest even gives them.
@@ -77,6 +79,8 @@ float QuantiseGroup(const T* x, int64_t n, int8_t* q) {
   float largest;
   memcpy(&largest, &most, 4);
   const Int8Scale s = Int8ScaleOf(largest);
+  // The next row lies behind this one.
+  for (i = 0; i < n; i += 64) __builtin_prefetch(q + n + i, 1);
   for (i = 0; i < n; i += kLanes)
     StoreLow(q + i, (Vu)(LoadF(v + i) * s.inverse + kWhole), n - i < kLanes ? n - i : kLanes);
   return s.scale;
@@ -153,61 +157,82 @@ void AddGroup(const int32_t* c, const float* scale_x, const float* scale_w, int6
   }
 }
 
+// What the tiles of a product need: by whether a tile has the last rows, outputs, and group of the sum.
+class Int8Kernels {
+ public:
+  ~Int8Kernels() {
+    for (auto& a : kernels_)
+      for (auto& b : a)
+        for (OnednnKernel* kernel : b) OnednnRelease(kernel);
+  }
+  // For rows of tiles that are tile_m high, `all` in sum.
+  int32_t Get(const Int8Layout& l, int64_t all, int64_t tile_m, char* error) {
+    const int64_t rows = (all + tile_m - 1) / tile_m, groups = l.groups.count;
+    for (int last_m = rows == 1; last_m < 2; ++last_m)
+      for (int last_n = l.columns == 1; last_n < 2; ++last_n)
+        for (int last_g = groups == 1; last_g < 2; ++last_g) {
+          const int64_t m = last_m ? all - (rows - 1) * tile_m : tile_m;
+          const int64_t n = last_n ? l.last_columns : kOnednnPackColumns;
+          const int64_t k = last_g ? l.groups.Length(groups - 1, l.k) : l.groups.size;
+          OnednnKernel* kernel = OnednnGetGemm({m, n, k, k, 1, 0, 0, n, PF_I8, 1}, error);
+          if (!kernel) return PF_ERR_DEVICE;
+          kernels_[last_m][last_n][last_g] = kernel;
+          const size_t scratch = RoundUp(OnednnScratchBytes(kernel), 64);
+          if (scratch > scratch_) scratch_ = scratch;
+        }
+    return PF_OK;
+  }
+  const OnednnKernel* At(bool last_m, bool last_n, bool last_g) const {
+    return kernels_[last_m][last_n][last_g];
+  }
+  size_t scratch() const { return scratch_; }
+
+ private:
+  OnednnKernel* kernels_[2][2][2] = {};
+  size_t scratch_ = 0;
+};
+
+// The layout of a blob that matmul_pack made, and operands that fit it.
+int32_t OpenInt8(const PfArgs* args, Int8Layout* l) {
+  const PfView &x = args->in[0], &blob = args->in[1];
+  Int8Header header;
+  memcpy(&header, blob.data, sizeof(header));
+  if (!Int8LayoutOf(header.n, header.k, l, args->context->error)) return PF_ERR_DEVICE;
+  if (l->total != header.total || PfCount(blob) != l->total)
+    return Fail(args, PF_ERR_OPTION,
+                "matmul_packed: the packed weight was not made by matmul_pack on this machine and level");
+  const double n = PfParams<MatmulPackedParams>(args).n;
+  if (x.rank >= 1 && x.dims[x.rank - 1] == l->k && l->n == n) return PF_OK;
+  return Fail(args, PF_ERR_SHAPE,
+              "matmul_packed: the weight is [%lld, %lld], received x [..., %lld] and n = %g", (long long)l->n,
+              (long long)l->k, (long long)(x.rank < 1 ? 0 : x.dims[x.rank - 1]), n);
+}
+
 int32_t ProductInt8(const PfArgs* args) {
   const PfView &x = args->in[0], &blob = args->in[1], &bias = args->in[2], &residual = args->in[3],
                &y = args->out[0];
   const MatmulPackedParams& params = PfParams<MatmulPackedParams>(args);
-  char* error = args->context->error;
-  Int8Header header;
-  memcpy(&header, blob.data, sizeof(header));
   Int8Layout l;
-  if (!Int8LayoutOf(header.n, header.k, &l, error)) return PF_ERR_DEVICE;
-  const int64_t n = l.n, k = l.k;
-  if (l.total != header.total || PfCount(blob) != l.total)
-    return Fail(args, PF_ERR_OPTION,
-                "matmul_packed: the packed weight was not made by matmul_pack on this machine and level");
-  if (x.rank < 1 || x.dims[x.rank - 1] != k || n != params.n)
-    return Fail(args, PF_ERR_SHAPE,
-                "matmul_packed: the weight is [%lld, %lld], received x [..., %lld] and n = %g", (long long)n,
-                (long long)k, (long long)(x.rank < 1 ? 0 : x.dims[x.rank - 1]), params.n);
-  const int64_t m = PfCount(x) / k;
-  int32_t status = CheckPackedResult(args, m, n);
-  if (status != PF_OK || m == 0) return status;
+  PF_TRY(OpenInt8(args, &l));
+  const int64_t n = l.n, k = l.k, m = PfCount(x) / k, groups = l.groups.count;
+  PF_TRY(CheckPackedResult(args, m, n));
+  if (m == 0) return PF_OK;
 
-  const int64_t padded = RoundUp(m, kInt8Rows), groups = l.groups.count;
-  auto* q = static_cast<int8_t*>(Scratch(args, padded * k));
-  auto* scale_x = static_cast<float*>(Scratch(args, padded * groups * sizeof(float)));
-  if (!q || !scale_x) return NoMemory(args, "matmul_packed");
-  status = Quantise(args, x, m, k, padded, q, scale_x);
-  if (status != PF_OK) return status;
-
-  const TileShape shape = ChooseTile(1, padded, n, k, true);
-  const int64_t tile_m = RoundUp(shape.m, kInt8Rows), rows = (padded + tile_m - 1) / tile_m;
-  OnednnKernel* kernels[2][2][2] = {};  // [last rows][last columns][last group]
-  size_t scratch = 0;
-  for (int key = 0; key < 8 && status == PF_OK; ++key) {
-    const int last_m = key & 1, last_n = key >> 1 & 1, last_g = key >> 2;
-    const int64_t height = last_m ? padded - (rows - 1) * tile_m : tile_m;
-    const int64_t width = last_n ? l.last_columns : kOnednnPackColumns;
-    const int64_t length = last_g ? l.groups.Length(groups - 1, k) : l.groups.size;
-    if ((!last_m && rows == 1) || (!last_n && l.columns == 1) || (!last_g && groups == 1)) continue;
-    OnednnKernel* kernel = OnednnGetGemm({height, width, length, length, 1, 0, 0, width, PF_I8, 1}, error);
-    kernels[last_m][last_n][last_g] = kernel;
-    if (!kernel)
-      status = PF_ERR_DEVICE;
-    else if (OnednnScratchBytes(kernel) > scratch)
-      scratch = OnednnScratchBytes(kernel);
-  }
-  scratch = RoundUp(scratch, 64);
+  const int64_t padded = RoundUp(m, kInt8Rows);
+  const int64_t tile_m = RoundUp(ChooseTile(1, padded, n, k, true).m, kInt8Rows);
+  const int64_t rows = (padded + tile_m - 1) / tile_m;
+  Int8Kernels kernels;
+  PF_TRY(kernels.Get(l, padded, tile_m, args->context->error));
   // A vector more, so that the last row may be read in whole ones.
   const size_t tile_bytes = RoundUp((tile_m * kOnednnPackColumns + kLanes) * 4, 64);
-  const size_t per_thread = scratch + 2 * tile_bytes;
-  char* memory = nullptr;
+  const size_t per_thread = kernels.scratch() + 2 * tile_bytes;
+  auto* q = static_cast<int8_t*>(Scratch(args, padded * k));
+  auto* scale_x = static_cast<float*>(Scratch(args, padded * groups * sizeof(float)));
+  auto* memory = static_cast<char*>(Scratch(args, per_thread * omp_get_max_threads()));
   const float* added = PfPresent(bias) ? static_cast<const float*>(As(args, bias, PF_F32)) : nullptr;
-  if (status == PF_OK) {
-    memory = static_cast<char*>(Scratch(args, per_thread * omp_get_max_threads()));
-    if (!memory || (PfPresent(bias) && !added)) status = NoMemory(args, "matmul_packed");
-  }
+  if (!q || !scale_x || !memory || (PfPresent(bias) && !added)) return NoMemory(args, "matmul_packed");
+  PF_TRY(Quantise(args, x, m, k, padded, q, scale_x));
+
   const Epilogue end = {added,
                         residual.data,
                         PfPresent(residual) ? residual.dtype : PF_F32,
@@ -218,30 +243,24 @@ int32_t ProductInt8(const PfArgs* args) {
   char* to = static_cast<char*>(y.data) + static_cast<int64_t>(params.column) * PfSize(y.dtype);
   const char* packed = static_cast<const char*>(blob.data);
   const float* scale_w = reinterpret_cast<const float*>(packed + l.scales);
-  if (status == PF_OK)
-    status = ForTiles(args, rows * l.columns, m * n * k, [&](int64_t tile, int thread, char* error) {
-      const int64_t row = tile % rows, column = tile / rows, m0 = row * tile_m,
-                    n0 = column * kOnednnPackColumns;
-      const int last_m = row == rows - 1, last_n = column == l.columns - 1;
-      const int64_t height = last_m ? m - m0 : tile_m, width = last_n ? l.last_columns : kOnednnPackColumns;
-      char* mine = memory + thread * per_thread;
-      auto* whole = reinterpret_cast<int32_t*>(mine + scratch);
-      auto* sum = reinterpret_cast<float*>(mine + scratch + tile_bytes);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int8_t* from = q + g * l.groups.size * padded + m0 * l.groups.Length(g, k);
-        const int32_t status = OnednnRunGemm(kernels[last_m][last_n][g == groups - 1], from,
-                                             packed + l.TileAt(column, g), whole, mine, error);
-        if (status != PF_OK) return status;
-        const auto add = g ? AddGroup<false> : AddGroup<true>;
-        add(whole, scale_x + g * padded + m0, scale_w + g * n + n0, height, width, sum);
-      }
-      StoreTile(end, sum, height, width, y_row, n0, m0 * y_row + n0, to);
-      return static_cast<int32_t>(PF_OK);
-    });
-  for (auto& a : kernels)
-    for (auto& b : a)
-      for (OnednnKernel* kernel : b) OnednnRelease(kernel);
-  return status;
+  return ForTiles(args, rows * l.columns, m * n * k, [&](int64_t tile, int thread, char* error) {
+    const int64_t row = tile % rows, column = tile / rows;
+    const int64_t m0 = row * tile_m, n0 = column * kOnednnPackColumns;
+    const bool last_m = row == rows - 1, last_n = column == l.columns - 1;
+    const int64_t height = last_m ? m - m0 : tile_m, width = last_n ? l.last_columns : kOnednnPackColumns;
+    char* mine = memory + thread * per_thread;
+    auto* whole = reinterpret_cast<int32_t*>(mine + kernels.scratch());
+    auto* sum = reinterpret_cast<float*>(mine + kernels.scratch() + tile_bytes);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int8_t* from = q + g * l.groups.size * padded + m0 * l.groups.Length(g, k);
+      PF_TRY(OnednnRunGemm(kernels.At(last_m, last_n, g == groups - 1), from, packed + l.TileAt(column, g),
+                           whole, mine, error));
+      const auto add = g ? AddGroup<false> : AddGroup<true>;
+      add(whole, scale_x + g * padded + m0, scale_w + g * n + n0, height, width, sum);
+    }
+    StoreTile(end, sum, height, width, y_row, n0, m0 * y_row + n0, to);
+    return static_cast<int32_t>(PF_OK);
+  });
 }
 
 }  // namespace

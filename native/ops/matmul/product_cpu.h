@@ -53,10 +53,23 @@ struct Epilogue {
   bool Trivial() const { return !bias && !residual && !activation && !accumulate && y_type == PF_F32; }
 };
 
+// Each row of a tile lies in a page of its own, where the hardware's prefetching stops: rows are asked for
+// some rows ahead. Addresses past the end are harmless: a prefetch does not fault.
+constexpr int64_t kRowsAhead = 8;
+template <bool kWrite, class T>
+inline void AskForRow(const T* row, int64_t n) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(p + i, kWrite);
+}
+
 template <class Y, class R>
 void StoreTile(const Epilogue& e, const float* tile, int64_t m, int64_t n, int64_t ld, const float* bias,
                const R* residual, Y* y) {  // a residual lies like y
   for (int64_t i = 0; i < m; ++i, tile += n, y += ld) {
+    if (i + kRowsAhead < m) {
+      AskForRow<true>(y + kRowsAhead * ld, n);
+      if (residual) AskForRow<false>(residual + (i + kRowsAhead) * ld, n);
+    }
     for (int64_t j = 0; j < n; j += kLanes) {
       const int64_t left = n - j;
       Vf v = LoadN(tile + j, left);
