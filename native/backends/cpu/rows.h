@@ -139,10 +139,12 @@ static inline void SquareSums(const Bf16* x, int64_t rows, int64_t n, float* sum
   }
 }
 static inline Moments MomentsOf(const Bf16* x, int64_t n) {
-  Vf sum[2] = {}, square[2] = {};
+  // Eight sums: a dot product takes six cycles, and two begin in each.
+  constexpr int kSums = 4;
+  Vf sum[kSums] = {}, square[kSums] = {};
   int64_t i = 0;
-  for (; i + 2 * kPairs <= n; i += 2 * kPairs)
-    for (int k = 0; k < 2; ++k) {
+  for (; i + kSums * kPairs <= n; i += kSums * kPairs)
+    for (int k = 0; k < kSums; ++k) {
       const __m512bh v = LoadPairs(x + i + k * kPairs);
       sum[k] = DotPairs(sum[k], v, OnePairs());
       square[k] = DotPairs(square[k], v, v);
@@ -152,7 +154,8 @@ static inline Moments MomentsOf(const Bf16* x, int64_t n) {
     sum[0] += v;
     square[0] += v * v;
   }
-  const float mean = Sum(sum[0] + sum[1]) / n, variance = Sum(square[0] + square[1]) / n - mean * mean;
+  const float mean = Sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
+  const float variance = Sum((square[0] + square[1]) + (square[2] + square[3])) / n - mean * mean;
   return FewCancelled(mean, variance) ? Moments{mean, variance} : ExactMoments(x, n);
 }
 #endif
