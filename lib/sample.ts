@@ -139,6 +139,8 @@ export async function* sampleLatents(
             }
             latent = await run.finish()
             held = latent
+            // What the stage began with is still to be shown; nothing else should stand beside what comes next.
+            run.release()
           }
           yield { type: 'stage', unit: unit.index, stage, began: (runs[0] as StageRun).began, latent }
         } finally {

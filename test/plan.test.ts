@@ -163,12 +163,12 @@ describe('a plan', () => {
   test('knows which stage takes most where guidance stops', async () => {
     const pipe = small('bf16', 'flux', 2 ** 34)
     // Late units see so much at the second stage that twice of it is more than once what they see at the last.
-    for (const [frames, guidanceStop, stage, sequences] of [
-      [241, 0.5, 1, 2],
-      [25, 0.5, 2, 1],
-      [25, 0.75, 2, 2],
+    for (const [frames, guidanceStop, stage, sequences, videoSteps] of [
+      [241, 0.5, 1, 2, [1, 1, 2]],
+      [25, 0.5, 2, 1, [1, 1, 2]],
+      [25, 0.75, 2, 2, [1, 1, 6]],
     ] as const) {
-      const options = { width: 128, height: 128, frames, videoSteps: [1, 1, 2], guidanceStop }
+      const options = { width: 128, height: 128, frames, videoSteps, guidanceStop, historyCache: 2 }
       const plan = await pipe.plan(options)
       const most = Math.max(...plan.tokens.map(({ total }) => total))
       expect(plan.tokens.findLast(({ total }) => total === most)).toMatchObject({ stage, sequences })

@@ -5,13 +5,13 @@ import { OPS, type OpName } from './ops.gen.ts'
 
 export type DType = 'f32' | 'bf16' | 'i32' | 'u8' | 'f16' | 'f64' | 'i64'
 
-/** Codes as in native/core/op.h. */
 /** How a packed weight is kept: in the type computed in, or rounded to eight bits. */
 export type PackForm = 'plain' | 'int8'
 
 /** As `PfPackForm` in native/core/op.h. */
 export const PACK_FORMS: Record<PackForm, number> = { plain: 0, int8: 1 }
 
+/** Codes as in native/core/op.h. */
 export const DTYPES: Record<DType, { code: number; bytes: number }> = {
   f32: { code: 0, bytes: 4 },
   bf16: { code: 1, bytes: 2 },

@@ -27,8 +27,8 @@ export interface UnitTokens {
 }
 
 /**
- * Tokens of every unit and stage that are to be made, in order: of a video by itself, or of one of `frames` latent frames of which
- * the first `given` are there.
+ * Tokens of every unit and stage that are to be made, in order: of a video by itself, or of one of `frames` latent frames
+ * of which the first `given` are there.
  */
 export function unitTokens(
   pipeline: Pipeline,

@@ -57,6 +57,7 @@ export class StageRun {
   #latent: Tensor
   // Of steps that compute everything, and of those that compute the current clip alone.
   readonly #repeated: { all?: RepeatedStep; current?: RepeatedStep } = {}
+  #released = false
   #running: { step: number; bad: Promise<string | undefined> } | undefined
 
   private constructor(
@@ -221,12 +222,19 @@ export class StageRun {
     return nonFinite(`unit ${unit}, stage ${stage}, step ${first + Math.min(n, last)}`, layer)
   }
 
-  /** Frees everything but a latent that `finish` gave away. */
-  dispose(): void {
+  /** Frees everything but what the steps began with, and a latent that `finish` gave away. */
+  release(): void {
+    if (this.#released) return
+    this.#released = true
     if (this.#latent !== this.began) this.#latent.dispose()
     for (const clip of [...this.#clips, ...this.#options.clips]) clip.dispose()
     for (const repeated of Object.values(this.#repeated)) repeated.dispose()
     this.#past?.dispose()
+  }
+
+  /** Frees everything but a latent that `finish` gave away. */
+  dispose(): void {
+    this.release()
     this.began.dispose()
   }
 }

@@ -117,7 +117,7 @@ int32_t PackInt8(const PfArgs* args, const PfView& w, const PfView& blob) {
   Int8Layout l;
   if (!Int8LayoutOf(n, k, &l, args->context->error)) return PF_ERR_DEVICE;
   char* bytes = PfData<char>(blob);
-  const Int8Header header = {kInt8Magic, n, k, l.total};
+  const Int8Header header = {kInt8Magic, l};
   memcpy(bytes, &header, sizeof(header));
   auto* q = static_cast<int8_t*>(Scratch(args, n * k));
   if (!q) return NoMemory(args, "matmul_pack");
@@ -197,8 +197,8 @@ int32_t OpenInt8(const PfArgs* args, Int8Layout* l) {
   const PfView &x = args->in[0], &blob = args->in[1];
   Int8Header header;
   memcpy(&header, blob.data, sizeof(header));
-  if (!Int8LayoutOf(header.n, header.k, l, args->context->error)) return PF_ERR_DEVICE;
-  if (l->total != header.total || PfCount(blob) != l->total)
+  *l = header.layout;
+  if (!OnednnHasInt8() || PfCount(blob) != l->total)
     return Fail(args, PF_ERR_OPTION,
                 "matmul_packed: the packed weight was not made by matmul_pack on this machine and level");
   const double n = PfParams<MatmulPackedParams>(args).n;

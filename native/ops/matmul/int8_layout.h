@@ -21,9 +21,10 @@ struct Int8Layout {
 };
 struct Int8Header {
   uint64_t magic;
-  int64_t n, k, total;
+  Int8Layout layout;
 };
 static constexpr uint64_t kInt8Magic = 0x3854434150465950ull;  // "PYFPACT8"
+static constexpr int64_t kInt8Header = (sizeof(Int8Header) + 63) / 64 * 64;
 
 // False with a message where oneDNN refuses, or multiplies eight bits in no exact way.
 static inline bool Int8LayoutOf(int64_t n, int64_t k, Int8Layout* l, char* error) {
@@ -43,7 +44,7 @@ static inline bool Int8LayoutOf(int64_t n, int64_t k, Int8Layout* l, char* error
       l->bytes[c][g] = OnednnPackTileBytes(columns, length, PF_I8, error);
       if (!l->bytes[c][g]) return false;
     }
-  l->scales = 64;
+  l->scales = kInt8Header;
   l->tiles = l->scales + (l->groups.count * n * 4 + 63) / 64 * 64;
   l->total = l->TileAt(l->columns - 1, l->groups.count - 1) + l->bytes[1][1];
   return true;
