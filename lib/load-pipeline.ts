@@ -22,7 +22,7 @@ export interface PipelineOptions {
   /** Type of weights and activations. Default `f32`. */
   dtype?: 'f32' | 'bf16'
   /**
-   * `int8`: products of the transformer's tokens in eight bits: steps some 1.6 times as fast as in bf16 and two thirds of
+   * `int8`: products of the transformer's tokens in eight bits: steps some 1.5 times as fast as in bf16 and two thirds of
    * the memory, at a small loss (docs/generating.md). Needs a CPU with such products (AVX-512 VNNI, AMX).
    */
   quantize?: 'int8' | undefined
