@@ -224,7 +224,7 @@ const textOf = (unit: number, { text }: SampleOptions): TextFeatures =>
 const rowCount = (options: SampleOptions): number => options.given?.shape[0] ?? textOf(0, options).mask.length
 
 function checkSizes(options: SampleOptions): void {
-  const { stages, height, width, steps, videoSteps, negative } = options
+  const { stages, height, width, steps, videoSteps, guidanceStop = 1, negative } = options
   const multiple = 2 ** stages.count
   if (height % multiple || width % multiple || height < multiple || width < multiple) {
     throw new PyraflowError('ERR_OPTION', {
@@ -245,6 +245,7 @@ function checkSizes(options: SampleOptions): void {
       })
     }
   }
+  guidedSteps(steps, guidanceStop)
   for (const name of ['historyCache', 'historyWindow'] as const) {
     const n = options[name] ?? 1
     if (Number.isSafeInteger(n) && n >= 1) continue

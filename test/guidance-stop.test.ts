@@ -52,7 +52,9 @@ test('a unit equals that with guidance in the steps of it, repeated or not, and 
     }
   }
   expect(await live()).toBe(before)
-  await expect(of({ guidanceStop: 2 })).rejects.toMatchObject({ code: 'ERR_OPTION' })
+  for (const guided of [true, false]) {
+    await expect(of({ guidanceStop: 2, guided })).rejects.toMatchObject({ code: 'ERR_OPTION' })
+  }
   network.dispose()
 })
 
