@@ -11,6 +11,7 @@ import { CAUSAL_VAE_DEFAULTS, CausalVideoVAE } from '../lib/models/causal-vae.ts
 import { PyramidFluxTransformer } from '../lib/models/dit-flux.ts'
 import { PyramidDiffusionMMDiT } from '../lib/models/dit-mmdit.ts'
 import { miniFluxConfig } from '../lib/models/presets.ts'
+import { conv3d } from '../lib/ops/conv3d.ts'
 import { Pipeline } from '../lib/pipeline.ts'
 import type { Plan } from '../lib/plan.ts'
 import { planFolder } from '../lib/plan-folder.ts'
@@ -159,6 +160,30 @@ describe('a plan', () => {
     const size = { width: 256, height: 192, frames: 25 }
     await holds(pipe, size)
     pipe.dispose()
+  })
+
+  test('knows what wide convolutions borrow, transformed filters and squares included', async () => {
+    const generator = new Generator(1)
+    for (const [dtype, frames, side, channels, outputs] of [
+      ['f32', 5, 48, 64, 272],
+      ['bf16', 5, 48, 288, 64],
+      ['bf16', 5, 96, 64, 64],
+    ] as const) {
+      const x = generator.normal([1, frames, side, side, channels], { dtype })
+      const w = generator.normal([outputs, channels, 3, 3, 3], { dtype, std: 0.02 })
+      const run = (): void => conv3d(x, w, null, { pad: [2, 1, 1] }).dispose()
+      const planned = rehearse(engine, (lap) => {
+        run()
+        return lap().peak
+      })
+      await engine.idle()
+      const { live } = engine.memory()
+      engine.resetPeak()
+      run()
+      await engine.idle()
+      close(planned, engine.memory().peak - live)
+      for (const t of [x, w]) t.dispose()
+    }
   })
 
   test('knows which stage takes most where guidance stops', async () => {

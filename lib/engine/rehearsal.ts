@@ -1,3 +1,4 @@
+import { convolutionBytes } from './convolution-bytes.ts'
 import { DTYPES, type Engine, type Operand, PACK_FORMS, type StandIn } from './engine.ts'
 import type { NativeBinding } from './native.ts'
 import { OPS, type OpName } from './ops.gen.ts'
@@ -103,9 +104,9 @@ function borrowed(op: OpName, inputs: readonly Size[], outputs: readonly Size[],
     return wide(a ?? null) + weight + bias + threads * tile
   }
   if (op === 'conv3d') {
-    // The weight in the kernel's own order, and where bf16 has no products everything else as well.
-    const all = [...inputs.slice(0, 2), outputs[0] ?? null]
-    return 2 * bytesOf(b ?? null) + all.reduce((n, x) => n + wide(x ?? null), 0)
+    const [x, w, y] = [a, b, outputs[0]] as [Operand, Operand, Operand]
+    const type = [x, w].some(({ dtype }) => dtype === 'f32') ? 'f32' : products ? 'bf16' : 'widened'
+    return convolutionBytes(x.shape, w.shape, y.shape, type, threads)
   }
   if (op === 'attention') {
     const [batch, length, heads, d] = (b as Operand).shape as [number, number, number, number]

@@ -1,3 +1,4 @@
+import { convolutionBytes } from '../engine/convolution-bytes.ts'
 import { DTYPES, engine } from '../engine/engine.ts'
 import { PyraflowError } from '../engine/errors.ts'
 import { readConfig, writePretrained } from '../io/pretrained.ts'
@@ -11,7 +12,7 @@ import { sum } from '../ops/reduce.ts'
 import type { Generator } from '../tensor/generator.ts'
 import { scope } from '../tensor/scope.ts'
 import { drain, needsGrad, type Steps } from '../tensor/tape.ts'
-import type { Tensor } from '../tensor/tensor.ts'
+import { sizeOf, type Tensor } from '../tensor/tensor.ts'
 import { startAsResampler } from './vae-init.ts'
 import { CAUSAL_VAE_DEFAULTS, type CausalVaeConfig, checkConfig, VaeNetwork } from './vae-network.ts'
 import { type Capture, Pass } from './vae-pass.ts'
@@ -246,9 +247,13 @@ export class CausalVideoVAE {
     })
   }
 
-  #bytes(network: VaeNetwork, clip: Omit<PlannedClip, 'widened'>): number {
-    const widened = this.dtype === 'bf16' && !/bf16|amx|cuda/.test(engine.device.backend)
-    return estimateElements(network, { ...clip, widened }) * DTYPES[this.dtype].bytes
+  #bytes(network: VaeNetwork, clip: Omit<PlannedClip, 'borrowed'>): number {
+    const { backend, threads } = engine.device
+    const { bytes } = DTYPES[this.dtype]
+    const type = this.dtype === 'bf16' && !/bf16|amx/.test(backend) ? 'widened' : this.dtype
+    const borrowed: PlannedClip['borrowed'] = (x, w, y) =>
+      engine.separateMemory ? sizeOf(w) : convolutionBytes(x, w, y, type, threads) / bytes
+    return estimateElements(network, { ...clip, borrowed }) * bytes
   }
 
   *#run(

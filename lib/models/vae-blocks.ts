@@ -31,8 +31,8 @@ export interface Estimate {
   carry: boolean
   /** Whether the chunk begins its clip. */
   initial: boolean
-  /** Whether bf16 convolutions work on f32 copies, as they do on CPUs without bf16 products. */
-  widened: boolean
+  /** Elements that a convolution borrows besides its operands, from the shapes of x, w and y. */
+  borrowed: (x: Shape, w: Shape, y: Shape) => number
 }
 type Triple = readonly [number, number, number]
 
@@ -60,14 +60,14 @@ export function causalConv(
         const { frames, zeros } = pass.withPast(layer, x, kernel, stride[0])
         return conv3d(frames, weight, bias, { stride, pad: [zeros, half, half] })
       }),
-    footprint: ([b, t, h, wd], { carry, initial, widened }) => {
+    footprint: ([b, t, h, wd], { carry, initial, borrowed }) => {
       const [T, H, W] = [t, h, wd].map((n, i) => Math.ceil((n as number) / (stride[i] as number)))
       const out = [b, T, H, W, cout] as number[]
       const frame = (b as number) * (h as number) * (wd as number) * cin
       const past = carry ? seenAgain * frame : 0
       const input = (t as number) * frame
-      // The kernel lays its weights out anew.
-      const own = 4 * sizeOf(weight.shape) + (widened ? 2 * (input + past + sizeOf(out)) : 0)
+      const seen = (t as number) + (carry ? seenAgain : 0)
+      const own = borrowed([b, seen, h, wd, cin] as number[], weight.shape, out)
       const joined = past && !initial ? input + past : 0
       return { out, peak: input + joined + past + sizeOf(out) + own, past }
     },

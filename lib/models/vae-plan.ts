@@ -1,5 +1,6 @@
 import { PyraflowError } from '../engine/errors.ts'
 import { sizeOf } from '../tensor/tensor.ts'
+import type { Estimate } from './vae-blocks.ts'
 import type { VaeNetwork } from './vae-network.ts'
 import { isCut, type TileGrid, tileStarts } from './vae-pieces.ts'
 
@@ -115,12 +116,12 @@ export interface PlannedClip {
   initial: boolean
   stream: boolean
   /** As in `Estimate`. */
-  widened: boolean
+  borrowed: Estimate['borrowed']
 }
 
 /** Most elements alive at once, weights and the clip itself not counted, result and carried frames included. */
 export function estimateElements(network: VaeNetwork, clip: PlannedClip): number {
-  const { grid, lengths, stream, widened } = clip
+  const { grid, lengths, stream, borrowed } = clip
   const [b, c, , height, width] = clip.shape as [number, number, number, number, number]
   const cut = isCut(grid, height, width)
   const [h, w] = cut ? [Math.min(grid.size, height), Math.min(grid.size, width)] : [height, width]
@@ -128,7 +129,7 @@ export function estimateElements(network: VaeNetwork, clip: PlannedClip): number
   const tiles = cut ? columns * tileStarts(height, grid.step).length : 1
   const carry = stream || lengths.length > 1
   const chunk = (frames: number, initial: boolean) =>
-    network.footprint([b, frames, h, w, c], { carry, initial, widened })
+    network.footprint([b, frames, h, w, c], { carry, initial, borrowed })
   const first = chunk(lengths[0] as number, clip.initial)
   const later = lengths.length > 1 ? chunk(lengths[1] as number, false) : first
   const past = Math.max(first.past, later.past) * (stream ? tiles : 1)

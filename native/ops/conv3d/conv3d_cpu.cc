@@ -1,5 +1,4 @@
-#include "ops/conv3d/conv3d.h"
-#include "ops/matmul/tiles.h"
+#include "ops/conv3d/winograd_cpu.h"
 
 namespace {
 
@@ -81,6 +80,9 @@ void GatherRows(const char* from, const int64_t* dims, int64_t row_bytes, const 
 // y from x (forward) or dx from dy (data): both read a source through a weight, tile by tile.
 int32_t Map(const PfArgs* a, const char* op, const Conv3dShape& s, bool data, const PfView& source,
             const PfView& w, const PfView* bias, const PfView& result) {
+  bool done = false;
+  const int32_t tried = TryWinograd(a, op, s, data, source, w, bias, result, &done);
+  if (done) return tried;
   const int64_t* to_dims = data ? s.in : s.out;
   const int64_t* from_dims = data ? s.out : s.in;
   const int64_t to_c = data ? s.c_in : s.c_out, from_c = data ? s.c_out : s.c_in;

@@ -6,26 +6,47 @@ namespace {
 struct Shape {
   int64_t b, t, h, w, c_in, c_out;
   int64_t kernel[3], stride[3], pad[3];
+
+  op_test::Dims X() const { return {b, t, h, w, c_in}; }
+  op_test::Dims W() const { return {c_out, c_in, kernel[0], kernel[1], kernel[2]}; }
+  op_test::Dims Y() const {
+    const int64_t in[3] = {t, h, w};
+    int64_t out[3];
+    for (int i = 0; i < 3; ++i) out[i] = (in[i] + pad[i] * (i ? 2 : 1) - kernel[i]) / stride[i] + 1;
+    return {b, out[0], out[1], out[2], c_out};
+  }
+  std::vector<double> Scalars() const {
+    std::vector<double> scalars;
+    for (int64_t v : stride) scalars.push_back(v);
+    for (int64_t v : pad) scalars.push_back(v);
+    return scalars;
+  }
 };
 
-void AllThree(op_test::Test& test, const Shape& s, bool bias) {
-  const int64_t in[3] = {s.t, s.h, s.w};
-  int64_t out[3];
-  for (int i = 0; i < 3; ++i) out[i] = (in[i] + s.pad[i] * (i ? 2 : 1) - s.kernel[i]) / s.stride[i] + 1;
-  const op_test::Dims x = {s.b, s.t, s.h, s.w, s.c_in}, y = {s.b, out[0], out[1], out[2], s.c_out};
-  const op_test::Dims w = {s.c_out, s.c_in, s.kernel[0], s.kernel[1], s.kernel[2]};
-  std::vector<double> scalars;
-  for (int64_t v : s.stride) scalars.push_back(v);
-  for (int64_t v : s.pad) scalars.push_back(v);
+// Forward and the gradient of x.
+void BothWays(op_test::Test& test, const Shape& s, bool bias) {
+  auto forward = test.Case("conv3d").In(s.X()).In(s.W());
+  (bias ? forward.In({s.c_out}) : forward.Missing())
+      .Out(s.Y())
+      .Scalars(s.Scalars())
+      .Tolerance(3e-6, 6e-3)
+      .Run();
+  test.Case("conv3d_backward_data")
+      .In(s.Y())
+      .In(s.W())
+      .Out(s.X())
+      .Scalars(s.Scalars())
+      .Tolerance(3e-6, 6e-3)
+      .Run();
+}
 
-  auto forward = test.Case("conv3d").In(x).In(w);
-  (bias ? forward.In({s.c_out}) : forward.Missing()).Out(y).Scalars(scalars).Tolerance(3e-6, 6e-3).Run();
-  test.Case("conv3d_backward_data").In(y).In(w).Out(x).Scalars(scalars).Tolerance(3e-6, 6e-3).Run();
+void AllThree(op_test::Test& test, const Shape& s, bool bias) {
+  BothWays(test, s, bias);
   for (int accumulate = 0; accumulate <= 1; ++accumulate) {
-    auto with = scalars;
+    auto with = s.Scalars();
     with.push_back(accumulate);
-    auto grad = test.Case("conv3d_backward_weights").In(x).In(y);
-    accumulate ? grad.InOutF32(w) : grad.OutF32(w);
+    auto grad = test.Case("conv3d_backward_weights").In(s.X()).In(s.Y());
+    accumulate ? grad.InOutF32(s.W()) : grad.OutF32(s.W());
     if (!bias)
       grad.OutMissing();
     else
@@ -34,19 +55,27 @@ void AllThree(op_test::Test& test, const Shape& s, bool bias) {
   }
 }
 
-// Forward, data and weights at a size that is cut into several tiles and parts.
-void SameBits(const PfBackendTable* table, bool bf16) {
+int64_t CountOf(const op_test::Dims& dims) {
+  int64_t n = 1;
+  for (int64_t d : dims) n *= d;
+  return n;
+}
+
+// Forward, data and weights.
+void SameBits(const PfBackendTable* table, const Shape& s, bool bf16) {
   const int32_t type = bf16 ? PF_BF16 : PF_F32;
-  const op_test::Dims x = {2, 5, 20, 24, 16}, w = {24, 16, 3, 3, 3}, y = {2, 5, 20, 24, 24};
-  const int64_t xs = 2 * 5 * 20 * 24 * 16, ws = 24 * 16 * 27, ys = xs / 16 * 24;
+  const op_test::Dims x = s.X(), w = s.W(), y = s.Y();
+  const int64_t xs = CountOf(x), ws = CountOf(w), ys = CountOf(y);
   auto x_data = Values(type, xs, 1), w_data = Values(type, ws, 2), dy_data = Values(type, ys, 3);
   const PfView x_view = View(x_data.data(), type, x), w_view = View(w_data.data(), type, w);
   const PfView dy_view = View(dy_data.data(), type, y), none = View(nullptr, type, {});
-  SameBitsOnAnyThreads(table, "conv3d", {ys, xs, ws, 24}, [&](const std::vector<float*>& out) {
-    Call(table, PF_OP_conv3d, {x_view, w_view, none}, {View(out[0], PF_F32, y)}, {1, 1, 1, 2, 1, 1});
-    Call(table, PF_OP_conv3d_backward_data, {dy_view, w_view}, {View(out[1], PF_F32, x)}, {1, 1, 1, 2, 1, 1});
+  auto scalars = s.Scalars(), overwriting = scalars;
+  overwriting.push_back(0);
+  SameBitsOnAnyThreads(table, "conv3d", {ys, xs, ws, s.c_out}, [&](const std::vector<float*>& out) {
+    Call(table, PF_OP_conv3d, {x_view, w_view, none}, {View(out[0], PF_F32, y)}, scalars);
+    Call(table, PF_OP_conv3d_backward_data, {dy_view, w_view}, {View(out[1], PF_F32, x)}, scalars);
     Call(table, PF_OP_conv3d_backward_weights, {x_view, dy_view},
-         {View(out[2], PF_F32, w), View(out[3], PF_F32, {24})}, {1, 1, 1, 2, 1, 1, 0});
+         {View(out[2], PF_F32, w), View(out[3], PF_F32, {s.c_out})}, overwriting);
   });
 }
 
@@ -94,8 +123,10 @@ PF_CASES(conv3d) {
       .Tolerance(3e-6, 6e-3)
       .Run();
 
+  // Cut into several tiles and parts.
   EveryBackend([](const PfBackendTable* table) {
-    for (int bf16 = 0; bf16 < 2; ++bf16) SameBits(table, bf16);
+    const Shape s = {2, 5, 20, 24, 16, 24, {3, 3, 3}, {1, 1, 1}, {2, 1, 1}};
+    for (int bf16 = 0; bf16 < 2; ++bf16) SameBits(table, s, bf16);
   });
 
   test.Case("conv3d")
@@ -139,4 +170,21 @@ PF_CASES(conv3d) {
       .OutF32({5})
       .Scalars({1, 1, 1, 2, 1, 1, 0})
       .RunExpecting(1);
+
+  // Enough squares of 2 x 2 and channels for Winograd's form: batches, odd sizes, several tiles of channels,
+  // zeros in front, no padding.
+  const Shape squares = {2, 2, 16, 18, 64, 80, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}};
+  BothWays(test, squares, true);
+  BothWays(test, {1, 6, 12, 18, 64, 64, {2, 3, 3}, {1, 1, 1}, {1, 1, 0}}, false);
+  test.Case("conv3d")
+      .In({1, 1, 31, 35, 64})
+      .In({272, 64, 1, 3, 3})
+      .In({272})
+      .Out({1, 1, 31, 33, 272})
+      .Scalars({1, 1, 1, 0, 1, 0})
+      .Tolerance(3e-6, 6e-3)
+      .Run();
+  EveryBackend([&](const PfBackendTable* table) {
+    for (int bf16 = 0; bf16 < 2; ++bf16) SameBits(table, squares, bf16);
+  });
 }
