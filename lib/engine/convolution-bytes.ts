@@ -30,7 +30,8 @@ export function convolutionBytes(
   const strided = height < (x[2] as number) - 2 || width < (x[3] as number) - 2
   const narrow = Math.min(outputs, channels) < FEWEST.channels || outputs % 16 !== 0 || channels % 16 !== 0
   if (high !== 3 || wide !== 3 || strided || narrow || squares < FEWEST.squares) return reordered
-  const sum = frames * channels
+  // A single frame sees no more frames than there are.
+  const sum = channels * (length === 1 ? Math.min(frames, x[1] as number) : frames)
   const columns = Math.min(outputs, COLUMNS)
   const rows = sum <= ROWS.widestSum && squares >= 16 * ROWS.many ? ROWS.many : ROWS.few
   const filters = POINTS * columns * sum * size * (Math.ceil(outputs / columns) + 1)

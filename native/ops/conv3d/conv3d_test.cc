@@ -175,6 +175,16 @@ PF_CASES(conv3d) {
   // zeros in front, no padding.
   const Shape squares = {2, 2, 16, 18, 64, 80, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}};
   BothWays(test, squares, true);
+  // A single frame that sees itself only; one that sees two of three.
+  BothWays(test, {1, 1, 32, 34, 64, 64, {3, 3, 3}, {1, 1, 1}, {2, 1, 1}}, true);
+  test.Case("conv3d")
+      .In({1, 2, 32, 34, 64})
+      .In({64, 64, 3, 3, 3})
+      .Missing()
+      .Out({1, 1, 32, 34, 64})
+      .Scalars({1, 1, 1, 1, 1, 1})
+      .Tolerance(3e-6, 6e-3)
+      .Run();
   BothWays(test, {1, 6, 12, 18, 64, 64, {2, 3, 3}, {1, 1, 1}, {1, 1, 0}}, false);
   test.Case("conv3d")
       .In({1, 1, 31, 35, 64})

@@ -10,12 +10,13 @@
 
 namespace {
 
-constexpr int64_t kPoints = 16, kFewestSquares = 256;
+constexpr int64_t kPoints = 16, kFewestSquares = 256, kSquaresAhead = 4;
 
 // One convolution: forward, or with the filters turned round the gradient of its input.
 struct Winograd {
   int64_t batch, from[3], to[3], pad[3];  // sizes along t, h, w; zeros in front
-  int64_t from_c, to_c, frames;           // frames: depth of the filters
+  int64_t from_c, to_c;
+  int64_t first, frames;  // frames of the filters that are used: all but for a single frame of results
   bool data;
   int64_t high, wide, squares;  // squares of a frame, and of all frames
   int64_t k, rows, columns;     // inner dimension; squares and channels of one product
@@ -25,7 +26,6 @@ Winograd WinogradOf(const Conv3dShape& s, bool data) {
   Winograd g{};
   g.batch = s.batch;
   g.data = data;
-  g.frames = s.kernel[0];
   g.from_c = data ? s.c_out : s.c_in;
   g.to_c = data ? s.c_in : s.c_out;
   for (int i = 0; i < 3; ++i) {
@@ -33,6 +33,12 @@ Winograd WinogradOf(const Conv3dShape& s, bool data) {
     g.to[i] = data ? s.in[i] : s.out[i];
     g.pad[i] = data ? s.kernel[i] - 1 - s.pad[i] : s.pad[i];
   }
+  // A single frame may see fewer than the filters have: a picture sees itself only.
+  const bool single = g.to[0] == 1;
+  g.first = single && g.pad[0] > 0 ? g.pad[0] : 0;
+  const int64_t end = g.from[0] + g.pad[0];
+  g.frames = (single && end < s.kernel[0] ? end : s.kernel[0]) - g.first;
+  g.pad[0] -= g.first;
   g.high = (g.to[1] + 1) / 2;
   g.wide = (g.to[2] + 1) / 2;
   g.squares = g.batch * g.to[0] * g.high * g.wide;
@@ -74,17 +80,18 @@ inline void InputSide(Vf a, Vf b, Vf c, Vf d, Vf* to, int stride) {
   to[3 * stride] = b - d;
 }
 
-// The filters that end in channel `o`, to `kPoints` rows of [frame, channel] that lie `step` values apart.
-// taps: room for 9 rows of floats.
+// The filters that end in channel `o` and are `depth` frames deep, to `kPoints` rows of [frame, channel] that
+// lie `step` values apart. taps: room for 9 rows of floats.
 template <class T>
-void TransformFilters(const Winograd& g, const T* w, int64_t o, float* taps, T* to, int64_t step) {
-  const int64_t filter = 9 * g.frames;
+void TransformFilters(const Winograd& g, const T* w, int64_t depth, int64_t o, float* taps, T* to,
+                      int64_t step) {
   for (int64_t c = 0; c < g.from_c; ++c) {
-    const T* from = w + (g.data ? c * g.to_c + o : o * g.from_c + c) * filter;
-    for (int64_t i = 0; i < filter; ++i) {
-      const int64_t at = g.data ? filter - 1 - i : i;
-      taps[at % 9 * g.k + at / 9 * g.from_c + c] = ToFloat(from[i]);
-    }
+    const T* from = w + (g.data ? c * g.to_c + o : o * g.from_c + c) * 9 * depth;
+    for (int64_t p = 0; p < g.frames; ++p)
+      for (int64_t i = 0; i < 9; ++i) {
+        const int64_t at = 9 * (g.first + p) + i;
+        taps[i * g.k + p * g.from_c + c] = ToFloat(from[g.data ? 9 * depth - 1 - at : at]);
+      }
   }
   for (int64_t i = 0; i < g.k; i += kLanes) {
     Vf half[12], u[kPoints];
@@ -166,6 +173,12 @@ void TransformInputs(const Winograd& g, const T* x, const T* zeros, int64_t begi
         const bool inside = r >= 0 && r < g.from[1] && c >= 0 && c < g.from[2];
         at[j] = inside ? x + (q.b * g.from[0] + t) * frame + r * row + c * g.from_c : zeros;
       }
+      // What squares ahead see first lies where the hardware does not look for it.
+      for (int j = 3; j < 16; j += 4) {
+        const char* ahead = reinterpret_cast<const char*>(at[j] + (2 * kSquaresAhead - 1) * g.from_c);
+        for (int64_t line = 0; line < 2 * g.from_c * static_cast<int64_t>(sizeof(T)); line += 64)
+          __builtin_prefetch(ahead + line);
+      }
       TransformSquare(at, g.from_c, to, step);
     }
   }
@@ -229,8 +242,8 @@ class WinogradProducts {
 
 // w to packed products, [tile of columns, point].
 template <class T>
-int32_t PackFilters(const PfArgs* a, const Winograd& g, const T* w, int64_t dtype, int64_t bytes,
-                    char* packed) {
+int32_t PackFilters(const PfArgs* a, const Winograd& g, const T* w, int64_t depth, int64_t dtype,
+                    int64_t bytes, char* packed) {
   const int64_t step = g.columns * g.k;
   T* plain = static_cast<T*>(Scratch(a, kPoints * step * sizeof(T)));
   float* taps = static_cast<float*>(Scratch(a, omp_get_max_threads() * 9 * g.k * sizeof(float)));
@@ -238,7 +251,7 @@ int32_t PackFilters(const PfArgs* a, const Winograd& g, const T* w, int64_t dtyp
   for (int64_t o = 0; o < g.to_c; o += g.columns, packed += kPoints * bytes) {
     const int64_t n = g.to_c - o < g.columns ? g.to_c - o : g.columns;
     int32_t status = ForTiles(a, n, n * g.k * kPoints, [&](int64_t i, int thread, char*) {
-      TransformFilters(g, w, o + i, taps + thread * 9 * g.k, plain + i * g.k, step);
+      TransformFilters(g, w, depth, o + i, taps + thread * 9 * g.k, plain + i * g.k, step);
       return static_cast<int32_t>(PF_OK);
     });
     if (status == PF_OK)
@@ -270,7 +283,7 @@ int32_t RunWinograd(const PfArgs* a, const char* op, const Winograd& g, const Wi
   T* zeros = static_cast<T*>(Scratch(a, g.from_c * sizeof(T)));
   if (!from || !filters || (biased && !added) || !packed || !memory || !zeros) return NoMemory(a, op);
   memset(zeros, 0, g.from_c * sizeof(T));
-  const int32_t status = PackFilters(a, g, filters, dtype, bytes, packed);
+  const int32_t status = PackFilters(a, g, filters, w.dims[2], dtype, bytes, packed);
   if (status != PF_OK) return status == PF_ERR_MEMORY ? NoMemory(a, op) : status;
 
   const int64_t blocks = (g.squares + g.rows - 1) / g.rows;
