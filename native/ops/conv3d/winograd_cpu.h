@@ -4,7 +4,6 @@
 // of the 4 x 4 values d that it sees: 16 products in place of 36. At each of the 16 points the sum is one
 // matrix product over many squares, whose inner dimension has frames and channels side by side.
 #pragma once
-
 #include "ops/conv3d/conv3d.h"
 #include "ops/matmul/tiles.h"
 
@@ -46,7 +45,6 @@ Winograd WinogradOf(const Conv3dShape& s, bool data) {
   g.columns = g.to_c < kOnednnPackColumns ? g.to_c : kOnednnPackColumns;
   // What a block keeps stays within a few megabytes; smaller ones only while many cores would idle.
   g.rows = g.k <= 768 && g.squares >= 16 * 128 ? 128 : 64;
-  if (g.rows > g.squares) g.rows = g.squares;
   return g;
 }
 
@@ -269,7 +267,7 @@ int32_t RunWinograd(const PfArgs* a, const char* op, const Winograd& g, const Wi
                     const PfView& x, const PfView& w, const PfView* bias, const PfView& y, int64_t dtype) {
   const int64_t bytes = OnednnPackTileBytes(g.columns, g.k, dtype, a->context->error);
   if (!bytes) return PF_ERR_DEVICE;
-  // A line more than a power of two, or all points of a square would share a few sets of the caches.
+  // A line more than a multiple of a page, or all points of a square would share a few sets of the caches.
   const int64_t v_step = g.rows * g.k + 64 / static_cast<int64_t>(sizeof(T)),
                 m_step = g.rows * g.columns + 16;
   const size_t scratch = products.ScratchBytes(), v_bytes = kPoints * v_step * sizeof(T);
