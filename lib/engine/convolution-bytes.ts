@@ -6,7 +6,7 @@ const COLUMNS = 256
 const FEWEST = { squares: 256, channels: 64 } as const
 const ROWS = { few: 64, many: 128, widestSum: 768 } as const
 
-const product = (dims: Dims): number => dims.reduce((a, b) => a * b, 1)
+export const product = (dims: Dims): number => dims.reduce((a, b) => a * b, 1)
 
 /**
  * Bytes that a convolution borrows on a CPU for its weight in another order or, where that can pay, for transformed

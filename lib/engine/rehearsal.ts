@@ -1,4 +1,4 @@
-import { convolutionBytes } from './convolution-bytes.ts'
+import { convolutionBytes, product } from './convolution-bytes.ts'
 import { DTYPES, type Engine, type Operand, PACK_FORMS, type StandIn } from './engine.ts'
 import type { NativeBinding } from './native.ts'
 import { OPS, type OpName } from './ops.gen.ts'
@@ -26,7 +26,6 @@ const bytesOf = (x: Size): number => (x ? product(x.shape) * DTYPES[x.dtype].byt
 const columnsOf = (x: Size | undefined, n: number): { shape: number[] } => ({
   shape: [...(x?.shape.slice(0, -1) ?? []), n],
 })
-const product = (values: readonly number[]): number => values.reduce((a, b) => a * b, 1)
 
 // What the kernels with large buffers borrow (matmul_cpu.cc, attention_panel.h), in bytes.
 const COLUMNS = { plain: 512, packed: 256 } as const

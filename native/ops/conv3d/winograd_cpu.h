@@ -15,7 +15,7 @@ constexpr int64_t kPoints = 16, kFewestSquares = 256, kSquaresAhead = 4;
 struct Winograd {
   int64_t batch, from[3], to[3], pad[3];  // sizes along t, h, w; zeros in front
   int64_t from_c, to_c;
-  int64_t first, frames;  // frames of the filters that are used: all but for a single frame of results
+  int64_t depth, first, frames;  // frames of the filters; those used: all, but for a single frame of results
   bool data;
   int64_t high, wide, squares;  // squares of a frame, and of all frames
   int64_t k, rows, columns;     // inner dimension; squares and channels of one product
@@ -25,6 +25,7 @@ Winograd WinogradOf(const Conv3dShape& s, bool data) {
   Winograd g{};
   g.batch = s.batch;
   g.data = data;
+  g.depth = s.kernel[0];
   g.from_c = data ? s.c_out : s.c_in;
   g.to_c = data ? s.c_in : s.c_out;
   for (int i = 0; i < 3; ++i) {
@@ -36,14 +37,15 @@ Winograd WinogradOf(const Conv3dShape& s, bool data) {
   const bool single = g.to[0] == 1;
   g.first = single && g.pad[0] > 0 ? g.pad[0] : 0;
   const int64_t end = g.from[0] + g.pad[0];
-  g.frames = (single && end < s.kernel[0] ? end : s.kernel[0]) - g.first;
+  g.frames = (single && end < g.depth ? end : g.depth) - g.first;
   g.pad[0] -= g.first;
   g.high = (g.to[1] + 1) / 2;
   g.wide = (g.to[2] + 1) / 2;
   g.squares = g.batch * g.to[0] * g.high * g.wide;
   g.k = g.frames * g.from_c;
   g.columns = g.to_c < kOnednnPackColumns ? g.to_c : kOnednnPackColumns;
-  // What a block keeps stays within a few megabytes; smaller ones only while many cores would idle.
+  // lib/engine/convolution-bytes.ts counts along. What a block keeps stays within a few megabytes; smaller
+  // ones only while many cores would idle.
   g.rows = g.k <= 768 && g.squares >= 16 * 128 ? 128 : 64;
   return g;
 }
@@ -78,17 +80,16 @@ inline void InputSide(Vf a, Vf b, Vf c, Vf d, Vf* to, int stride) {
   to[3 * stride] = b - d;
 }
 
-// The filters that end in channel `o` and are `depth` frames deep, to `kPoints` rows of [frame, channel] that
-// lie `step` values apart. taps: room for 9 rows of floats.
+// The filters that end in channel `o`, to `kPoints` rows of [frame, channel] that lie `step` values apart.
+// taps: room for 9 rows of floats.
 template <class T>
-void TransformFilters(const Winograd& g, const T* w, int64_t depth, int64_t o, float* taps, T* to,
-                      int64_t step) {
+void TransformFilters(const Winograd& g, const T* w, int64_t o, float* taps, T* to, int64_t step) {
   for (int64_t c = 0; c < g.from_c; ++c) {
-    const T* from = w + (g.data ? c * g.to_c + o : o * g.from_c + c) * 9 * depth;
+    const T* from = w + (g.data ? c * g.to_c + o : o * g.from_c + c) * 9 * g.depth;
     for (int64_t p = 0; p < g.frames; ++p)
       for (int64_t i = 0; i < 9; ++i) {
         const int64_t at = 9 * (g.first + p) + i;
-        taps[i * g.k + p * g.from_c + c] = ToFloat(from[g.data ? 9 * depth - 1 - at : at]);
+        taps[i * g.k + p * g.from_c + c] = ToFloat(from[g.data ? 9 * g.depth - 1 - at : at]);
       }
   }
   for (int64_t i = 0; i < g.k; i += kLanes) {
@@ -208,7 +209,6 @@ class WinogradProducts {
     for (int i = 0; i < 4; ++i) {
       const int64_t n = widths[i % 2];
       kernels_[i] = OnednnGetGemm({heights[i / 2], n, g.k, g.k, 1, 0, 0, n, dtype, 1}, error);
-      made_ = made_ && kernels_[i];
     }
   }
   ~WinogradProducts() {
@@ -217,10 +217,10 @@ class WinogradProducts {
   WinogradProducts(const WinogradProducts&) = delete;
   WinogradProducts& operator=(const WinogradProducts&) = delete;
 
-  // Whether all of them are more than oneDNN's reference loops.
-  bool Run() const {
+  // Whether all of them are there, and more than oneDNN's reference loops.
+  bool Fast() const {
     for (const OnednnKernel* kernel : kernels_)
-      if (!made_ || OnednnGetRank(kernel) == kRankReference) return false;
+      if (!kernel || OnednnGetRank(kernel) == kRankReference) return false;
     return true;
   }
   const OnednnKernel* At(bool last_rows, bool last_columns) const {
@@ -235,13 +235,12 @@ class WinogradProducts {
 
  private:
   OnednnKernel* kernels_[4] = {};
-  bool made_ = true;
 };
 
 // w to packed products, [tile of columns, point].
 template <class T>
-int32_t PackFilters(const PfArgs* a, const Winograd& g, const T* w, int64_t depth, int64_t dtype,
-                    int64_t bytes, char* packed) {
+int32_t PackFilters(const PfArgs* a, const Winograd& g, const T* w, int64_t dtype, int64_t bytes,
+                    char* packed) {
   const int64_t step = g.columns * g.k;
   T* plain = static_cast<T*>(Scratch(a, kPoints * step * sizeof(T)));
   float* taps = static_cast<float*>(Scratch(a, omp_get_max_threads() * 9 * g.k * sizeof(float)));
@@ -249,7 +248,7 @@ int32_t PackFilters(const PfArgs* a, const Winograd& g, const T* w, int64_t dept
   for (int64_t o = 0; o < g.to_c; o += g.columns, packed += kPoints * bytes) {
     const int64_t n = g.to_c - o < g.columns ? g.to_c - o : g.columns;
     int32_t status = ForTiles(a, n, n * g.k * kPoints, [&](int64_t i, int thread, char*) {
-      TransformFilters(g, w, depth, o + i, taps + thread * 9 * g.k, plain + i * g.k, step);
+      TransformFilters(g, w, o + i, taps + thread * 9 * g.k, plain + i * g.k, step);
       return static_cast<int32_t>(PF_OK);
     });
     if (status == PF_OK)
@@ -281,7 +280,7 @@ int32_t RunWinograd(const PfArgs* a, const char* op, const Winograd& g, const Wi
   T* zeros = static_cast<T*>(Scratch(a, g.from_c * sizeof(T)));
   if (!from || !filters || (biased && !added) || !packed || !memory || !zeros) return NoMemory(a, op);
   memset(zeros, 0, g.from_c * sizeof(T));
-  const int32_t status = PackFilters(a, g, filters, w.dims[2], dtype, bytes, packed);
+  const int32_t status = PackFilters(a, g, filters, dtype, bytes, packed);
   if (status != PF_OK) return status == PF_ERR_MEMORY ? NoMemory(a, op) : status;
 
   const int64_t blocks = (g.squares + g.rows - 1) / g.rows;
@@ -313,7 +312,7 @@ int32_t TryWinograd(const PfArgs* a, const char* op, const Conv3dShape& s, bool 
   const bool bf16 = x.dtype == PF_BF16 && w.dtype == PF_BF16 && OnednnHasBf16();
   const int64_t dtype = bf16 ? PF_BF16 : PF_F32;
   const WinogradProducts products(g, dtype, a->context->error);
-  if (!products.Run()) return PF_OK;
+  if (!products.Fast()) return PF_OK;
   *done = true;
   return bf16 ? RunWinograd<Bf16>(a, op, g, products, x, w, bias, y, dtype)
               : RunWinograd<float>(a, op, g, products, x, w, bias, y, dtype);
